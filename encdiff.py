@@ -1,0 +1,376 @@
+"""EncDiff: an image becomes N scalars, the scalars become tokens, a diffusion model draws from them.
+
+WHERE     Read first; then unet.py (the denoiser) and vq.py (the latent space). Imports only those.
+PAPER     arXiv 2402.09712, Sec. 3 and Appendices B-D. Equation numbers are the paper's.
+SHAPES    B batch, N tokens, d token width, (C, h, w) latent, n = C*h*w, T timesteps.
+SYMBOLS   z_0        z0                (B, C, h, w)  latent of the image, divided by its std
+          z_t        z_t               (B, C, h, w)  z_0 with noise, t = 1..T
+          eps        noise             (B, C, h, w)  the noise in z_t, N(0, I)
+          beta_t     betas[t - 1]      (T,)          variance added in step t
+          abar_t     alpha_bar[t]      (T + 1,)      share of signal variance left; alpha_bar[0] = 1
+          S          tokens            (B, N, d)     concept tokens
+IDEA      Nothing in the loss asks for disentanglement: encoder and denoiser are trained together to
+          predict noise, eq. (3). Two things outside the loss do the work. First, the noise is an
+          information bottleneck that opens as t falls, eq. (5): at large t only what matters most
+          for the picture pays, so factors enter the codes one by one. Second, cross-attention lets
+          each place choose among the tokens, so a token gains by meaning one thing. Each token is a
+          function of ONE scalar: a token cannot hide a second factor in a second dimension.
+DIFFERS   Eq. (3) is printed without the square; Table 7 says MSE, and so do we. Eq. (5) is printed
+          with -beta~_t where the KL of two Gaussians has +beta~_t; we compute the KL.
+TRY       python encdiff.py   ->   the four schedules, their bottleneck, one loss, samplers
+"""
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+# ---- The image encoder: image -> N scalars ------------------------------------------------------
+
+
+class CNNEncoder(nn.Module):
+    """The paper's encoder (Table 6): images (B, 3, S, S) in [-1, 1] -> codes (B, outputs).
+
+    At width 64 and S = 64 these are the paper's channels: 64, 128, 256, 256, 256.
+    """
+
+    def __init__(self, outputs, size=64, width=64):
+        super().__init__()
+        layers = [nn.Conv2d(3, width, 7, padding=3), nn.ReLU()]
+        for c_in, c_out in [(1, 2), (2, 4), (4, 4), (4, 4)]:  # each halves the resolution
+            layers += [nn.Conv2d(c_in * width, c_out * width, 4, stride=2, padding=1), nn.ReLU()]
+        features = 4 * width * (size // 16) ** 2  # 4096 at the paper's size
+        layers += [nn.Flatten(), nn.Linear(features, 256), nn.ReLU(),
+                   nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, outputs)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, images):
+        return self.layers(images)
+
+
+class CNNBatchNormEncoder(nn.Module):
+    """The lighter encoder of the authors' code: images (B, 3, S, S) in [-1, 1] -> codes (B, outputs).
+
+    Four strided convolutions with BatchNorm, two residual blocks, one linear layer. The released
+    width is 128.
+    """
+
+    def __init__(self, outputs, size=64, width=128):
+        super().__init__()
+        layers, c = [], 3
+        for _ in range(4):
+            layers += [nn.Conv2d(c, width, 4, stride=2, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+            c = width
+        self.down = nn.Sequential(*layers)
+        self.residual = nn.ModuleList(
+            nn.Sequential(nn.ReLU(), nn.Conv2d(c, c, 3, padding=1), nn.BatchNorm2d(c),
+                          nn.ReLU(), nn.Conv2d(c, c, 1), nn.BatchNorm2d(c)) for _ in range(2))
+        self.out = nn.Linear(c * (size // 16) ** 2, outputs)
+
+    def forward(self, images):
+        x = self.down(images)
+        for block in self.residual:
+            x = x + block(x)
+        return self.out(F.relu(x).flatten(1))  # (B, c, S/16, S/16) -> (B, outputs)
+
+
+# ---- Concept tokens: N scalars -> N vectors ------------------------------------------------------
+
+
+class ScalarTokens(nn.Module):
+    """N small MLPs 1 -> 64 -> 128 -> d with ELU, no weight shared: codes (B, N) -> tokens (B, N, d)."""
+
+    def __init__(self, num_tokens, token_dim, width_in=1):
+        super().__init__()
+        self.outputs = num_tokens  # what the encoder has to deliver
+        widths = (width_in, 64, 128, token_dim)
+        # One weight tensor a layer holds that layer of all N MLPs, so that a layer is one batched
+        # matrix product instead of N small ones. Initialised as nn.Linear does.
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        for c_in, c_out in zip(widths, widths[1:]):
+            bound = c_in**-0.5
+            self.weights.append(nn.Parameter(torch.empty(num_tokens, c_in, c_out).uniform_(-bound, bound)))
+            self.biases.append(nn.Parameter(torch.empty(num_tokens, 1, c_out).uniform_(-bound, bound)))
+
+    def codes(self, features):
+        """The encoder's outputs (B, N) are the codes."""
+        return features
+
+    def spread(self, codes):
+        return codes.t()[:, :, None]  # (B, N) -> (N, B, 1)
+
+    def forward(self, codes):
+        x = self.spread(codes)
+        for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
+            x = torch.baddbmm(bias, F.elu(x) if i else x, weight)  # (N, B, c_in) -> (N, B, c_out)
+        return x.transpose(0, 1)  # (N, B, d) -> (B, N, d)
+
+
+# ---- The noise: schedules, eq. (1)-(2), and the bottleneck, eq. (4)-(5) -------------------------
+
+
+SCHEDULES = ("cosine", "linear", "sqrt_linear", "sqrt")
+
+
+def beta_schedule(name, steps=1000, start=0.0015, end=0.0155):
+    """Variances beta_1..beta_T of eq. (1): q(z_t | z_{t-1}) = N(sqrt(1 - beta_t) z_{t-1}, beta_t I).
+
+    name: cosine, linear, sqrt_linear or sqrt -> float64 tensor (steps,). Raises ValueError for others.
+    The names are those of the latent diffusion code, and odd: its "linear" is linear in
+    sqrt(beta), its "sqrt_linear" is the straight line that DDPM calls linear.
+    """
+    if name == "cosine":  # Nichol & Dhariwal 2021: abar_t falls as a squared cosine
+        t = torch.arange(steps + 1, dtype=torch.float64) / steps
+        f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+        return (1 - f[1:] / f[:-1]).clamp(max=0.999)  # the last one would be 1: no signal at all
+    line = lambda a, b: torch.linspace(a, b, steps, dtype=torch.float64)
+    if name == "linear":
+        return line(start**0.5, end**0.5) ** 2
+    if name == "sqrt_linear":
+        return line(start, end)
+    if name == "sqrt":
+        return line(start, end).sqrt()
+    raise ValueError(f"schedule is {name!r}; expected one of {', '.join(SCHEDULES)}")
+
+
+def cumulative(betas):
+    """betas (T,) -> alpha_bar (T + 1,) with alpha_bar[0] = 1, so that alpha_bar[t] is abar_t."""
+    return torch.cat([betas.new_ones(1), (1 - betas).cumprod(0)])
+
+
+def posterior(alpha_bar, t):
+    """Eq. (4): q(z_{t-1} | z_t, z_0) = N(a z_0 + b z_t, v I) -> coefficients a, b and variance v.
+
+    alpha_bar (T + 1,), t int or int64 tensor in 1..T; a, b, v of t's shape. v is 0 at t = 1.
+    """
+    now, before = alpha_bar[t], alpha_bar[t - 1]
+    alpha = now / before
+    a = before.sqrt() * (1 - alpha) / (1 - now)  # Eq. (4): sqrt(abar_{t-1}) beta_t / (1 - abar_t)
+    b = alpha.sqrt() * (1 - before) / (1 - now)  # Eq. (4): sqrt(alpha_t) (1 - abar_{t-1}) / (1 - abar_t)
+    v = (1 - before) / (1 - now) * (1 - alpha)  # Eq. (4): beta~_t
+    return a, b, v
+
+
+def kl_bottleneck(betas, second_moment=1.0):
+    """Eq. (5) for each latent dimension: KL(q(z_{t-1} | z_t, z_0) || N(0, I)) / n, in nats.
+
+    betas float64 (T,), second_moment E[z_0^2] of one dimension -> float64 (T,), entry t - 1 for t.
+    Eq. (5): C_t / n = 1/2 [beta~_t - 1 - log beta~_t + E|mu~_t|^2 / n]. The expectation has a closed
+    form: mu~_t = a z_0 + b z_t with z_t from eq. (2) is (a + b sqrt(abar_t)) z_0 + b sqrt(1 - abar_t)
+    eps, and the coefficient of z_0 is sqrt(abar_{t-1}). beta~_1 = 0 is clipped at 1e-20.
+    """
+    alpha_bar = cumulative(betas)
+    t = torch.arange(1, len(betas) + 1)
+    _, b, v = posterior(alpha_bar, t)
+    v = v.clamp(min=1e-20)
+    mean_square = alpha_bar[t - 1] * second_moment + b**2 * (1 - alpha_bar[t])
+    return 0.5 * (v - 1 - v.log() + mean_square)
+
+
+# ---- Samplers: each is one short function -------------------------------------------------------
+# predict(z_t, t) -> z_0 as estimated from z_t (B, C, h, w) at timestep t (an int). All of them start
+# at z_T = z, include t = T, and add no noise in their last step.
+
+
+def noise_from(z_t, z0, abar):
+    """Eq. (2) solved for eps. Where z_0 was clamped this is the noise that agrees with the clamp."""
+    return (z_t - abar.sqrt() * z0) / (1 - abar).sqrt()
+
+
+def timesteps_down(T, steps):
+    """`steps` timesteps from T down, evenly spaced, followed by 0: a list of steps + 1 integers."""
+    return [round(T * (1 - i / steps)) for i in range(steps + 1)]
+
+
+def ddpm(predict, alpha_bar, z, steps=None):
+    """Ancestral sampling, DDPM (Ho et al. 2020) Algorithm 2: every one of the T steps."""
+    for t in range(len(alpha_bar) - 1, 0, -1):
+        a, b, v = posterior(alpha_bar, t)  # Eq. (4) with the estimate in the place of z_0
+        z = a * predict(z, t) + b * z + (v.sqrt() * torch.randn_like(z) if t > 1 else 0)
+    return z
+
+
+def ddim(predict, alpha_bar, z, steps, eta=0.0):
+    """DDIM (Song et al. 2021), eq. (12) and (16): eta 0 is deterministic, eta 1 has DDPM's variance."""
+    ts = timesteps_down(len(alpha_bar) - 1, steps)
+    for t, s in zip(ts, ts[1:]):  # from t to the smaller s
+        now, then = alpha_bar[t], alpha_bar[s]
+        z0 = predict(z, t)
+        sigma = eta * ((1 - then) / (1 - now) * (1 - now / then)).sqrt()
+        z = then.sqrt() * z0 + (1 - then - sigma**2).clamp(min=0).sqrt() * noise_from(z, z0, now)
+        if s > 0:
+            z = z + sigma * torch.randn_like(z)
+    return z
+
+
+def dpm_solver(predict, alpha_bar, z, steps):
+    """DPM-Solver++(2M) (Lu et al. 2022b), Algorithm 2: second order from two estimates of z_0.
+
+    With alpha = sqrt(abar), sigma = sqrt(1 - abar) and lambda = log(alpha / sigma), the exact
+    solution from t to s is z_s = sigma_s/sigma_t z_t - alpha_s (e^-h - 1) D, h = lambda_s - lambda_t,
+    for a z_0-estimate D that is constant in between. The second order extrapolates D linearly in
+    lambda from the last two estimates. At s = 0 sigma is 0 and z_0 is the estimate itself.
+    """
+    ts = timesteps_down(len(alpha_bar) - 1, steps)
+    lambdas = 0.5 * (alpha_bar.log() - (1 - alpha_bar).log())  # (T + 1,); infinite at t = 0
+    previous = None
+    for i, (t, s) in enumerate(zip(ts, ts[1:])):
+        z0 = predict(z, t)
+        if s == 0:
+            return z0
+        h = lambdas[s] - lambdas[t]
+        D = z0
+        if previous is not None:
+            r = (lambdas[t] - lambdas[ts[i - 1]]) / h
+            D = (1 + 1 / (2 * r)) * z0 - 1 / (2 * r) * previous
+        z = ((1 - alpha_bar[s]) / (1 - alpha_bar[t])).sqrt() * z - alpha_bar[s].sqrt() * torch.expm1(-h) * D
+        previous = z0
+
+
+SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm": dpm_solver}
+
+
+# ---- The model ----------------------------------------------------------------------------------
+
+
+class EncDiff(nn.Module):
+    """Encoder, token maps and denoiser around a frozen first stage.
+
+    first_stage  encode(images) -> latent, decode(latent) -> images (vq.VQAutoencoder); frozen here
+    encoder      images (B, 3, S, S) -> (B, N), or (B, N*d) for vector-valued tokens
+    token_map    codes -> tokens (B, N, d)
+    denoiser     (z_t, t, tokens) -> noise (unet.UNet), or tokens -> latent (unet.DirectDecoder)
+    latent_shape (C, h, w)
+    schedule     name for beta_schedule; timesteps  T
+    """
+
+    def __init__(self, first_stage, encoder, token_map, denoiser, latent_shape=(3, 16, 16),
+                 schedule="cosine", timesteps=1000):
+        super().__init__()
+        self.first_stage = first_stage.requires_grad_(False).eval()
+        self.encoder, self.token_map, self.denoiser = encoder, token_map, denoiser
+        self.latent_shape = latent_shape
+        self.register_buffer("alpha_bar", cumulative(beta_schedule(schedule, timesteps)).float())
+        self.register_buffer("latent_std", torch.ones(()))
+        self.register_buffer("latent_limit", torch.tensor(math.inf))
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.first_stage.eval()  # frozen: also where a train mode would behave differently
+        return self
+
+    @torch.no_grad()
+    def measure_latents(self, images):
+        """Set the unit of the latent space to the std of these images' latents, and its bounds."""
+        z = self.first_stage.encode(images).float()
+        self.latent_std.copy_(z.std())
+        self.latent_limit.copy_(z.abs().max() / z.std())
+
+    @torch.no_grad()
+    def latents(self, images):
+        """images (B, 3, S, S) in [-1, 1] -> z_0 (B, C, h, w) before quantisation, in units of its std."""
+        return self.first_stage.encode(images).float() / self.latent_std
+
+    def represent(self, images):
+        """images (B, 3, S, S) in [-1, 1] -> codes (B, N), or (B, N, d) for vector-valued tokens."""
+        return self.token_map.codes(self.encoder(images))
+
+    def tokens(self, codes):
+        """codes as from `represent` -> concept tokens (B, N, d)."""
+        return self.token_map(codes)
+
+    def add_noise(self, z0, t, noise):
+        """Eq. (2): z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) eps; t (B,) int64 in 1..T."""
+        abar = self.alpha_bar[t][:, None, None, None]  # (B,) -> (B, 1, 1, 1)
+        return abar.sqrt() * z0 + (1 - abar).sqrt() * noise
+
+    def loss(self, images, t=None, noise=None):
+        """Eq. (3), E |eps - eps_theta(z_t, t, S)|^2, as a mean over batch and dimensions: a scalar.
+
+        images (B, 3, S, S) in [-1, 1]; t (B,) and noise (B, C, h, w) are drawn unless given.
+        """
+        z0 = self.latents(images)
+        if t is None:
+            t = torch.randint(1, len(self.alpha_bar), (len(z0),), device=z0.device)  # t ~ U{1..T}
+        if noise is None:
+            noise = torch.randn_like(z0)
+        tokens = self.tokens(self.represent(images))  # the only way from the image to the denoiser
+        z_t = self.add_noise(z0, t, noise)
+        return F.mse_loss(self.denoiser(z_t, t, tokens).float(), noise)  # Eq. (3)
+
+    forward = loss  # what DistributedDataParallel calls
+
+    @torch.no_grad()
+    def sample(self, tokens, steps=20, sampler="dpm", noise=None, **options):
+        """tokens (B, N, d) -> images (B, 3, S, S) in [-1, 1].
+
+        sampler: ddpm (always T steps), ddim (option eta) or dpm; noise (B, C, h, w) is z_T.
+        """
+        def predict(z_t, t):
+            times = torch.full((len(z_t),), t, device=z_t.device)
+            noise = self.denoiser(z_t, times, tokens).float()
+            abar = self.alpha_bar[t]
+            z0 = (z_t - (1 - abar).sqrt() * noise) / abar.sqrt()  # Eq. (2) solved for z_0
+            # Where abar_t is near 0 a small error in the noise is a huge one in z_0: keep to the
+            # range that real latents have.
+            return z0.clamp(-self.latent_limit, self.latent_limit)
+
+        z = torch.randn(len(tokens), *self.latent_shape, device=tokens.device) if noise is None else noise
+        z0 = SAMPLERS[sampler](predict, self.alpha_bar, z, steps, **options)
+        return self.decode(z0)
+
+    @torch.no_grad()
+    def decode(self, z0):
+        """z_0 in units of its std (B, C, h, w) -> images (B, 3, S, S) in [-1, 1]."""
+        return self.first_stage.decode(z0 * self.latent_std).float().clamp(-1, 1)
+
+
+# ---- Variants (Tables 5, 11, 12). Skip on first reading. ----------------------------------------
+
+
+class VectorTokens(nn.Module):
+    """EncDiff-V (Table 5): the encoder's N*d outputs split into N tokens; no scalar in between."""
+
+    def __init__(self, num_tokens, token_dim):
+        super().__init__()
+        self.outputs, self.token_dim = num_tokens * token_dim, token_dim
+
+    def codes(self, features):
+        return features.view(len(features), -1, self.token_dim)  # (B, N*d) -> (B, N, d)
+
+    def forward(self, codes):
+        return codes
+
+
+class TransformerEncoder(nn.Module):
+    """EncDiff w/ Trans (Table 12): N learned queries refined by cross-attention to image features.
+
+    After Visual Concepts Tokenization (Yang et al. 2022b): a strided CNN gives (S/16)^2 features;
+    in each layer the queries attend to one another and to these. images -> (B, outputs).
+    """
+
+    def __init__(self, outputs, size=64, width=64, queries=20, layers=3):
+        super().__init__()
+        c = 2 * width
+        self.cnn = nn.Sequential(
+            nn.Conv2d(3, width, 4, 2, 1), nn.ReLU(), nn.Conv2d(width, 2 * width, 4, 2, 1), nn.ReLU(),
+            nn.Conv2d(2 * width, 2 * width, 4, 2, 1), nn.ReLU(), nn.Conv2d(2 * width, c, 4, 2, 1))
+        self.positions = nn.Parameter(0.02 * torch.randn((size // 16) ** 2, c))
+        self.queries = nn.Parameter(0.02 * torch.randn(queries, c))
+        self.layers = nn.ModuleList(
+            nn.TransformerDecoderLayer(c, 4, 4 * c, dropout=0.0, batch_first=True, norm_first=True)
+            for _ in range(layers))
+        self.norm, self.out = nn.LayerNorm(c), nn.Linear(c, outputs // queries)
+
+    def forward(self, images):
+        features = self.cnn(images).flatten(2).transpose(1, 2) + self.positions  # -> (B, P, c)
+        x = self.queries.expand(len(images), -1, -1)  # (N, c) -> (B, N, c)
+        for layer in self.layers:
+            x = layer(x, features)
+        return self.out(self.norm(x)).flatten(1)  # (B, N, c) -> (B, outputs)
+
+
+ENCODERS = {"cnn": CNNEncoder, "cnn_bn": CNNBatchNormEncoder, "transformer": TransformerEncoder}
+TOKEN_MAPS = {"scalar": ScalarTokens, "vector": VectorTokens}
+REGULARIZERS = {"none": None}

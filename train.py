@@ -1,0 +1,696 @@
+"""Train EncDiff in one command: first stage, then encoder and denoiser together, then the scores.
+
+WHERE     Read after metrics.py and data.py, before sample.py. This is where everything meets.
+PAPER     arXiv 2402.09712, Sec. 4.1 ("Training Details"), Appendix D.
+SHAPES    as in encdiff.py
+IDEA      Two stages. (1) The autoencoder of vq.py learns to compress images; it is then frozen.
+          (2) Encoder, token maps and U-Net are trained together, by eq. (3) and nothing else.
+          Everything random in a step is drawn after seeding with (seed, stage, step): a run that was
+          interrupted goes on bit for bit without storing random states, and P processes that each
+          take their share of the same batch do what one process would do.
+          What is scored, drawn and shipped is the moving average (EMA) of the weights.
+DIFFERS   The paper's learning rate and batch are kept in the preset `paper`; how long its first stage
+          was trained is not said there: 10,000 steps are our choice. The preset `small` is ours.
+          The moving average starts fast and slows down, so that a short run is not scored on its
+          initialisation. The last weights are scored, never the best: labels would leak in.
+TRY       python train.py --steps 50 --vq-steps 50 --out runs/try   ->   a run folder in two minutes
+"""
+import argparse
+import contextlib
+import copy
+import csv
+import dataclasses
+import io
+import json
+import math
+import os
+import random
+import signal
+import sqlite3
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image
+from torch.nn.parallel import DistributedDataParallel
+
+import data
+import encdiff
+import metrics
+import unet
+import vq
+
+FORMAT = 1  # of checkpoint.pt; to be raised when its contents change
+CHECKPOINT_SECONDS = 120
+
+# ---- What can be set ----------------------------------------------------------------------------
+
+
+def field(default, meaning, choices=None):
+    return dataclasses.field(default=default, metadata={"help": meaning, "choices": choices})
+
+
+@dataclasses.dataclass
+class Config:
+    """Every hyperparameter, and so every flag, of a run. The defaults are the preset `paper`."""
+
+    data: str = field("", "dataset file or folder; empty: Shapes3D, rendered here")
+    cache: str = field("", "folder for the converted dataset; empty: beside the dataset")
+    size: int = field(64, "side of the images in pixels", (32, 64, 128))
+    seed: int = field(0, "fixes everything random")
+    precision: str = field("auto", "auto: bf16 autocast where the hardware is fast at it", ("auto", "bf16", "fp32"))
+    # The first stage (vq.py)
+    vq_steps: int = field(10_000, "training steps of the first stage")
+    vq_batch: int = field(64, "its images a step")
+    vq_lr: float = field(1e-3, "its learning rate; falls to 0 in the last 40%% of its steps")
+    vq_channels: int = field(32, "its width at the first level")
+    vq_multipliers: tuple = field((1, 2, 4), "its width at each level, in units of that")
+    vq_blocks: int = field(2, "its residual blocks a level")
+    vq_patch: int = field(1, "side of the pixel blocks folded into channels at its input")
+    vq_warmup: int = field(200, "its steps without rounding, after which the codebook is set from data")
+    latent_channels: int = field(3, "channels of the latent")
+    codebook_size: int = field(2048, "entries of the codebook")
+    commitment: float = field(0.25, "weight of the commitment loss")
+    gan: bool = field(False, "add the patch discriminator to the first stage's loss")
+    # The encoder and the tokens (encdiff.py)
+    encoder: str = field("cnn", "image encoder", tuple(encdiff.ENCODERS))
+    encoder_width: int = field(64, "its width")
+    tokens: str = field("scalar", "what a token is made of", tuple(encdiff.TOKEN_MAPS))
+    num_tokens: int = field(20, "number of concept tokens, N")
+    token_dim: int = field(32, "width of a concept token, d")
+    # The denoiser (unet.py)
+    channels: int = field(64, "width of the U-Net at the first level")
+    multipliers: tuple = field((1, 2, 4, 4), "its width at each level, in units of that")
+    blocks: int = field(2, "its residual blocks a level")
+    attention: tuple = field((1, 2, 4), "downsampling factors at which it attends")
+    heads: int = field(8, "its attention heads")
+    dropout: float = field(0.1, "its dropout")
+    self_attention: bool = field(True, "attention among positions, beside that to the tokens")
+    conditioning: str = field("cross", "how tokens reach it", ("cross", "adagn"))
+    decoder: str = field("diffusion", "diffusion, or direct: no noise (EncDec w/o Diff)", ("diffusion", "direct"))
+    schedule: str = field("cosine", "noise schedule", encdiff.SCHEDULES)
+    timesteps: int = field(1000, "diffusion timesteps, T")
+    regularizer: str = field("none", "extra constraint on the codes (Table 11)", tuple(encdiff.REGULARIZERS))
+    # Joint training
+    steps: int = field(7_500, "training steps of encoder and denoiser")
+    batch: int = field(64, "images a step")
+    lr: float = field(1e-4, "learning rate")
+    lr_warmup: int = field(0, "steps in which it rises from 0")
+    lr_decay: float = field(0.0, "last share of the steps in which it falls to 0")
+    weight_decay: float = field(0.01, "AdamW's weight decay")
+    clip: float = field(1.0, "largest norm of the gradient")
+    ema: float = field(0.9999, "decay of the averaged weights")
+    log_every: int = field(50, "steps between two lines of log.csv")
+    score_every: int = field(750, "steps between two quick scores with pictures; 0: only at the end")
+
+
+# What two CPU cores can do: less width, no attention among positions, the authors' lighter encoder,
+# a higher learning rate that decays.
+SMALL = dict(vq_steps=1500, vq_lr=2e-3, vq_channels=32, vq_multipliers=(1, 2), vq_blocks=1, vq_patch=2,
+             encoder="cnn_bn", token_dim=16, channels=32, multipliers=(1, 2, 4), blocks=1, heads=4,
+             dropout=0.0, self_attention=False, steps=4000, lr=1e-3, lr_warmup=100, lr_decay=0.3,
+             ema=0.999)
+PRESETS = {"paper": {}, "small": SMALL}
+
+
+def check(config):
+    """Raises ValueError with one line for the first value that cannot work, before any work starts."""
+    c = config
+    for name in ("vq_batch", "vq_channels", "vq_blocks", "vq_patch", "latent_channels", "encoder_width",
+                 "num_tokens", "token_dim", "channels", "blocks", "heads", "batch", "log_every", "timesteps"):
+        need(getattr(c, name) >= 1, name, getattr(c, name), "at least 1")
+    for name in ("steps", "vq_steps", "vq_warmup", "lr_warmup", "score_every", "seed", "commitment", "weight_decay"):
+        need(getattr(c, name) >= 0, name, getattr(c, name), "0 or more")
+    for name in ("lr", "vq_lr", "clip"):
+        need(0 < getattr(c, name) < math.inf, name, getattr(c, name), "a positive number")
+    for name in ("lr_decay", "dropout", "ema"):
+        need(0 <= getattr(c, name) < 1, name, getattr(c, name), "at least 0 and below 1")
+    for name in ("multipliers", "vq_multipliers", "attention"):
+        values = getattr(c, name)
+        need(values and min(values) >= 1, name, values, "whole numbers from 1 up")
+    for f in dataclasses.fields(c):
+        if f.metadata["choices"]:
+            need(getattr(c, f.name) in f.metadata["choices"], f.name, getattr(c, f.name),
+                 "one of " + ", ".join(map(str, f.metadata["choices"])))
+    need(c.codebook_size >= 2, "codebook_size", c.codebook_size, "at least 2")
+    need(c.timesteps >= 2, "timesteps", c.timesteps, "at least 2")
+    need(c.vq_channels % 32 == 0, "vq_channels", c.vq_channels, "a multiple of 32, GroupNorm's groups")
+    need(c.channels % 4 == 0, "channels", c.channels, "a multiple of 4")
+    for m in c.multipliers:
+        need(c.channels * m % c.heads == 0, "heads", c.heads, f"a divisor of the width {c.channels * m}")
+    levels = len(c.multipliers)
+    factor = c.vq_patch * 2 ** (len(c.vq_multipliers) - 1)
+    need(c.size % factor == 0, "vq_patch", c.vq_patch,
+         f"the first stage's downsampling by {factor} to divide the size {c.size}")
+    need(c.size // factor % 2 ** (levels - 1) == 0, "multipliers", c.multipliers,
+         f"{levels} levels to halve the latent's side of {c.size // factor} without a remainder")
+    need(c.steps == 0 or c.vq_steps > c.vq_warmup, "vq_steps", c.vq_steps,
+         f"more than vq_warmup = {c.vq_warmup}, or the codebook is never set")
+    need(c.conditioning == "cross" or c.decoder == "diffusion", "decoder", c.decoder,
+         "diffusion with --conditioning adagn: the paper's direct decoder attends to the tokens")
+    need(c.regularizer == "none" or c.tokens == "scalar", "regularizer", c.regularizer,
+         "none with --tokens vector: the constraints are on scalars")
+
+
+def need(ok, name, found, expected):
+    if not ok:
+        raise ValueError(f"--{name.replace('_', '-')} is {found}; expected {expected}")
+
+
+def build_model(config):
+    """The untrained EncDiff of a config, on the CPU."""
+    c = config
+    first_stage = vq.VQAutoencoder(c.vq_channels, c.vq_multipliers, c.vq_blocks, c.latent_channels,
+                                   c.codebook_size, c.commitment, c.vq_patch)
+    side = c.size // first_stage.factor
+    token_map = encdiff.TOKEN_MAPS[c.tokens](c.num_tokens, c.token_dim)
+    encoder = encdiff.ENCODERS[c.encoder](token_map.outputs, c.size, c.encoder_width)
+    options = dict(latent_channels=c.latent_channels, channels=c.channels, multipliers=c.multipliers,
+                   blocks=c.blocks, attention=c.attention, heads=c.heads, token_dim=c.token_dim,
+                   dropout=c.dropout, self_attention=c.self_attention, conditioning=c.conditioning,
+                   num_tokens=c.num_tokens)
+    denoiser = unet.UNet(**options) if c.decoder == "diffusion" else unet.DirectDecoder(side, **options)
+    return encdiff.EncDiff(first_stage, encoder, token_map, denoiser, (c.latent_channels, side, side),
+                           c.schedule, c.timesteps)
+
+
+# ---- The machine --------------------------------------------------------------------------------
+
+
+class Machine:
+    """Device, precision and, under torchrun, this process's share of the work."""
+
+    def __init__(self, device=None):
+        best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        self.kind = device or best
+        self.world, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+        self.device = torch.device(self.kind)
+        if self.world > 1:
+            if self.kind == "cuda":
+                self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+                torch.cuda.set_device(self.device)
+            dist.init_process_group("nccl" if self.kind == "cuda" else "gloo")
+        self.main = self.rank == 0  # the one that writes, logs and scores
+
+    def fast_bf16(self):
+        if self.kind == "cuda":
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+        if self.kind == "cpu":
+            capabilities = torch.cpu.get_capabilities()
+            return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16"))
+        return False  # MPS: not tried
+
+    def autocast(self, config):
+        return torch.autocast(self.kind, torch.bfloat16, enabled=config.precision == "bf16")
+
+    def share(self, batch):
+        """This process's slice of something drawn for the whole batch."""
+        size = len(batch) // self.world
+        return batch[self.rank * size:(self.rank + 1) * size]
+
+    def parallel(self, module):
+        """The module, its gradients averaged over the processes if there are several."""
+        return DistributedDataParallel(module) if self.world > 1 else module
+
+    def any(self, flag):
+        """Whether the flag is set in any process."""
+        if self.world == 1:
+            return flag
+        flag = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(flag)
+        return flag.item() > 0
+
+    def wait(self):
+        if self.world > 1:
+            dist.barrier()
+
+
+# ---- The run folder: one place for atomic writing, checkpoints, the log -------------------------
+
+
+def write_atomically(path, content):
+    """Write bytes to a temporary name, then rename: the file is the old or the new one, never half.
+
+    Raises OSError with one line if the disk is full or the folder is not writable.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise OSError(f"cannot write {path}: {error.strerror or error}; what was there before is untouched. "
+                      "Free some space or make the folder writable, then resume") from None
+
+
+def load_checkpoint(folder):
+    """The checkpoint of a run folder as a dict. Raises ValueError or OSError with one line."""
+    path = Path(folder) / "checkpoint.pt"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} not found; expected a folder written by train.py --out")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        found = checkpoint["format"]
+        config = checkpoint["config"] = Config(**{k: tuple(v) if isinstance(v, list) else v
+                                                  for k, v in checkpoint["config"].items()})
+    except Exception as error:  # torch.load raises whatever a damaged or foreign file provokes
+        raise ValueError(f"{path} is not a checkpoint of train.py "
+                         f"({type(error).__name__}); expected format {FORMAT}. Train a new run") from None
+    if found != FORMAT:
+        raise ValueError(f"{path} has format {found}; this version reads {FORMAT}. Train a new run")
+    check(config)
+    return checkpoint
+
+
+def load_run(folder, device="cpu"):
+    """A trained run for use: the EncDiff module with averaged weights, in eval mode, and its Config.
+
+    Raises ValueError or OSError with one line if the folder holds no finished first stage.
+    """
+    checkpoint = load_checkpoint(folder)
+    if checkpoint["stage"] == "first stage":
+        raise ValueError(f"{folder} has not finished its first stage; go on with: python train.py --resume {folder}")
+    model = build_model(checkpoint["config"])
+    restore(model, checkpoint["model"], folder)
+    restore(model, {**model.state_dict(), **checkpoint["ema"]}, folder)
+    return model.to(device).eval().requires_grad_(False), checkpoint["config"]
+
+
+def restore(module, state, folder):
+    try:
+        module.load_state_dict(state)
+    except (RuntimeError, KeyError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise ValueError(f"the weights in {folder} do not fit its config: {reason}. Train a new run") from None
+
+
+class Run:
+    """A run folder that only this process writes.
+
+    config.json, checkpoint.pt (everything needed to go on), log.csv, metrics.json and pictures.
+    In processes other than the main one all writing methods do nothing.
+    """
+
+    COLUMNS = ("stage", "step", "loss", "lr", "grad_norm", "images_per_second", "mse", "codes_used", "perplexity",
+               "factor_vae_score", "disentanglement", "completeness", "informativeness")
+
+    def __init__(self, folder, config, machine):
+        self.folder, self.config, self.machine = Path(folder), config, machine
+        self.stop = False  # set by Ctrl-C and SIGTERM; the step under way is finished first
+        self.saved = time.monotonic()
+        if machine.main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            # A database lock goes with its process, however that ends, on every system.
+            self.lock = sqlite3.connect(self.folder / "lock", timeout=0)
+            try:
+                self.lock.execute("BEGIN EXCLUSIVE")
+            except sqlite3.OperationalError:
+                raise ValueError(f"{folder} is in use by another process; wait for it or choose another --out") from None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: setattr(self, "stop", True))
+
+    def write(self, name, content):
+        if self.machine.main:
+            write_atomically(self.folder / name, content)
+
+    def write_json(self, name, content):
+        self.write(name, (json.dumps(content, indent=1) + "\n").encode())
+
+    def save(self, stage, step, model, optimizer, ema=None):
+        if self.machine.main:
+            buffer = io.BytesIO()
+            torch.save({"format": FORMAT, "config": dataclasses.asdict(self.config), "stage": stage, "step": step,
+                        "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                        "ema": {} if ema is None else averaged(ema)}, buffer)
+            self.write("checkpoint.pt", buffer.getbuffer())
+        self.saved = time.monotonic()
+
+    def checkpoint(self, stage, step, *state):
+        """Save if it is time to. After Ctrl-C or SIGTERM: save, say how to go on, and leave."""
+        stop = self.machine.any(self.stop)
+        if stop or time.monotonic() - self.saved > CHECKPOINT_SECONDS:
+            self.save(stage, step, *state)
+        if stop:
+            self.print(f"\nstopped after step {step} of the {stage}; go on with: "
+                       f"python train.py --resume {self.folder}")
+            sys.exit(130)
+
+    def rewind_log(self, stage, step):
+        """Drop the lines of log.csv that are later than the checkpoint: they will be written again."""
+        path = self.folder / "log.csv"
+        if not self.machine.main or not path.exists():
+            return
+        stages = ["first stage", "joint training"]
+        with open(path, newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row["step"] and
+                    (stages.index(row["stage"]), int(row["step"])) <= (stages.index(stage), step)]
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self.COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+        self.write("log.csv", text.getvalue().encode())
+
+    def log(self, **row):
+        if self.machine.main:
+            path = self.folder / "log.csv"
+            new = not path.exists()
+            with open(path, "a", newline="") as file:
+                writer = csv.DictWriter(file, self.COLUMNS)
+                if new:
+                    writer.writeheader()
+                writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+
+    def print(self, text, **options):
+        if self.machine.main:
+            print(text, flush=True, **options)
+
+    def png(self, name, rows):
+        """rows: list of image tensors (K, 3, S, S) in [-1, 1] -> one PNG, a row of K images each."""
+        if self.machine.main:
+            picture = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)  # (3, rows*S, K*S)
+            buffer = io.BytesIO()
+            Image.fromarray(to_bytes(picture).permute(1, 2, 0).numpy()).save(buffer, "PNG")
+            self.write(name, buffer.getbuffer())
+
+
+def to_float(images):
+    """uint8 images -> float in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_bytes(images):
+    """Float images in [-1, 1] -> uint8, on the CPU."""
+    return ((images.cpu() + 1) * 127.5).round().clamp(0, 255).byte()
+
+
+# ---- The two stages -----------------------------------------------------------------------------
+
+
+def seed_step(config, stage, step):
+    """Make everything random in this step a function of (seed, stage, step) alone."""
+    torch.manual_seed(random.Random(f"{config.seed} {stage} {step}").getrandbits(32))
+
+
+def set_lr(optimizer, peak, step, steps, warmup, decay):
+    """Linear rise over `warmup` steps, then constant, then linear fall over the last share `decay`."""
+    lr = peak * min(1, (step + 1) / max(1, warmup))
+    if decay:
+        lr *= min(1, (steps - step) / (decay * steps))
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
+class Progress:
+    """Means and speed since the last log line, and the time left."""
+
+    def __init__(self, step, steps, batch):
+        self.steps, self.batch, self.began, self.first = steps, batch, time.monotonic(), step
+        self.losses = []
+
+    def line(self, step):
+        """-> mean loss, images a second, "h:mm:ss" left; starts counting anew."""
+        now, done = time.monotonic(), len(self.losses)
+        speed = done / (now - self.began)
+        loss, self.losses, self.began = float(np.mean(self.losses)), [], now
+        left = int((self.steps - step) / speed)
+        return loss, speed * self.batch, f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+
+
+def descend(loss, parameters, optimizer, config, run, stage, step):
+    """Backward, clip, step; returns the gradient norm. A loss or gradient that is not finite stops the run."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip).item()
+    if not math.isfinite(norm):  # the same in all processes: gradients are averaged
+        raise ValueError(f"loss {loss.item():.4g} and gradient norm {norm} in step {step + 1} of the {stage}; the "
+                         f"last good checkpoint in {run.folder} is kept. Try a lower learning rate or --precision fp32")
+    optimizer.step()
+    return norm
+
+
+def train_first_stage(run, dataset, model, checkpoint):
+    """Stage 1: images -> latent -> images. Leaves model.first_stage trained and frozen."""
+    config, machine, stage = run.config, run.machine, "first stage"
+    loss_of = vq.FirstStageLoss(model.first_stage, vq.PatchDiscriminator() if config.gan else None)
+    loss_of.to(machine.device).requires_grad_(True).train()
+    optimizer = torch.optim.AdamW(loss_of.parameters(), config.vq_lr, betas=(0.9, 0.99), weight_decay=1e-4)
+    start = 0
+    if checkpoint:
+        restore(loss_of, checkpoint["model"], run.folder)
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        start = checkpoint["step"]
+    network, parameters = machine.parallel(loss_of), list(loss_of.parameters())
+    progress, counts = Progress(start, config.vq_steps, config.vq_batch), 0
+    for step in range(start, config.vq_steps):
+        seed_step(config, stage, step)
+        indices = torch.randint(len(dataset), (config.vq_batch,))
+        images = to_float(dataset.images(machine.share(indices)).to(machine.device))
+        lr = set_lr(optimizer, config.vq_lr, step, config.vq_steps, 100, 0.4)
+        if step == config.vq_warmup:  # from the whole batch, so that all processes agree
+            with torch.no_grad():
+                whole = to_float(dataset.images(indices).to(machine.device))
+                model.first_stage.quantizer.initialise(model.first_stage.encode(whole))
+        with machine.autocast(config):
+            loss, reconstruction, codes = network(images)
+        norm = descend(loss, parameters, optimizer, config, run, stage, step)
+        counts = counts + torch.bincount(codes.flatten(), minlength=config.codebook_size)
+        progress.losses.append(loss.item())
+        if (step + 1) % config.log_every == 0 or step + 1 == config.vq_steps:
+            mean, speed, left = progress.line(step + 1)
+            used, perplexity = vq.codebook_usage(counts)
+            mse, counts = F.mse_loss(reconstruction, images).item(), 0
+            run.log(stage=stage, step=step + 1, loss=mean, lr=lr, grad_norm=norm, images_per_second=speed,
+                    mse=mse, codes_used=used, perplexity=perplexity)
+            run.print(f"first stage {step + 1}/{config.vq_steps}  loss {mean:.4f}  mse {mse:.5f}  "
+                      f"codes used {used:.0%}  {speed:.0f} img/s  left {left}")
+        run.checkpoint(stage, step + 1, loss_of, optimizer)
+    model.first_stage.requires_grad_(False).eval()
+
+
+def train_jointly(run, dataset, model, checkpoint):
+    """Stage 2: encoder, token maps and denoiser by eq. (3). Returns the averaged model."""
+    config, machine, stage = run.config, run.machine, "joint training"
+    model.to(machine.device).train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay)
+    start = 0
+    if checkpoint:
+        restore(model, checkpoint["model"], run.folder)
+    else:
+        seed_step(config, stage, -1)
+        some = dataset.images(torch.randint(len(dataset), (1024,)))
+        model.measure_latents(to_float(some.to(machine.device)))
+    average = copy.deepcopy(model).requires_grad_(False).eval()
+    average.first_stage = model.first_stage  # frozen: one copy will do
+    if checkpoint:
+        restore(average, {**model.state_dict(), **checkpoint["ema"]}, run.folder)
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        start = checkpoint["step"]
+    else:
+        run.save(stage, 0, model, optimizer, average)
+    network, progress = machine.parallel(model), Progress(start, config.steps, config.batch)
+    for step in range(start, config.steps):
+        seed_step(config, stage, step)
+        indices = torch.randint(len(dataset), (config.batch,))
+        t = torch.randint(1, config.timesteps + 1, (config.batch,))
+        noise = torch.randn(config.batch, *model.latent_shape)
+        images, t, noise = (machine.share(x).to(machine.device) for x in (dataset.images(indices), t, noise))
+        lr = set_lr(optimizer, config.lr, step, config.steps, config.lr_warmup, config.lr_decay)
+        with machine.autocast(config):
+            loss = network(to_float(images), t, noise)  # Eq. (3)
+        norm = descend(loss, parameters, optimizer, config, run, stage, step)
+        update_average(average, model, min(config.ema, (1 + step) / (10 + step)))
+        progress.losses.append(loss.item())
+        if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
+            mean, speed, left = progress.line(step + 1)
+            run.log(stage=stage, step=step + 1, loss=mean, lr=lr, grad_norm=norm, images_per_second=speed)
+            run.print(f"step {step + 1}/{config.steps}  loss {mean:.4f}  lr {lr:.1e}  {speed:.0f} img/s  left {left}")
+        if config.score_every and (step + 1) % config.score_every == 0 and step + 1 < config.steps:
+            quick_look(run, dataset, average, step + 1)
+        run.checkpoint(stage, step + 1, model, optimizer, average)
+    if start < config.steps:
+        run.save(stage, config.steps, model, optimizer, average)
+    return average
+
+
+def averaged(model):
+    """The part of the state that training changes, and the EMA averages: all but the first stage."""
+    return {k: v for k, v in model.state_dict().items() if not k.startswith("first_stage.")}
+
+
+@torch.no_grad()
+def update_average(average, model, decay):
+    """average <- decay * average + (1 - decay) * model, BatchNorm statistics included."""
+    pairs = [(a, m) for a, m in zip(averaged(average).values(), averaged(model).values()) if a.is_floating_point()]
+    torch._foreach_lerp_([a for a, _ in pairs], [m for _, m in pairs], 1 - decay)
+
+
+# ---- What was reached ---------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def encode(model, dataset, indices, device):
+    """Codes (n, N) or (n, N, d) of the images at these indices, float32 on the CPU."""
+    return torch.cat([model.represent(to_float(dataset.images(some).to(device))).cpu() for some in indices.split(500)])
+
+
+def score(run, dataset, model, train, test):
+    """All scores the dataset's labels allow, with DCI on train + test samples: a dict, {} without labels."""
+    generator = torch.Generator().manual_seed(run.config.seed)
+    indices = torch.randint(len(dataset), (train + test,), generator=generator)
+    if dataset.factor_sizes:
+        codes = encode(model, dataset, indices, run.machine.device)
+        return metrics.evaluate(codes, dataset.factors(indices), seed=run.config.seed, dci_train=train, dci_test=test)
+    if dataset.attribute_names:
+        codes = encode(model, dataset, indices, run.machine.device)
+        return {"tad": metrics.tad(codes, dataset.attributes(indices))}
+    return {}
+
+
+@torch.no_grad()
+def pictures(run, dataset, model):
+    """samples.png: images, their first-stage reconstructions, samples from their tokens.
+    swap.png: source and target, then the source with one token after the other from the target."""
+    device, N = run.machine.device, run.config.num_tokens
+    indices = torch.arange(8) * (len(dataset) // 8) + len(dataset) // 16
+    indices = (indices * 7919) % len(dataset)  # spread over all factors
+    images = to_float(dataset.images(indices).to(device))
+    generator = torch.Generator().manual_seed(run.config.seed)
+    noise = torch.randn(8, *model.latent_shape, generator=generator).to(device)
+    codes = model.represent(images)
+    samples = model.sample(model.tokens(codes), noise=noise)
+    run.png("samples.png", [images, model.first_stage(images)[0], samples])
+    swapped = codes[:1].repeat(N, *[1] * (codes.ndim - 1))  # N copies of the source's codes
+    swapped[range(N), range(N)] = codes[1]
+    swapped = model.sample(model.tokens(swapped), noise=noise[:1].repeat(N, 1, 1, 1))
+    row = list(images[:2]) + list(swapped)
+    row += [torch.ones_like(images[0])] * (-len(row) % 11)
+    run.png("swap.png", [row[i:i + 11] for i in range(0, len(row), 11)])
+
+
+def quick_look(run, dataset, average, step):
+    """Scores from fewer samples, hence lower than the final ones, and pictures, in the middle of training."""
+    if run.machine.main:
+        scores = score(run, dataset, average, 4_000, 2_000)
+        pictures(run, dataset, average)
+        known = {k: v for k, v in scores.items() if k in Run.COLUMNS}
+        run.log(stage="joint training", step=step, **known)
+        run.print(f"  quick score at step {step}: " + "  ".join(f"{k} {v:.3f}" for k, v in known.items()))
+    run.machine.wait()
+
+
+# ---- The command line ---------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line."""
+
+    def error(self, message):
+        raise ValueError(f"{message}; see python {self.prog} --help")
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """What a user can get wrong is a ValueError or an OSError all over this project: one line, status 2."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def parse(arguments, machine_kind):
+    """-> (Config, run folder, checkpoint to go on from or None, device or None)."""
+    parser = Parser("train.py", description="Train EncDiff: first stage, joint training, scores, pictures.")
+    parser.add_argument("--preset", choices=PRESETS, help="paper: the paper's sizes; small: for two CPU cores; "
+                        "default: paper on a CUDA GPU, small elsewhere")
+    parser.add_argument("--out", help="folder of the run (default: runs/PRESET-SEED)")
+    parser.add_argument("--resume", metavar="FOLDER", help="go on with the run in this folder")
+    parser.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: the best there is")
+    for f in dataclasses.fields(Config):
+        flag, kind = "--" + f.name.replace("_", "-"), type(f.default)
+        default = f"paper: {f.default}" + (f", small: {SMALL[f.name]}" if f.name in SMALL else "")
+        options = dict(dest=f.name, default=argparse.SUPPRESS, help=f"{f.metadata['help']} ({default or 'empty'})")
+        if kind is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+        elif kind is tuple:
+            parser.add_argument(flag, type=int, nargs="+", metavar="N", **options)
+        else:
+            parser.add_argument(flag, type=kind, choices=f.metadata["choices"], metavar=None if
+                                f.metadata["choices"] else kind.__name__.upper(), **options)
+    given = vars(parser.parse_args(arguments))
+    preset, out, resume, device = (given.pop(k) for k in ("preset", "out", "resume", "device"))
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    if not resume:
+        preset = preset or ("paper" if (device or machine_kind) == "cuda" else "small")
+        config = Config(**{**PRESETS[preset], **given})
+        check(config)
+        print(f"preset {preset}")
+        return config, Path(out or f"runs/{preset}-{config.seed}"), None, device
+    if out or preset:
+        raise ValueError("--resume takes its folder and preset from the run; expected no --out and no --preset")
+    checkpoint = load_checkpoint(resume)
+    saved = dataclasses.asdict(checkpoint["config"])
+    differences = [f"{k} {saved[k]} -> {v}" for k, v in given.items() if v != saved[k] and k not in FREE]
+    if differences or given.get("steps", saved["steps"]) < saved["steps"]:
+        raise ValueError(f"{resume} was started with other values: {', '.join(differences) or 'more steps'}; expected "
+                         f"the same ones or more --steps. Train a new run with --out")
+    return Config(**{**saved, **given}), Path(resume), checkpoint, device
+
+
+FREE = ("steps", "cache", "data", "log_every", "score_every")  # may differ when a run is resumed
+
+
+def main(arguments=None):
+    machine = Machine()
+    config, folder, checkpoint, device = parse(arguments, machine.kind)
+    if config.precision == "auto":
+        config = dataclasses.replace(config, precision="bf16" if machine.fast_bf16() else "fp32")
+    if config.batch % machine.world or config.vq_batch % machine.world:
+        raise ValueError(f"--batch {config.batch} and --vq-batch {config.vq_batch}; "
+                         f"expected multiples of the {machine.world} processes")
+    if not checkpoint and (folder / "checkpoint.pt").exists():
+        raise ValueError(f"{folder} already holds a run; expected a new folder with --out, or --resume {folder}")
+    began = time.monotonic()
+    run = Run(folder, config, machine)
+    dataset = data.open_dataset(config.data or None, config.size)
+    torch.manual_seed(config.seed)
+    model = build_model(config)
+    run.print(f"{dataset}\n{machine.kind}, {config.precision}, {torch.get_num_threads()} threads, {machine.world} process(es)")
+    for name, part in [("first stage", model.first_stage), ("encoder", model.encoder),
+                       ("token maps", model.token_map), ("denoiser", model.denoiser)]:
+        run.print(f"{name:12s} {sum(p.numel() for p in part.parameters()):>12,} parameters")
+    run.write_json("config.json", dataclasses.asdict(config))
+    if checkpoint:
+        run.print(f"resumed at step {checkpoint['step']} of the {checkpoint['stage']}")
+        run.rewind_log(checkpoint["stage"], checkpoint["step"])
+    if not checkpoint or checkpoint["stage"] == "first stage":
+        train_first_stage(run, dataset, model, checkpoint)
+        checkpoint = None
+    average = train_jointly(run, dataset, model, checkpoint)
+    if machine.main:
+        scores = score(run, dataset, average, 10_000, 5_000)
+        pictures(run, dataset, average)
+        run.write_json("metrics.json", {"config": dataclasses.asdict(config), **scores})
+        for name, value in scores.items():
+            if isinstance(value, float):
+                print(f"{name:24s} {value:.3f}")
+        minutes = (time.monotonic() - began) / 60
+        print(f"done in {minutes:.0f} minutes; weights, scores and pictures are in {folder}\n"
+              f"next: python sample.py swap {folder}")
+    machine.wait()
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()

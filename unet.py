@@ -1,0 +1,334 @@
+"""The denoiser: a U-Net that predicts the noise in a latent while it cross-attends to concept tokens.
+
+WHERE     Read after encdiff.py, before vq.py. Imports torch only; copy it freely.
+PAPER     arXiv 2402.09712, Sec. 3.1 ("Diffusion Model with Cross Attention"), Appendix D (Table 7).
+          Its blocks are those of latent diffusion (Rombach et al. 2022) and ADM (Dhariwal & Nichol 2021).
+SHAPES    B batch, N concept tokens, d token width, c channels, h x w latent grid, P = h*w positions,
+          H attention heads, e = c/H channels of one head, E width of the time embedding.
+IDEA      A query is a place of the latent image; keys and values are the N concept tokens. At every
+          place the softmax over the tokens makes the concepts compete, so a token is rewarded for
+          owning what is drawn in some region and left alone elsewhere. There is no other way in
+          for the image: whatever cross-attention does not carry, the denoiser has to guess from the
+          noise. Output projections start at zero, so each block begins as the identity and the
+          untrained network predicts 0, the mean of the noise. Two such zeros follow each other, so
+          in the first two steps the tokens get no gradient: that is expected.
+DIFFERS   Nothing in the layers (37,469,635 parameters at the paper's size and d = 16, as in the
+          authors' code). Attention is written out: for heads of 8 channels in bfloat16 on a CPU
+          torch's fused attention has a slow backward pass. `self_attention=False` drops the
+          attention among positions, as our `small` preset does.
+TRY       python unet.py   ->   parameters, shapes, and an attention map whose rows sum to 1
+"""
+import contextlib
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+def timestep_embedding(t, width):
+    """Sinusoids of the timestep, as in "Attention Is All You Need": t (B,) -> (B, width) float32."""
+    half = width // 2
+    # Wavelengths from 2 pi to 2 pi * 10,000: neighbouring steps and distant ones are both told apart.
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device) / half)
+    angles = t[:, None].float() * frequencies  # (B,) -> (B, half)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)  # (B, width)
+
+
+def group_norm(channels):
+    """GroupNorm of 32 groups with at least two channels in each: one alone would lose its mean."""
+    return nn.GroupNorm(math.gcd(32, channels // 2), channels)
+
+
+def zero(layer):
+    """The layer with its parameters set to zero, so that the residual branch it ends starts silent."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
+class ResidualBlock(nn.Module):
+    """norm, SiLU, conv, norm scaled and shifted by the time embedding, SiLU, conv, plus the input.
+
+    x (B, c_in, h, w), emb (B, E) -> (B, c_out, h', w'); h' is h, 2h (resample="up") or h/2 ("down").
+    """
+
+    def __init__(self, c_in, c_out, emb_width, dropout, resample=None):
+        super().__init__()
+        self.norm1, self.conv1 = group_norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.emb = nn.Linear(emb_width, 2 * c_out)
+        self.norm2, self.conv2 = group_norm(c_out), zero(nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.skip = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
+        self.dropout, self.resample = nn.Dropout(dropout), resample
+
+    def resize(self, x):
+        if self.resample == "up":
+            return F.interpolate(x, scale_factor=2)  # (B, c, h, w) -> (B, c, 2h, 2w), nearest
+        return F.avg_pool2d(x, 2) if self.resample == "down" else x  # (B, c, h/2, w/2)
+
+    def forward(self, x, emb, tokens=None):
+        """`tokens` is ignored here: all blocks share one signature, so that the U-Net is a plain loop."""
+        h = self.conv1(self.resize(F.silu(self.norm1(x))))  # (B, c_in, h, w) -> (B, c_out, h', w')
+        scale, shift = self.emb(F.silu(emb))[:, :, None, None].chunk(2, dim=1)  # 2x (B, c_out, 1, 1)
+        h = self.norm2(h) * (1 + scale) + shift
+        return self.skip(self.resize(x)) + self.conv2(self.dropout(F.silu(h)))
+
+
+class Attention(nn.Module):
+    """Every position asks the context what belongs there.
+
+    x        (B, P, c)  queries, one for each position of the latent image
+    context  (B, M, k)  keys and values: the N concept tokens (cross-attention) or x itself
+    returns  (B, P, c)
+    """
+
+    def __init__(self, channels, context_width, heads):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_k = nn.Linear(context_width, channels, bias=False)
+        self.to_v = nn.Linear(context_width, channels, bias=False)
+        self.to_out = nn.Linear(channels, channels)
+        self.record = None  # a list while `record_attention` is active
+
+    def forward(self, x, context):
+        B, P, c = x.shape
+        H, e = self.heads, c // self.heads
+        q = self.to_q(x).view(B, P, H, e).transpose(1, 2)  # (B, P, c) -> (B, H, P, e)
+        k = self.to_k(context).view(B, -1, H, e).transpose(1, 2)  # (B, M, k) -> (B, H, M, e)
+        v = self.to_v(context).view(B, -1, H, e).transpose(1, 2)  # (B, M, k) -> (B, H, M, e)
+        # The softmax runs over the context: the weights of one position sum to 1. Tokens carry no
+        # position of their own, so their order cannot matter.
+        weights = (q @ k.transpose(-1, -2) * e**-0.5).softmax(dim=-1)  # (B, H, P, M)
+        if self.record is not None:
+            self.record.append(weights.detach().float().mean(dim=1))  # (B, H, P, M) -> (B, P, M)
+        return self.to_out((weights @ v).transpose(1, 2).reshape(B, P, c))  # (B, H, P, e) -> (B, P, c)
+
+
+class GEGLU(nn.Module):
+    """Feed-forward layer with a gate (Shazeer 2020): (B, P, c) -> (B, P, c), 4c hidden units."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.to_hidden, self.to_out = nn.Linear(channels, 8 * channels), nn.Linear(4 * channels, channels)
+
+    def forward(self, x):
+        value, gate = self.to_hidden(x).chunk(2, dim=-1)  # (B, P, 8c) -> 2x (B, P, 4c)
+        return self.to_out(value * F.gelu(gate))
+
+
+class SpatialTransformer(nn.Module):
+    """Attention among positions, attention to the tokens, feed-forward; all residual.
+
+    x (B, c, h, w), tokens (B, N, d) -> (B, c, h, w). With token_width None there is no
+    cross-attention (the AdaGN variant), with self_attention False none among the positions.
+    """
+
+    def __init__(self, channels, heads, token_width, self_attention=True):
+        super().__init__()
+        self.norm = nn.GroupNorm(math.gcd(32, channels // 2), channels, eps=1e-6)
+        self.proj_in = nn.Conv2d(channels, channels, 1)
+        self.self_attention = self.cross_attention = None
+        if self_attention:
+            self.norm1 = nn.LayerNorm(channels)
+            self.self_attention = Attention(channels, channels, heads)
+        if token_width is not None:
+            self.norm2 = nn.LayerNorm(channels)
+            self.cross_attention = Attention(channels, token_width, heads)
+        self.norm3, self.feed_forward = nn.LayerNorm(channels), GEGLU(channels)
+        self.proj_out = zero(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x, emb, tokens):
+        B, c, h, w = x.shape
+        y = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)  # (B, c, h, w) -> (B, P, c)
+        if self.self_attention is not None:
+            y_norm = self.norm1(y)
+            y = y + self.self_attention(y_norm, y_norm)
+        if self.cross_attention is not None:
+            y = y + self.cross_attention(self.norm2(y), tokens)
+        y = y + self.feed_forward(self.norm3(y))
+        y = y.transpose(1, 2).reshape(B, c, h, w)  # (B, P, c) -> (B, c, h, w)
+        return x + self.proj_out(y)
+
+
+class Stage(nn.ModuleList):
+    """Blocks applied one after the other, each to (x, emb, tokens)."""
+
+    def forward(self, x, emb, tokens):
+        for block in self:
+            x = block(x, emb, tokens)
+        return x
+
+
+class UNet(nn.Module):
+    """eps_theta(z_t, t, S) of eq. (3): predicts the noise in z_t from z_t, t and the tokens S.
+
+    latent_channels  channels of z_t
+    channels         width at full latent resolution; level i has channels * multipliers[i]
+    blocks           residual blocks a level
+    attention        downsampling factors at which a SpatialTransformer follows each residual block
+                     (the middle always has one)
+    heads            attention heads
+    token_dim        width d of a concept token
+    num_tokens       N; only the AdaGN variant, which concatenates the tokens, depends on it
+    conditioning     "cross": cross-attention to the tokens; "adagn": see AdaGNBlock
+    """
+
+    def __init__(self, latent_channels=3, channels=64, multipliers=(1, 2, 4, 4), blocks=2,
+                 attention=(1, 2, 4), heads=8, token_dim=32, dropout=0.1, self_attention=True,
+                 conditioning="cross", num_tokens=20):
+        super().__init__()
+        self.channels, self.blocks, self.multipliers = channels, blocks, multipliers
+        self.attention, self.heads, self.token_dim = attention, heads, token_dim
+        self.dropout, self.self_attention = dropout, self_attention
+        self.conditioning, self.num_tokens = conditioning, num_tokens
+        E = self.emb_width = 4 * channels
+        self.time = nn.Sequential(nn.Linear(channels, E), nn.SiLU(), nn.Linear(E, E))
+
+        # Down: what each stage puts out is kept for the skip connection to the way up.
+        c = channels
+        self.conv_in = nn.Conv2d(latent_channels, c, 3, padding=1)
+        self.down, skips = nn.ModuleList(), [c]
+        for level, multiplier in enumerate(multipliers):
+            for _ in range(blocks):
+                self.down.append(self.stage(c, channels * multiplier, level))
+                c = channels * multiplier
+                skips.append(c)
+            if level < len(multipliers) - 1:
+                self.down.append(Stage([self.residual(c, c, "down")]))
+                skips.append(c)
+        self.middle = Stage([self.residual(c, c), self.transformer(c), self.residual(c, c)])
+        self.up = self.way_up(c, skips)
+        self.norm_out = group_norm(channels * multipliers[0])
+        self.conv_out = zero(nn.Conv2d(channels * multipliers[0], latent_channels, 3, padding=1))
+
+    def residual(self, c_in, c_out, resample=None):
+        if self.conditioning == "adagn":
+            condition_width = self.num_tokens * self.token_dim
+            return AdaGNBlock(c_in, c_out, self.emb_width, self.dropout, condition_width, resample)
+        return ResidualBlock(c_in, c_out, self.emb_width, self.dropout, resample)
+
+    def transformer(self, c):
+        token_width = self.token_dim if self.conditioning == "cross" else None
+        return SpatialTransformer(c, self.heads, token_width, self.self_attention)
+
+    def stage(self, c_in, c_out, level):
+        attend = [self.transformer(c_out)] if 2**level in self.attention else []
+        return Stage([self.residual(c_in, c_out), *attend])
+
+    def way_up(self, c, skips):
+        """The stages from c channels at the lowest resolution up; skips: channels to be appended."""
+        up = nn.ModuleList()
+        for level in reversed(range(len(self.multipliers))):
+            for i in range(self.blocks + 1):
+                c_out = self.channels * self.multipliers[level]
+                up.append(self.stage(c + skips.pop(), c_out, level))
+                c = c_out
+                if level > 0 and i == self.blocks:
+                    up[-1].append(self.residual(c, c, "up"))
+        return up
+
+    def forward(self, z_t, t, tokens):
+        """z_t (B, C, h, w) float, t (B,) in 1..T, tokens (B, N, d) -> predicted noise (B, C, h, w).
+
+        The tokens have no default: a forgotten encoder must not pass unnoticed.
+        """
+        emb = self.time(timestep_embedding(t, self.channels))  # (B,) -> (B, E)
+        x = self.conv_in(z_t)
+        skips = [x]
+        for block in self.down:
+            x = block(x, emb, tokens)
+            skips.append(x)
+        x = self.middle(x, emb, tokens)
+        for block in self.up:
+            x = block(torch.cat([x, skips.pop()], dim=1), emb, tokens)  # c + c_skip channels
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+def cross_attentions(model):
+    """The cross-attention layers of a model in the order in which they run."""
+    return [m.cross_attention for m in model.modules()
+            if isinstance(m, SpatialTransformer) and m.cross_attention is not None]
+
+
+@contextlib.contextmanager
+def record_attention(model):
+    """`with record_attention(unet) as maps:` collects the cross-attention of every call inside.
+
+    maps is a list with one entry a layer; an entry is a list of tensors (B, P, N), one a call,
+    averaged over the heads, float32, rows summing to 1. Outside the block nothing is kept.
+    """
+    layers = cross_attentions(model)
+    for layer in layers:
+        layer.record = []
+    try:
+        yield [layer.record for layer in layers]
+    finally:
+        for layer in layers:
+            layer.record = None
+
+
+# ---- Ablations (Table 3, Table 13). Skip on first reading. --------------------------------------
+
+
+class AdaGNBlock(ResidualBlock):
+    """EncDiff w/ AdaGN: both norms are also scaled and shifted by the concatenated tokens.
+
+    As in Diff-AE (Preechakul et al. 2022) the tokens act everywhere alike, not at chosen places.
+    """
+
+    def __init__(self, c_in, c_out, emb_width, dropout, condition_width, resample=None):
+        super().__init__(c_in, c_out, emb_width, dropout, resample)
+        self.condition1 = nn.Linear(condition_width, 2 * c_in)
+        self.condition2 = nn.Linear(condition_width, 2 * c_out)
+
+    def forward(self, x, emb, tokens):
+        condition = tokens.flatten(1)  # (B, N, d) -> (B, N*d)
+        scale1, shift1 = self.condition1(condition)[:, :, None, None].chunk(2, dim=1)
+        scale2, shift2 = self.condition2(condition)[:, :, None, None].chunk(2, dim=1)
+        h = F.silu(self.norm1(x) * (1 + scale1) + shift1)
+        h = self.conv1(self.resize(h))  # (B, c_in, h, w) -> (B, c_out, h', w')
+        scale, shift = self.emb(F.silu(emb))[:, :, None, None].chunk(2, dim=1)
+        h = (self.norm2(h) * (1 + scale) + shift) * (1 + scale2) + shift2
+        return self.skip(self.resize(x)) + self.conv2(self.dropout(F.silu(h)))
+
+
+class DirectDecoder(UNet):
+    """EncDec w/o Diff: the way up of the U-Net alone, from a learned tensor to the clean latent.
+
+    side     side of the latent; the other arguments are UNet's
+    forward  tokens (B, N, d) -> latent (B, C, side, side)
+
+    No noise, no timestep (a learned vector stands where its embedding was), no skip connections.
+    """
+
+    def __init__(self, side, **options):
+        super().__init__(**options)
+        del self.conv_in, self.down, self.time
+        c, low = self.channels * self.multipliers[-1], side // 2 ** (len(self.multipliers) - 1)
+        self.start = nn.Parameter(torch.randn(1, c, low, low))
+        self.emb = nn.Parameter(torch.randn(1, self.emb_width))
+        self.up = self.way_up(c, [0] * len(self.up))
+
+    def forward(self, tokens):
+        B = tokens.shape[0]
+        emb = self.emb.expand(B, -1)  # (1, E) -> (B, E)
+        x = self.middle(self.start.expand(B, -1, -1, -1), emb, tokens)  # (B, c, low, low)
+        for block in self.up:
+            x = block(x, emb, tokens)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    unet = UNet(token_dim=16).eval()
+    count = sum(p.numel() for p in unet.parameters())
+    print(f"paper's size, token width 16: {count:,} parameters (expected 37,469,635)")
+    z_t, t, tokens = torch.randn(2, 3, 16, 16), torch.tensor([1, 1000]), torch.randn(2, 20, 16)
+    with record_attention(unet) as maps, torch.no_grad():
+        noise = unet(z_t, t, tokens)
+    print(f"z_t {tuple(z_t.shape)}, tokens {tuple(tokens.shape)} -> noise {tuple(noise.shape)}, "
+          f"largest {noise.abs().max():.0f} (expected 0 before training)")
+    first = maps[0][0]
+    print(f"{len(maps)} cross-attention layers (expected 16); the first map is {tuple(first.shape)}; "
+          f"its rows sum to {first.sum(-1).min():.3f} .. {first.sum(-1).max():.3f} (expected 1)")

@@ -1,0 +1,255 @@
+"""The first stage: a vector-quantised autoencoder that gives diffusion a small latent to work in.
+
+WHERE     Read after unet.py, before metrics.py. Imports torch only; copy it freely.
+PAPER     arXiv 2402.09712, Sec. 4.1 ("VQ-reg") after latent diffusion (Rombach et al. 2022);
+          VQ-VAE: van den Oord et al. 2017; adversarial loss: VQGAN (Esser et al. 2021).
+SHAPES    B batch, image (B, 3, S, S) in [-1, 1], latent (B, C, S/f, S/f), K codebook entries.
+IDEA      Each of the (S/f)^2 latent vectors is replaced by the nearest of K codebook vectors, and
+          the decoder sees only those. Rounding has no gradient, so the decoder's gradient is copied
+          to the encoder as if rounding were the identity ("straight-through"), while two extra
+          terms pull codebook and encoder towards each other. An entry that is nearest to nothing
+          gets no gradient and stays dead; we therefore train without rounding for some hundred
+          steps and then start the codebook from latents of real images. Diffusion later works on
+          the latent BEFORE quantisation, and `decode` quantises first: the codebook bounds the
+          latent space and cleans up what sampling gets slightly wrong. Once trained, the first
+          stage is frozen: the second stage must not be able to make its own task easy.
+DIFFERS   From the authors' code: L1 reconstruction alone by default. LPIPS needs weights that we
+          cannot ship; the patch discriminator is optional (train.py --gan). `patch` > 1 folds
+          pixels into channels at the input, which saves the expensive full-resolution layers.
+TRY       python vq.py   ->   shapes, the quantiser against brute force, the straight-through gradient
+"""
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+def group_norm(channels):
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+class ResidualBlock(nn.Module):
+    """x (B, c_in, h, w) -> (B, c_out, h, w)."""
+
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.body = nn.Sequential(
+            group_norm(c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1),
+            group_norm(c_out), nn.SiLU(), nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.skip = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x):
+        return self.skip(x) + self.body(x)
+
+
+class PositionAttention(nn.Module):
+    """One-head attention among all positions: lets far-apart places agree, (B, c, h, w) -> same."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x):
+        B, c, h, w = x.shape
+        q, k, v = self.qkv(self.norm(x)).flatten(2).chunk(3, dim=1)  # (B, 3c, h, w) -> 3x (B, c, P)
+        weights = (q.transpose(1, 2) @ k * c**-0.5).softmax(dim=-1)  # (B, P, P)
+        y = v @ weights.transpose(1, 2)  # (B, c, P)
+        return x + self.out(y.view(B, c, h, w))  # (B, c, P) -> (B, c, h, w)
+
+
+class Quantizer(nn.Module):
+    """Nearest-neighbour rounding to a learned codebook (van den Oord et al. 2017, eq. 1-3).
+
+    forward(z (B, C, h, w)) -> z_q of z's shape, loss (scalar), indices (B, h, w) int64.
+    Until `initialise` has been called z passes through unchanged, with loss 0 and indices 0.
+    """
+
+    def __init__(self, size, channels, commitment):
+        super().__init__()
+        self.commitment = commitment
+        self.codebook = nn.Parameter(torch.randn(size, channels))  # (K, C)
+        self.register_buffer("ready", torch.tensor(False))
+
+    @torch.no_grad()
+    def initialise(self, z):
+        """Set the codebook to random latent vectors of z (B, C, h, w) plus a little noise.
+
+        The noise tells entries apart that come from equal places, such as the sky of two images.
+        """
+        vectors = z.float().permute(0, 2, 3, 1).flatten(0, 2)  # (B, C, h, w) -> (B*h*w, C)
+        chosen = vectors[torch.randint(len(vectors), (len(self.codebook),), device=z.device)]
+        self.codebook.copy_(chosen + 0.02 * vectors.std() * torch.randn_like(chosen))
+        self.ready.fill_(True)
+
+    def nearest(self, vectors):
+        """(M, C) -> (M,) indices of the nearest codebook entries."""
+        # |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 is the same for all entries. The two terms left
+        # are one matrix product, (z, 1) . (-2e, |e|^2).
+        z_1 = F.pad(vectors, (0, 1), value=1.0)  # (M, C) -> (M, C + 1)
+        e = torch.cat([-2 * self.codebook, self.codebook.pow(2).sum(1, keepdim=True)], 1)  # (K, C + 1)
+        return (z_1 @ e.t()).argmin(1)  # (M, K) -> (M,)
+
+    def forward(self, z):
+        if not self.ready:
+            # The codebook stays in the graph (times 0): data-parallel training wants all gradients.
+            return z, 0 * self.codebook.sum(), torch.zeros_like(z[:, 0], dtype=torch.long)
+        B, C, h, w = z.shape
+        # Distances in float32: in bfloat16 many entries would tie.
+        with torch.autocast(z.device.type, enabled=False):
+            vectors = z.float().permute(0, 2, 3, 1).reshape(-1, C)  # (B, C, h, w) -> (B*h*w, C)
+            with torch.no_grad():
+                indices = self.nearest(vectors)
+            entries = F.embedding(indices, self.codebook)  # (B*h*w, C)
+            # The codebook moves to the encoder's outputs; the encoder commits to its entries.
+            loss = (F.mse_loss(entries, vectors.detach())
+                    + self.commitment * F.mse_loss(vectors, entries.detach()))
+            # Straight-through: the value of the entry, the gradient of the unrounded vector.
+            rounded = vectors + (entries - vectors).detach()
+        z_q = rounded.view(B, h, w, C).permute(0, 3, 1, 2)  # (B*h*w, C) -> (B, C, h, w)
+        # contiguous: the decoder would inherit the permuted layout, in which GroupNorm is 10x slower.
+        z_q = z_q.contiguous()
+        return z_q, loss, indices.view(B, h, w)
+
+
+class VQAutoencoder(nn.Module):
+    """Image -> small latent -> nearest codebook vectors -> image.
+
+    channels, multipliers   width at each level; each further level halves the resolution
+    blocks                  residual blocks a level (one more in the decoder)
+    latent_channels         C
+    codebook_size           K
+    commitment              weight of the commitment loss
+    patch                   pixels folded into channels at the input: the first level works at S/patch
+    The downsampling factor f is patch * 2^(levels - 1).
+    """
+
+    def __init__(self, channels=32, multipliers=(1, 2, 4), blocks=2, latent_channels=3,
+                 codebook_size=2048, commitment=0.25, patch=1):
+        super().__init__()
+        self.factor = patch * 2 ** (len(multipliers) - 1)
+        widths = [channels * m for m in multipliers]
+        top = widths[-1]
+        middle = lambda: [ResidualBlock(top, top), PositionAttention(top), ResidualBlock(top, top)]
+        down, c = [nn.PixelUnshuffle(patch), nn.Conv2d(3 * patch**2, widths[0], 3, padding=1)], widths[0]
+        for level, width in enumerate(widths):
+            if level > 0:
+                down.append(nn.Conv2d(c, c, 3, stride=2, padding=1))
+            for _ in range(blocks):
+                down.append(ResidualBlock(c, width))
+                c = width
+        self.encoder = nn.Sequential(*down, *middle(), group_norm(c), nn.SiLU(),
+                                     nn.Conv2d(c, latent_channels, 3, padding=1))
+        self.quantizer = Quantizer(codebook_size, latent_channels, commitment)
+        up = [nn.Conv2d(latent_channels, c, 3, padding=1), *middle()]
+        for level, width in reversed(list(enumerate(widths))):
+            for _ in range(blocks + 1):
+                up.append(ResidualBlock(c, width))
+                c = width
+            if level > 0:
+                up += [nn.Upsample(scale_factor=2), nn.Conv2d(c, c, 3, padding=1)]
+        self.decoder = nn.Sequential(*up, group_norm(c), nn.SiLU(),
+                                     nn.Conv2d(c, 3 * patch**2, 3, padding=1), nn.PixelShuffle(patch))
+
+    def encode(self, x):
+        """Images (B, 3, S, S) in [-1, 1] -> latent before quantisation (B, C, S/f, S/f)."""
+        return self.encoder(x)
+
+    def quantize(self, z):
+        """-> z_q of z's shape, codebook loss (scalar), indices (B, S/f, S/f) int64."""
+        return self.quantizer(z)
+
+    def decode(self, z):
+        """Latent (B, C, S/f, S/f), quantised here -> images (B, 3, S, S), about [-1, 1]."""
+        return self.decoder(self.quantize(z)[0])
+
+    def forward(self, x):
+        """-> reconstruction of x's shape, codebook loss (scalar), indices (B, S/f, S/f)."""
+        z_q, loss, indices = self.quantize(self.encode(x))
+        return self.decoder(z_q), loss, indices
+
+
+def codebook_usage(counts):
+    """How a codebook is used: counts (K,) -> (share of entries used, perplexity in [1, K]).
+
+    Perplexity is the number of equally used entries that would have the same entropy. Both are
+    bounded by the number of vectors counted, so count over many batches.
+    """
+    p = counts.double() / counts.sum().clamp(min=1)
+    entropy = -(p * p.clamp(min=1e-12).log()).sum()
+    return (counts > 0).double().mean().item(), entropy.exp().item()
+
+
+class FirstStageLoss(nn.Module):
+    """L1 reconstruction + codebook loss, plus the adversarial loss if there is a discriminator.
+
+    forward(images (B, 3, S, S) in [-1, 1]) -> loss (scalar), reconstruction, indices
+    """
+
+    def __init__(self, autoencoder, discriminator=None):
+        super().__init__()
+        self.autoencoder, self.discriminator = autoencoder, discriminator
+
+    def forward(self, images):
+        reconstruction, codebook_loss, indices = self.autoencoder(images)
+        reconstruction = reconstruction.float()
+        difference = F.l1_loss(reconstruction, images)
+        loss = difference + codebook_loss
+        if self.discriminator is not None:
+            last_weight = self.autoencoder.decoder[-2].weight
+            loss = loss + adversarial_loss(self.discriminator, images, reconstruction, difference, last_weight)
+        return loss, reconstruction, indices
+
+
+# ---- Optional: the adversarial loss of VQGAN (train.py --gan). Skip on first reading. -----------
+
+
+class PatchDiscriminator(nn.Module):
+    """PatchGAN (Isola et al. 2017): a real-or-fake logit for each patch, (B, 3, S, S) -> (B, 1, ., .)."""
+
+    def __init__(self, channels=64):
+        super().__init__()
+        layers, c_in = [], 3
+        for c_out, stride in [(channels, 2), (2 * channels, 2), (4 * channels, 1)]:
+            layers += [nn.Conv2d(c_in, c_out, 4, stride, 1), nn.GroupNorm(8, c_out), nn.LeakyReLU(0.2)]
+            c_in = c_out
+        self.body = nn.Sequential(*layers, nn.Conv2d(c_in, 1, 4, 1, 1))
+
+    def forward(self, x):
+        return self.body(x)
+
+
+def adversarial_loss(discriminator, real, fake, difference, last_weight, weight=0.75):
+    """Both players' losses as one scalar, for one backward pass (Esser et al. 2021, eq. 3, 6, 7).
+
+    Each player's term is cut off from the other's weights. The generator's term is scaled so that
+    its gradient at the decoder's last layer is `weight` times that of the reconstruction loss.
+    """
+    constant = {name: p.detach() for name, p in discriminator.named_parameters()}
+    generator = -torch.func.functional_call(discriminator, constant, fake).float().mean()
+    norm = lambda loss: torch.autograd.grad(loss, last_weight, retain_graph=True)[0].norm()
+    balance = (norm(difference) / (norm(generator) + 1e-4)).clamp(max=1e4).detach()
+    # Hinge: real patches above 1, fake ones below -1.
+    judge = (F.relu(1 - discriminator(real).float()).mean()
+             + F.relu(1 + discriminator(fake.detach()).float()).mean()) / 2
+    return weight * balance * generator + judge
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    model = VQAutoencoder()
+    x = torch.rand(2, 3, 64, 64) * 2 - 1
+    z = model.encode(x).detach().requires_grad_()
+    model.quantizer.initialise(z)
+    z_q, loss, indices = model.quantize(z)
+    print(f"image {tuple(x.shape)} -> latent {tuple(z.shape)} -> image {tuple(model.decode(z).shape)}; "
+          f"{sum(p.numel() for p in model.parameters()):,} parameters")
+    vectors = z.permute(0, 2, 3, 1).reshape(-1, 1, 3)
+    brute = (vectors - model.quantizer.codebook).pow(2).sum(-1).argmin(-1)  # (512, 2048) -> (512,)
+    print(f"nearest entries equal to brute force: {(brute == indices.flatten()).float().mean():.1%} "
+          f"(expected 100.0%)")
+    z_q.sum().backward()
+    print(f"gradient through rounding: {z.grad.unique().tolist()} (expected [1.0])")
+    used, perplexity = codebook_usage(torch.bincount(indices.flatten(), minlength=2048))
+    print(f"{used:.1%} of the entries used by these 512 vectors (at most {512 / 2048:.0%}), "
+          f"perplexity {perplexity:.0f}")
