@@ -106,6 +106,10 @@ class ScalarTokens(nn.Module):
             x = torch.baddbmm(bias, F.elu(x) if i else x, weight)  # (N, B, c_in) -> (N, B, c_out)
         return x.transpose(0, 1)  # (N, B, d) -> (B, N, d)
 
+    def penalty(self, codes):
+        """What a constraint on the codes adds to eq. (3): nothing, but for a variant below."""
+        return 0.0
+
 
 # ---- The noise: schedules, eq. (1)-(2), and the bottleneck, eq. (4)-(5) -------------------------
 
@@ -295,9 +299,10 @@ class EncDiff(nn.Module):
             t = torch.randint(1, len(self.alpha_bar), (len(z0),), device=z0.device)  # t ~ U{1..T}
         if noise is None:
             noise = torch.randn_like(z0)
-        tokens = self.tokens(self.represent(images))  # the only way from the image to the denoiser
+        codes = self.represent(images)  # the only way from the image to the denoiser
         z_t = self.add_noise(z0, t, noise)
-        return F.mse_loss(self.denoiser(z_t, t, tokens).float(), noise)  # Eq. (3)
+        error = F.mse_loss(self.denoiser(z_t, t, self.tokens(codes)).float(), noise)  # Eq. (3)
+        return error + self.token_map.penalty(codes)
 
     forward = loss  # what DistributedDataParallel calls
 
@@ -326,7 +331,22 @@ class EncDiff(nn.Module):
         return self.first_stage.decode(z0 * self.latent_std).float().clamp(-1, 1)
 
 
-# ---- Variants (Tables 5, 11, 12). Skip on first reading. ----------------------------------------
+# ---- Variants (Tables 3, 5, 11, 12). Skip on first reading. -------------------------------------
+
+
+class EncDec(EncDiff):
+    """EncDec w/o Diff (Table 3): the denoiser (a unet.DirectDecoder) draws z_0 from the tokens at once."""
+
+    def loss(self, images, t=None, noise=None):
+        codes = self.represent(images)
+        error = F.mse_loss(self.denoiser(self.tokens(codes)).float(), self.latents(images))
+        return error + self.token_map.penalty(codes)
+
+    forward = loss
+
+    @torch.no_grad()
+    def sample(self, tokens, steps=1, sampler="none", noise=None):
+        return self.decode(self.denoiser(tokens).float())
 
 
 class VectorTokens(nn.Module):
@@ -342,6 +362,66 @@ class VectorTokens(nn.Module):
     def forward(self, codes):
         return codes
 
+    def penalty(self, codes):
+        return 0.0
+
+
+class EulerTokens(ScalarTokens):
+    """Table 11, after Cha & Thiyagalingam 2023: each scalar becomes an angle, and enters as (cos, sin).
+
+    theta_i = gamma_i 2 pi (a_i - min_i) / (max_i - min_i) + beta_i with running minimum and maximum;
+    gamma (from 0.01) and beta (from pi) are learned.
+    """
+
+    def __init__(self, num_tokens, token_dim):
+        super().__init__(num_tokens, token_dim, width_in=2)
+        self.gamma = nn.Parameter(torch.full((num_tokens,), 0.01))
+        self.beta = nn.Parameter(torch.full((num_tokens,), math.pi))
+        self.register_buffer("low", torch.full((num_tokens,), -1.0))
+        self.register_buffer("high", torch.full((num_tokens,), 1.0))
+
+    def codes(self, features):
+        if self.training:
+            with torch.no_grad():
+                self.low.lerp_(features.float().amin(0), 0.01)
+                self.high.lerp_(features.float().amax(0), 0.01)
+        return features
+
+    def spread(self, codes):
+        share = (codes - self.low) / (self.high - self.low).clamp(min=1e-4)
+        theta = (self.gamma * 2 * math.pi * share + self.beta).t()  # (B, N) -> (N, B)
+        return torch.stack([theta.cos(), theta.sin()], dim=-1)  # (N, B, 2)
+
+
+class SparseTokens(ScalarTokens):
+    """Table 11, after Fumero et al. 2023: few codes active at once.
+
+    The penalty is the entropy of |a_i| / sum |a_j|, in units of its maximum log N. An L1 norm alone
+    could be evaded: the encoder would shrink the codes and the token maps stretch them again.
+    """
+
+    def penalty(self, codes, weight=0.01):
+        share = codes.float().abs() + 1e-6
+        share = share / share.sum(1, keepdim=True)
+        return weight * -(share * share.log()).sum(1).mean() / math.log(codes.shape[1])
+
+
+class OrthogonalTokens(ScalarTokens):
+    """Table 11, after Yang et al. 2023c: token i is scalar i times row i of an orthogonal matrix.
+
+    The matrix is exp(A - A^T), orthogonal for every A. Wants N <= d.
+    """
+
+    def __init__(self, num_tokens, token_dim):
+        nn.Module.__init__(self)  # without the MLPs
+        self.outputs = num_tokens
+        self.A = nn.Parameter(0.1 * torch.randn(token_dim, token_dim))
+
+    def forward(self, codes):
+        with torch.autocast(codes.device.type, enabled=False):
+            rows = torch.linalg.matrix_exp(self.A - self.A.t())[:self.outputs]  # (N, d)
+        return codes[:, :, None] * rows  # (B, N, 1) * (N, d) -> (B, N, d)
+
 
 class TransformerEncoder(nn.Module):
     """EncDiff w/ Trans (Table 12): N learned queries refined by cross-attention to image features.
@@ -350,12 +430,12 @@ class TransformerEncoder(nn.Module):
     in each layer the queries attend to one another and to these. images -> (B, outputs).
     """
 
-    def __init__(self, outputs, size=64, width=64, queries=20, layers=3):
+    def __init__(self, outputs, size=64, width=64, queries=20, layers=2):
         super().__init__()
-        c = 2 * width
+        c = 4 * width
         self.cnn = nn.Sequential(
             nn.Conv2d(3, width, 4, 2, 1), nn.ReLU(), nn.Conv2d(width, 2 * width, 4, 2, 1), nn.ReLU(),
-            nn.Conv2d(2 * width, 2 * width, 4, 2, 1), nn.ReLU(), nn.Conv2d(2 * width, c, 4, 2, 1))
+            nn.Conv2d(2 * width, c, 4, 2, 1), nn.ReLU(), nn.Conv2d(c, c, 4, 2, 1))
         self.positions = nn.Parameter(0.02 * torch.randn((size // 16) ** 2, c))
         self.queries = nn.Parameter(0.02 * torch.randn(queries, c))
         self.layers = nn.ModuleList(
@@ -373,4 +453,4 @@ class TransformerEncoder(nn.Module):
 
 ENCODERS = {"cnn": CNNEncoder, "cnn_bn": CNNBatchNormEncoder, "transformer": TransformerEncoder}
 TOKEN_MAPS = {"scalar": ScalarTokens, "vector": VectorTokens}
-REGULARIZERS = {"none": None}
+REGULARIZERS = {"none": ScalarTokens, "euler": EulerTokens, "sparse": SparseTokens, "orthogonal": OrthogonalTokens}

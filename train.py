@@ -154,6 +154,8 @@ def check(config):
          "diffusion with --conditioning adagn: the paper's direct decoder attends to the tokens")
     need(c.regularizer == "none" or c.tokens == "scalar", "regularizer", c.regularizer,
          "none with --tokens vector: the constraints are on scalars")
+    need(c.regularizer != "orthogonal" or c.num_tokens <= c.token_dim, "num_tokens", c.num_tokens,
+         f"at most token_dim = {c.token_dim} orthogonal tokens")
 
 
 def need(ok, name, found, expected):
@@ -167,15 +169,19 @@ def build_model(config):
     first_stage = vq.VQAutoencoder(c.vq_channels, c.vq_multipliers, c.vq_blocks, c.latent_channels,
                                    c.codebook_size, c.commitment, c.vq_patch)
     side = c.size // first_stage.factor
-    token_map = encdiff.TOKEN_MAPS[c.tokens](c.num_tokens, c.token_dim)
-    encoder = encdiff.ENCODERS[c.encoder](token_map.outputs, c.size, c.encoder_width)
+    kind = encdiff.REGULARIZERS[c.regularizer] if c.tokens == "scalar" else encdiff.TOKEN_MAPS[c.tokens]
+    token_map = kind(c.num_tokens, c.token_dim)
+    encoder = encdiff.ENCODERS[c.encoder](token_map.outputs, c.size, c.encoder_width, **(
+        {"queries": c.num_tokens} if c.encoder == "transformer" else {}))
     options = dict(latent_channels=c.latent_channels, channels=c.channels, multipliers=c.multipliers,
                    blocks=c.blocks, attention=c.attention, heads=c.heads, token_dim=c.token_dim,
                    dropout=c.dropout, self_attention=c.self_attention, conditioning=c.conditioning,
                    num_tokens=c.num_tokens)
-    denoiser = unet.UNet(**options) if c.decoder == "diffusion" else unet.DirectDecoder(side, **options)
-    return encdiff.EncDiff(first_stage, encoder, token_map, denoiser, (c.latent_channels, side, side),
-                           c.schedule, c.timesteps)
+    parts = [first_stage, encoder, token_map]
+    rest = [(c.latent_channels, side, side), c.schedule, c.timesteps]
+    if c.decoder == "direct":
+        return encdiff.EncDec(*parts, unet.DirectDecoder(side, **options), *rest)
+    return encdiff.EncDiff(*parts, unet.UNet(**options), *rest)
 
 
 # ---- The machine --------------------------------------------------------------------------------
@@ -315,8 +321,14 @@ class Run:
                 self.lock.execute("BEGIN EXCLUSIVE")
             except sqlite3.OperationalError:
                 raise ValueError(f"{folder} is in use by another process; wait for it or choose another --out") from None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: setattr(self, "stop", True))
+        self.handlers = {number: signal.signal(number, lambda *_: setattr(self, "stop", True))
+                         for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def close(self):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if self.machine.main:
+            self.lock.close()
 
     def write(self, name, content):
         if self.machine.main:
@@ -661,12 +673,18 @@ def main(arguments=None):
                          f"expected multiples of the {machine.world} processes")
     if not checkpoint and (folder / "checkpoint.pt").exists():
         raise ValueError(f"{folder} already holds a run; expected a new folder with --out, or --resume {folder}")
-    began = time.monotonic()
-    run = Run(folder, config, machine)
-    dataset = data.open_dataset(config.data or None, config.size)
+    with contextlib.closing(Run(folder, config, machine)) as run:
+        work(run, checkpoint)
+
+
+def work(run, checkpoint):
+    """All of a run from its checkpoint, or from nothing, to the scores."""
+    began, config, machine = time.monotonic(), run.config, run.machine
+    dataset = data.open_dataset(config.data or None, config.size, config.cache or None)
     torch.manual_seed(config.seed)
     model = build_model(config)
-    run.print(f"{dataset}\n{machine.kind}, {config.precision}, {torch.get_num_threads()} threads, {machine.world} process(es)")
+    run.print(f"{dataset}\n{machine.kind}, {config.precision}, {torch.get_num_threads()} threads, "
+              f"{machine.world} process{'es' * (machine.world > 1)}")
     for name, part in [("first stage", model.first_stage), ("encoder", model.encoder),
                        ("token maps", model.token_map), ("denoiser", model.denoiser)]:
         run.print(f"{name:12s} {sum(p.numel() for p in part.parameters()):>12,} parameters")
@@ -685,9 +703,8 @@ def main(arguments=None):
         for name, value in scores.items():
             if isinstance(value, float):
                 print(f"{name:24s} {value:.3f}")
-        minutes = (time.monotonic() - began) / 60
-        print(f"done in {minutes:.0f} minutes; weights, scores and pictures are in {folder}\n"
-              f"next: python sample.py swap {folder}")
+        print(f"done in {(time.monotonic() - began) / 60:.0f} minutes; weights, scores and pictures are in "
+              f"{run.folder}\nnext: python sample.py swap {run.folder}")
     machine.wait()
 
 
