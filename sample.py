@@ -80,38 +80,44 @@ def heat(images, maps):
 
 
 def ticks(low, high):
-    """About five round numbers within [low, high]."""
-    rough = (high - low) / 5
+    """About six round numbers within [low, high]."""
+    rough = (high - low) / 8
     unit = 10.0 ** math.floor(math.log10(rough))
     step = next(m * unit for m in (1, 2, 5, 10) if m * unit >= rough * 0.999)
     return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
-def plot(title, x_title, series, size=(900, 520)):
-    """series: (name, xs, ys, colour, "line" or "dots") -> PIL image with axes, ticks and a legend."""
+def plot(title, x_title, series, size=(900, 520), logarithmic=False):
+    """series: (name, xs, ys, colour, "line" or "dots") -> PIL image with axes, ticks and a legend.
+
+    The axes start at 0, but for a logarithmic one, which takes positive ys only.
+    """
     zoom = 2  # drawn twice as large and shrunk: smooth lines
     W, H = (n * zoom for n in size)
     text, x0, y0, y1 = font(15 * zoom), 76 * zoom, 44 * zoom, H - 60 * zoom
     named = [s for s in series if s[0]]
     x1 = W - (60 + int(max(text.getlength(name) for name, *_ in named) / zoom)) * zoom
-    xs, ys = (np.concatenate([np.asarray(s[i], float) for s in series]) for i in (1, 2))
-    low = np.array([xs.min(), min(0, ys.min())])
-    high = np.array([xs.max(), ys.max()])
-    high = low + np.where(high > low, (high - low) * (1, 1.04), 1)  # one point alone has no extent
-    to_x = lambda x: x0 + (x - low[0]) / (high[0] - low[0]) * (x1 - x0)
-    to_y = lambda y: y1 - (y - low[1]) / (high[1] - low[1]) * (y1 - y0)
+    right = max(1, *(max(s[1]) for s in series))
+    ys = np.concatenate([np.asarray(s[2], float) for s in series])
+    scale = np.log10 if logarithmic else np.asarray
+    bottom, top = scale(ys.min()) if logarithmic else 0, scale(ys.max())
+    top = bottom + max((top - bottom) * 1.05, 0.1)  # one point alone has no extent
+    to_x = lambda x: x0 + x / right * (x1 - x0)
+    to_y = lambda y: y1 - (scale(y) - bottom) / (top - bottom) * (y1 - y0)
     canvas = Image.new("RGB", (W, H), "white")
     draw = ImageDraw.Draw(canvas)
-    for x in ticks(low[0], high[0]):
+    for x in ticks(0, right):
         draw.line((to_x(x), y0, to_x(x), y1), PALE, zoom)
         draw.text((to_x(x), y1 + 6 * zoom), f"{x:g}", "black", text, anchor="mt")
-    for y in ticks(low[1], high[1]):
+    round_numbers = [m * 10.0**k for k in range(math.floor(bottom), math.ceil(top)) for m in (1, 2, 5)]
+    inside = [y for y in round_numbers if bottom <= math.log10(y) <= top]
+    for y in inside if logarithmic else ticks(0, top):
         draw.line((x0, to_y(y), x1, to_y(y)), PALE, zoom)
         draw.text((x0 - 8 * zoom, to_y(y)), f"{y:.4g}", "black", text, anchor="rm")
     draw.line((x0, y0, x0, y1, x1, y1), "black", zoom)
     draw.text(((x0 + x1) / 2, H - 14 * zoom), x_title, "black", text, anchor="mm")
     draw.text((x0, 20 * zoom), title, "black", font(17 * zoom), anchor="lm")
-    for name, xs, ys, colour, style in series:
+    for _, xs, ys, colour, style in series:
         points = [(to_x(x), to_y(y)) for x, y in zip(xs, ys)]
         if style == "line" and len(points) > 1:
             draw.line(points, colour, 2 * zoom, joint="curve")
@@ -154,9 +160,9 @@ class Trained:
 
     def some(self, count):
         """`count` different random places in the dataset (count,)."""
-        if not 1 <= count <= len(self.dataset):
-            raise ValueError(f"{count} images are needed; expected 1 to {len(self.dataset)}, which "
-                             f"{self.dataset.name} has: choose another --count")
+        if count > len(self.dataset):
+            raise ValueError(f"{count} images are needed; expected at most {len(self.dataset)}, all that "
+                             f"{self.dataset.name} has: choose a smaller --count")
         return torch.randperm(len(self.dataset))[:count]
 
     def images(self, count):
@@ -247,13 +253,13 @@ def reconstruct(args):
         began = time.monotonic()
         drawn[name] = run.draw(codes, noise, options)
         seconds[name] = (time.monotonic() - began) / args.count
-    print(f"{args.count} images       SSIM       MSE{'     LPIPS' if lpips else ''}   seconds an image")
+    print(f"{args.count} images".ljust(18) + "   SSIM       MSE" + "     LPIPS" * bool(lpips) + "   seconds an image")
     for name, result in drawn.items():
         x, y = (images + 1) / 2, (result + 1) / 2
         scores = [batched(score, x, y).mean().item() for score in (metrics.ssim, metrics.mse)]
         scores += [batched(lambda a, b: metrics.lpips(a, b, lpips), x, y).mean().item()] if lpips else []
-        time_taken = f"{seconds[name]:.3f}" if name in seconds else ""
-        print(f"{name:18s} {scores[0]:.4f}" + "".join(f"  {s:8.2e}" for s in scores[1:]) + f"   {time_taken}")
+        line = f"{name:18s} {scores[0]:.4f}" + "".join(f"  {s:8.2e}" for s in scores[1:])
+        print(line + (f"   {seconds[name]:16.3f}" if name in seconds else ""))
     rows = {"input": images, **drawn}
     save(args, run.folder, "reconstruct.png", grid([x[:8] for x in rows.values()], [(name, "") for name in rows]))
 
@@ -375,7 +381,7 @@ def kl(args):
             estimates = [kl_estimate(z0, betas, t) for t in some]
             series.append(("", some, estimates, colour, "dots"))
             print(f"{'  estimated':12s}" + "".join(f"{e:8.4f}" for e in estimates))
-    title = "KL( q(z_t-1 | z_t, z_0) || N(0, I) ) per latent dimension, in nats"
+    title = "KL( q(z_{t-1} | z_t, z_0) || N(0, I) ) per latent dimension, in nats"
     title += "; circles: estimated on real latents" if args.run else ""
     save(args, args.run or ".", "kl.png", plot(title, "timestep t", series))
 
@@ -401,15 +407,15 @@ def read_log(folder):
 
 def curves(args):
     """losses and scores over training, several runs in one picture"""
-    logs = {folder: read_log(folder) for folder in args.run}
-    panels = [("first stage", "loss"), *(("joint training", c) for c in train.Run.COLUMNS if c not in (
-        "stage", "step", "lr", "grad_norm", "images_per_second"))]
+    logs = {folder[-28:]: read_log(folder) for folder in args.run}
     pictures = []
-    for stage, column in panels:
-        series = [(folder, *log[stage, column], colour, "line") for (folder, log), colour in
-                  zip(logs.items(), PALETTE * len(logs)) if (stage, column) in log]
-        if series:
-            pictures.append(plot(f"{stage}: {column.replace('_', ' ')}", "step", series, (760, 360)))
+    for stage in ("first stage", "joint training"):
+        for column in ("loss", "mse", "codes_used", *train.Run.COLUMNS[9:]):
+            series = [(name, *log[stage, column], colour, "line") for (name, log), colour in
+                      zip(logs.items(), PALETTE * len(logs)) if (stage, column) in log]
+            if series:
+                title = f"{stage}: {column.replace('_', ' ')}"
+                pictures.append(plot(title, "step", series, (760, 360), column in ("loss", "mse")))
     if not pictures:
         raise ValueError(f"{args.run[0]}/log.csv has no losses yet; expected a run that has logged some steps")
     canvas = Image.new("RGB", (760 * min(2, len(pictures)), 360 * math.ceil(len(pictures) / 2)), "white")
@@ -511,6 +517,8 @@ def parse(arguments):
         raise ValueError(f"--out is {args.out}; expected a file in a folder that exists")
     if not 0 <= args.seed < 2**63:
         raise ValueError(f"--seed is {args.seed}; expected 0 or more")
+    if getattr(args, "count", None) is not None and args.count < 1:
+        raise ValueError(f"--count is {args.count}; expected at least 1")
     return args
 
 

@@ -224,11 +224,15 @@ class Machine:
 
     def any(self, flag):
         """Whether the flag is set in any process."""
+        return self.mean(float(flag)) > 0
+
+    def mean(self, value):
+        """The mean of a number over the processes."""
         if self.world == 1:
-            return flag
-        flag = torch.tensor(float(flag), device=self.device)
-        dist.all_reduce(flag)
-        return flag.item() > 0
+            return value
+        value = torch.tensor(value, device=self.device)
+        dist.all_reduce(value)
+        return value.item() / self.world
 
     def wait(self):
         if self.world > 1:
@@ -429,11 +433,11 @@ class Progress:
         self.steps, self.batch, self.began, self.first = steps, batch, time.monotonic(), step
         self.losses = []
 
-    def line(self, step):
+    def line(self, step, machine):
         """-> mean loss, images a second, "h:mm:ss" left; starts counting anew."""
         now, done = time.monotonic(), len(self.losses)
         speed = done / (now - self.began)
-        loss, self.losses, self.began = float(np.mean(self.losses)), [], now
+        loss, self.losses, self.began = machine.mean(float(np.mean(self.losses))), [], now
         left = int((self.steps - step) / speed)
         return loss, speed * self.batch, f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
 
@@ -455,7 +459,8 @@ def train_first_stage(run, dataset, model, checkpoint):
     config, machine, stage = run.config, run.machine, "first stage"
     loss_of = vq.FirstStageLoss(model.first_stage, vq.PatchDiscriminator() if config.gan else None)
     loss_of.to(machine.device).requires_grad_(True).train()
-    optimizer = torch.optim.AdamW(loss_of.parameters(), config.vq_lr, betas=(0.9, 0.99), weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(loss_of.parameters(), config.vq_lr, betas=(0.9, 0.99),
+                                  weight_decay=1e-4, fused=True)
     start = 0
     if checkpoint:
         restore(loss_of, checkpoint["model"], run.folder)
@@ -478,7 +483,7 @@ def train_first_stage(run, dataset, model, checkpoint):
         counts = counts + torch.bincount(codes.flatten(), minlength=config.codebook_size)
         progress.losses.append(loss.item())
         if (step + 1) % config.log_every == 0 or step + 1 == config.vq_steps:
-            mean, speed, left = progress.line(step + 1)
+            mean, speed, left = progress.line(step + 1, machine)
             used, perplexity = vq.codebook_usage(counts)
             mse, counts = F.mse_loss(reconstruction, images).item(), 0
             run.log(stage=stage, step=step + 1, loss=mean, lr=lr, grad_norm=norm, images_per_second=speed,
@@ -494,7 +499,7 @@ def train_jointly(run, dataset, model, checkpoint):
     config, machine, stage = run.config, run.machine, "joint training"
     model.to(machine.device).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay, fused=True)
     start = 0
     if checkpoint:
         restore(model, checkpoint["model"], run.folder)
@@ -524,7 +529,7 @@ def train_jointly(run, dataset, model, checkpoint):
         update_average(average, model, min(config.ema, (1 + step) / (10 + step)))
         progress.losses.append(loss.item())
         if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
-            mean, speed, left = progress.line(step + 1)
+            mean, speed, left = progress.line(step + 1, machine)
             run.log(stage=stage, step=step + 1, loss=mean, lr=lr, grad_norm=norm, images_per_second=speed)
             run.print(f"step {step + 1}/{config.steps}  loss {mean:.4f}  lr {lr:.1e}  {speed:.0f} img/s  left {left}")
         if config.score_every and (step + 1) % config.score_every == 0 and step + 1 < config.steps:
@@ -680,7 +685,11 @@ def main(arguments=None):
 def work(run, checkpoint):
     """All of a run from its checkpoint, or from nothing, to the scores."""
     began, config, machine = time.monotonic(), run.config, run.machine
+    if not machine.main:
+        machine.wait()  # for the main process to convert the dataset
     dataset = data.open_dataset(config.data or None, config.size, config.cache or None)
+    if machine.main:
+        machine.wait()
     torch.manual_seed(config.seed)
     model = build_model(config)
     run.print(f"{dataset}\n{machine.kind}, {config.precision}, {torch.get_num_threads()} threads, "
