@@ -454,3 +454,20 @@ class TransformerEncoder(nn.Module):
 ENCODERS = {"cnn": CNNEncoder, "cnn_bn": CNNBatchNormEncoder, "transformer": TransformerEncoder}
 TOKEN_MAPS = {"scalar": ScalarTokens, "vector": VectorTokens}
 REGULARIZERS = {"none": ScalarTokens, "euler": EulerTokens, "sparse": SparseTokens, "orthogonal": OrthogonalTokens}
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    print("bottleneck C_t / n in nats, eq. (5), at t =   2    100    500    900   1000")
+    for name in SCHEDULES:
+        curve = kl_bottleneck(beta_schedule(name))
+        print(f"  {name:12s} {'':28s}" + "".join(f"{curve[t - 1]:7.2f}" for t in (2, 100, 500, 900, 1000)))
+    # A world of one latent value, 0.5: the best prediction of z_0 is known, every sampler must find it.
+    alpha_bar = cumulative(beta_schedule("cosine"))
+    z = torch.randn(1, 1, 1, 1, dtype=torch.float64)
+    for name, sampler in SAMPLERS.items():
+        found = sampler(lambda z_t, t: torch.full_like(z_t, 0.5), alpha_bar, z, 20)
+        print(f"sampler {name:5s} finds {found.item():.4f} (expected 0.5000)")
+    codes, maps = torch.randn(1, 4), ScalarTokens(4, 8)
+    moved = (maps(codes + torch.tensor([0.0, 0.0, 1.0, 0.0])) - maps(codes)).abs().amax((0, 2)) > 0
+    print(f"tokens moved by scalar 2: {moved.nonzero().flatten().tolist()} (expected [2])")

@@ -701,12 +701,12 @@ def read_table(path):
             raise ValueError(f"{path} is no .npz; write it by np.savez(path, codes=c, factors=f)")
     try:
         with np.load(path) as table:
-            missing = {"codes", "factors"} - set(table.files)
-            if missing:
-                raise ValueError(f"{path} has the arrays {table.files}; expected codes and factors")
-            return table["codes"], table["factors"]
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise ValueError(f"{path} is damaged ({error}); write it again") from None
+            found = {name: table[name] for name in ("codes", "factors") if name in table.files}
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
+        raise ValueError(f"{path} is damaged or holds objects ({error}); write it again") from None
+    if len(found) < 2:
+        raise ValueError(f"{path} has of codes and factors only {list(found)}; expected both")
+    return found["codes"], found["factors"]
 
 
 def print_scores(scores):

@@ -363,3 +363,156 @@ def test_training_lowers_the_loss_and_the_average_follows(toy, tmp_path):
     assert losses[-1] < 0.8 * losses[0]
     model, config = train.load_run(tmp_path / "run")
     assert config.steps == 60 and not any(p.requires_grad for p in model.parameters())
+
+
+# ---- What a user can get wrong ------------------------------------------------------------------
+
+BAD_FLAGS = [
+    ("--batch 0", "batch"), ("--steps -1", "steps"), ("--lr 0", "lr"), ("--lr nan", "lr"), ("--ema 1", "ema"),
+    ("--dropout 1.5", "dropout"), ("--token-dim 0", "token-dim"), ("--num-tokens 0", "num-tokens"),
+    ("--heads 5", "heads"), ("--channels 30", "channels"), ("--vq-channels 20", "vq-channels"),
+    ("--multipliers 1 2 2 2 2 2", "multipliers"), ("--multipliers 0", "multipliers"), ("--size 48", "48"),
+    ("--schedule cosin", "cosine"), ("--encoder resnet", "cnn_bn"), ("--tokens", "tokens"), ("--timesteps 1", "timesteps"),
+    ("--vq-steps 10", "vq_warmup"), ("--codebook-size 1", "codebook-size"), ("--vq-patch 3", "vq-patch"),
+    ("--conditioning adagn --decoder direct", "adagn"), ("--tokens vector --regularizer sparse", "vector"),
+    ("--regularizer orthogonal --num-tokens 40", "token_dim"), ("--learning-rate 1", "learning-rate"),
+    ("--steps many", "many"), ("--preset tiny", "small"), ("--resume nowhere", "nowhere"),
+    ("--data nowhere.h5", "nowhere.h5"), ("--seed -1", "seed"), ("--precision fp16", "bf16"),
+]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty working directory; afterwards what was in it before must be unchanged."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run_main(main, capsys, *arguments):
+    """-> exit status and standard error of a command line."""
+    with pytest.raises(SystemExit) as stopped, train.one_line_errors():
+        main(*arguments)
+    return stopped.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words, named", BAD_FLAGS, ids=[words for words, _ in BAD_FLAGS])
+def test_a_bad_flag_is_one_line_that_names_it(words, named, folder, capsys):
+    code, error = run_main(train.main, capsys, [*([] if "--resume" in words else ["--preset", "small", "--out", "run"]),
+                                              *words.split()])
+    assert code == 2 and error.count("\n") == 1 and named in error
+    assert not (folder / "run" / "checkpoint.pt").exists()
+
+
+def make_run(folder, **changes):
+    train.main(["--preset", "small", "--out", str(folder), *flags(**{**TINY, **changes})])
+    return folder
+
+
+def test_resuming_with_other_values_or_foreign_files_is_refused(toy, folder, capsys):
+    make_run(folder / "run")
+    kept = (folder / "run" / "checkpoint.pt").read_bytes()
+    changed = torch.load(folder / "run" / "checkpoint.pt", weights_only=True)
+    cases = [(["--resume", "run", "--lr", "0.5"], "lr"), (["--resume", "run", "--steps", "5"], "steps"),
+             (["--resume", "run", "--out", "other"], "--out"), (["--out", "run"], "--resume")]
+    for arguments, named in cases:
+        code, error = run_main(train.main, capsys, arguments)
+        assert code == 2 and error.count("\n") == 1 and named in error
+    for name, content in [("empty", b""), ("text", b"hello"), ("cut", kept[:5000])]:
+        (folder / name).mkdir()
+        (folder / name / "checkpoint.pt").write_bytes(content)
+    (folder / "format").mkdir()
+    torch.save({**changed, "format": 0}, folder / "format" / "checkpoint.pt")
+    (folder / "shapes").mkdir()
+    torch.save({**changed, "config": {**changed["config"], "channels": 32}}, folder / "shapes" / "checkpoint.pt")
+    for name in ("empty", "text", "cut", "format", "shapes"):
+        code, error = run_main(train.main, capsys, ["--resume", name])
+        assert code == 2 and error.count("\n") == 1 and name in error
+    assert (folder / "run" / "checkpoint.pt").read_bytes() == kept
+
+
+def test_loading_never_executes_code(folder, capsys):
+    class Trap:
+        def __reduce__(self):
+            return os.mkdir, ("trapped",)
+
+    (folder / "run").mkdir()
+    torch.save({"format": train.FORMAT, "config": Trap()}, folder / "run" / "checkpoint.pt")
+    code, error = run_main(train.main, capsys, ["--resume", "run"])
+    assert code == 2 and error.count("\n") == 1 and not (folder / "trapped").exists()
+
+
+def test_a_second_process_on_one_run_folder_is_refused(folder, capsys):
+    config = train.Config(**TINY)
+    first = train.Run("run", config, train.Machine())
+    with pytest.raises(ValueError, match="in use"):
+        train.Run("run", config, train.Machine())
+    first.close()
+    train.Run("run", config, train.Machine()).close()
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(toy, folder, capsys, monkeypatch):
+    make_run(folder / "run")
+    kept = (folder / "run" / "checkpoint.pt").read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train.os, "fsync", full)
+    code, error = run_main(train.main, capsys, ["--resume", "run", "--steps", "20"])
+    assert code == 2 and "No space left" in error and error.count("\n") == 1
+    assert (folder / "run" / "checkpoint.pt").read_bytes() == kept
+    assert not list((folder / "run").glob("*.tmp"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_overwrites_nothing(toy, folder, capsys, monkeypatch):
+    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 0)
+    original = encdiff.EncDiff.forward
+
+    def explode(self, images, t, noise):
+        explode.calls += 1
+        return original(self, images, t, noise) * (math.nan if explode.calls == 5 else 1)
+
+    explode.calls = 0
+    monkeypatch.setattr(encdiff.EncDiff, "forward", explode)
+    code, error = run_main(train.main, capsys, ["--preset", "small", "--out", "run", *flags(**TINY)])
+    assert code == 2 and "step 5" in error and error.count("\n") == 1
+    checkpoint = torch.load(folder / "run" / "checkpoint.pt", weights_only=True)
+    assert checkpoint["step"] == 4 and all(v.isfinite().all() for v in checkpoint["ema"].values() if v.is_floating_point())
+
+
+def test_two_processes_train_like_one(folder):
+    """Same loss curve within 1e-3 (the order of summation differs), without dropout and BatchNorm."""
+    options = {**TINY, "encoder": "cnn", "dropout": 0.0, "log_every": 1, "steps": 6}
+    code = ("import sys; sys.path.insert(0, sys.argv.pop(1)); import train, test_encdiff as t\n"
+            "train.data.open_dataset = lambda *a, **k: t.Toy(); train.score = lambda *a: {}\n"
+            "train.pictures = lambda *a: None; train.main()")
+    (folder / "launch.py").write_text(code)
+    arguments = ["launch.py", str(HERE), "--preset", "small", *flags(**options)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for launcher, name in [([sys.executable], "one"), ([sys.executable, "-m", "torch.distributed.run",
+                                                        "--nproc_per_node=2"], "two")]:
+        subprocess.run([*launcher, *arguments, "--out", name], check=True, env=environment, capture_output=True, timeout=300)
+    curves = [[float(row["loss"]) for row in csv.DictReader(open(folder / name / "log.csv"))] for name in ("one", "two")]
+    assert len(curves[0]) == 18
+    np.testing.assert_allclose(curves[0], curves[1], atol=1e-3)
+
+
+# ---- The documents ------------------------------------------------------------------------------
+
+
+def test_the_readmes_table_of_equations_points_at_the_lines_that_compute_them():
+    rows = re.findall(r"^\| \((\d+)\) \|.*\| `?(\w+)\.py`?,? `([\w.]+)` \|$", (HERE / "README.md").read_text(), re.M)
+    assert len(rows) >= 5
+    for number, module, name in rows:
+        source = (HERE / f"{module}.py").read_text()
+        start = source.index(f"def {name.split('.')[-1]}(")
+        function = re.split(r"\n(?:    )?(?:def|class) ", source[start:])[0]
+        assert f"Eq. ({number})" in function, f"{module}.{name} does not mention Eq. ({number})"
+
+
+def test_files_meant_to_be_copied_import_nothing_of_ours():
+    ours = {path.stem for path in HERE.glob("*.py")}
+    for name, allowed in [("data", set()), ("vq", set()), ("unet", set()), ("metrics", set()),
+                          ("encdiff", {"vq", "unet"})]:
+        imported = set(re.findall(r"^(?:import|from) (\w+)", (HERE / f"{name}.py").read_text(), re.M))
+        assert not imported & ours - allowed

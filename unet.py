@@ -171,13 +171,12 @@ class UNet(nn.Module):
     heads            attention heads
     token_dim        width d of a concept token
     num_tokens       N; only the AdaGN variant, which concatenates the tokens, depends on it
-    patch            side of the blocks of latent pixels folded into channels at the input
     conditioning     "cross": cross-attention to the tokens; "adagn": see AdaGNBlock
     """
 
     def __init__(self, latent_channels=3, channels=64, multipliers=(1, 2, 4, 4), blocks=2,
                  attention=(1, 2, 4), heads=8, token_dim=32, dropout=0.1, self_attention=True,
-                 conditioning="cross", num_tokens=20, patch=1):
+                 conditioning="cross", num_tokens=20):
         super().__init__()
         self.channels, self.blocks, self.multipliers = channels, blocks, multipliers
         self.attention, self.heads, self.token_dim = attention, heads, token_dim
@@ -188,8 +187,7 @@ class UNet(nn.Module):
 
         # Down: what each stage puts out is kept for the skip connection to the way up.
         c = channels
-        self.fold, self.unfold = nn.PixelUnshuffle(patch), nn.PixelShuffle(patch)
-        self.conv_in = nn.Conv2d(latent_channels * patch**2, c, 3, padding=1)
+        self.conv_in = nn.Conv2d(latent_channels, c, 3, padding=1)
         self.down, skips = nn.ModuleList(), [c]
         for level, multiplier in enumerate(multipliers):
             for _ in range(blocks):
@@ -202,7 +200,7 @@ class UNet(nn.Module):
         self.middle = Stage([self.residual(c, c), self.transformer(c), self.residual(c, c)])
         self.up = self.way_up(c, skips)
         self.norm_out = group_norm(channels * multipliers[0])
-        self.conv_out = zero(nn.Conv2d(channels * multipliers[0], latent_channels * patch**2, 3, padding=1))
+        self.conv_out = zero(nn.Conv2d(channels * multipliers[0], latent_channels, 3, padding=1))
 
     def residual(self, c_in, c_out, resample=None):
         if self.conditioning == "adagn":
@@ -236,7 +234,7 @@ class UNet(nn.Module):
         The tokens have no default: a forgotten encoder must not pass unnoticed.
         """
         emb = self.time(timestep_embedding(t, self.channels))  # (B,) -> (B, E)
-        x = self.conv_in(self.fold(z_t))  # (B, C, h, w) -> (B, C*patch^2, h/patch, w/patch) -> (B, c, ., .)
+        x = self.conv_in(z_t)
         skips = [x]
         for block in self.down:
             x = block(x, emb, tokens)
@@ -244,7 +242,7 @@ class UNet(nn.Module):
         x = self.middle(x, emb, tokens)
         for block in self.up:
             x = block(torch.cat([x, skips.pop()], dim=1), emb, tokens)  # c + c_skip channels
-        return self.unfold(self.conv_out(F.silu(self.norm_out(x))))  # -> (B, C, h, w)
+        return self.conv_out(F.silu(self.norm_out(x)))
 
 
 def cross_attentions(model):
@@ -307,8 +305,7 @@ class DirectDecoder(UNet):
     def __init__(self, side, **options):
         super().__init__(**options)
         del self.conv_in, self.down, self.time
-        c = self.channels * self.multipliers[-1]
-        low = side // self.unfold.upscale_factor // 2 ** (len(self.multipliers) - 1)
+        c, low = self.channels * self.multipliers[-1], side // 2 ** (len(self.multipliers) - 1)
         self.start = nn.Parameter(torch.randn(1, c, low, low))
         self.emb = nn.Parameter(torch.randn(1, self.emb_width))
         self.up = self.way_up(c, [0] * len(self.up))
@@ -319,7 +316,7 @@ class DirectDecoder(UNet):
         x = self.middle(self.start.expand(B, -1, -1, -1), emb, tokens)  # (B, c, low, low)
         for block in self.up:
             x = block(x, emb, tokens)
-        return self.unfold(self.conv_out(F.silu(self.norm_out(x))))
+        return self.conv_out(F.silu(self.norm_out(x)))
 
 
 if __name__ == "__main__":

@@ -181,20 +181,20 @@ def codebook_usage(counts):
 
 
 class FirstStageLoss(nn.Module):
-    """L1 reconstruction + codebook loss, plus the adversarial loss if there is a discriminator.
+    """L1 + squared * L2 reconstruction + codebook loss, plus the adversarial loss with a discriminator.
 
     forward(images (B, 3, S, S) in [-1, 1]) -> loss (scalar), reconstruction, indices
     """
 
-    def __init__(self, autoencoder, discriminator=None):
+    def __init__(self, autoencoder, squared=0.0, discriminator=None):
         super().__init__()
-        self.autoencoder, self.discriminator = autoencoder, discriminator
+        self.autoencoder, self.squared, self.discriminator = autoencoder, squared, discriminator
 
     def forward(self, images):
         reconstruction, codebook_loss, indices = self.autoencoder(images)
         reconstruction = reconstruction.float()
         difference = F.l1_loss(reconstruction, images)
-        loss = difference + codebook_loss
+        loss = difference + self.squared * F.mse_loss(reconstruction, images) + codebook_loss
         if self.discriminator is not None:
             last_weight = self.autoencoder.decoder[-2].weight
             loss = loss + adversarial_loss(self.discriminator, images, reconstruction, difference, last_weight)
