@@ -118,7 +118,7 @@ SCHEDULES = ("cosine", "linear", "sqrt_linear", "sqrt")
 
 
 def beta_schedule(name, steps=1000, start=0.0015, end=0.0155):
-    """Variances beta_1..beta_T of eq. (1): q(z_t | z_{t-1}) = N(sqrt(1 - beta_t) z_{t-1}, beta_t I).
+    """The variances beta_1..beta_T of Eq. (1): q(z_t | z_{t-1}) = N(sqrt(1 - beta_t) z_{t-1}, beta_t I).
 
     name: cosine, linear, sqrt_linear or sqrt -> float64 tensor (steps,). Raises ValueError for others.
     The names are those of the latent diffusion code, and odd: its "linear" is linear in

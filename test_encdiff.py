@@ -356,6 +356,16 @@ def test_the_seed_decides_everything(toy, tmp_path):
     assert not equal(weights(tmp_path / "a"), weights(tmp_path / "c"))
 
 
+def test_a_first_stage_can_be_borrowed_but_only_one_that_fits(toy, folder, capsys):
+    make_run(folder / "lender")
+    make_run(folder / "borrower", first_stage="lender", seed=7)
+    lent, got = weights("lender"), weights("borrower")
+    assert all(torch.equal(lent[k], got[k]) for k in lent if k.startswith("first_stage."))
+    code, error = run_main(train.main, capsys, [
+        "--preset", "small", "--out", "other", *flags(**{**TINY, "first_stage": "lender", "latent_channels": 5})])
+    assert code == 2 and "lender" in error and error.count("\n") == 1
+
+
 def test_training_lowers_the_loss_and_the_average_follows(toy, tmp_path):
     train.main(["--preset", "small", "--out", str(tmp_path / "run"), *flags(**{**TINY, "steps": 60, "lr": 3e-3})])
     losses = [float(row["loss"]) for row in csv.DictReader(open(tmp_path / "run" / "log.csv"))
@@ -480,13 +490,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_overwrites_nothing(toy, fol
     assert checkpoint["step"] == 4 and all(v.isfinite().all() for v in checkpoint["ema"].values() if v.is_floating_point())
 
 
+LAUNCH = """import sys; sys.path.insert(0, sys.argv.pop(1)); import train, test_encdiff
+train.data.open_dataset = lambda *a, **k: test_encdiff.Toy()
+train.score, train.pictures, train.CHECKPOINT_SECONDS = lambda *a: {}, lambda *a: None, 0.2
+with train.one_line_errors(): train.main()"""
+
+
 def test_two_processes_train_like_one(folder):
     """Same loss curve within 1e-3 (the order of summation differs), without dropout and BatchNorm."""
     options = {**TINY, "encoder": "cnn", "dropout": 0.0, "log_every": 1, "steps": 6}
-    code = ("import sys; sys.path.insert(0, sys.argv.pop(1)); import train, test_encdiff as t\n"
-            "train.data.open_dataset = lambda *a, **k: t.Toy(); train.score = lambda *a: {}\n"
-            "train.pictures = lambda *a: None; train.main()")
-    (folder / "launch.py").write_text(code)
+    (folder / "launch.py").write_text(LAUNCH)
     arguments = ["launch.py", str(HERE), "--preset", "small", *flags(**options)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for launcher, name in [([sys.executable], "one"), ([sys.executable, "-m", "torch.distributed.run",
@@ -495,6 +508,26 @@ def test_two_processes_train_like_one(folder):
     curves = [[float(row["loss"]) for row in csv.DictReader(open(folder / name / "log.csv"))] for name in ("one", "two")]
     assert len(curves[0]) == 18
     np.testing.assert_allclose(curves[0], curves[1], atol=1e-3)
+
+
+@pytest.mark.skipif(not os.environ.get("SLOW"), reason="minutes; run with SLOW=1")
+def test_a_run_killed_twenty_times_ends_with_the_same_bits(folder):
+    (folder / "launch.py").write_text(LAUNCH)
+    base, environment = [sys.executable, "launch.py", str(HERE)], {**os.environ, "OMP_NUM_THREADS": "1"}
+    start = ["--preset", "small", *flags(**{**TINY, "vq_steps": 1000, "steps": 1000, "log_every": 50})]
+    subprocess.run([*base, *start, "--out", "whole"], check=True, env=environment, capture_output=True)
+    random, kills, done = np.random.default_rng(0), 0, False
+    while not done:
+        arguments = ["--resume", "parts"] if (folder / "parts" / "checkpoint.pt").exists() else [*start, "--out", "parts"]
+        process = subprocess.Popen([*base, *arguments], env=environment, stdout=subprocess.DEVNULL)
+        try:
+            done = process.wait(timeout=random.uniform(2, 5) if kills < 20 else None) == 0
+            assert done
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+    assert kills == 20 and equal(weights("whole"), weights("parts"))
 
 
 # ---- The documents ------------------------------------------------------------------------------

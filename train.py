@@ -64,6 +64,7 @@ class Config:
     seed: int = field(0, "fixes everything random")
     precision: str = field("auto", "auto: bf16 autocast where the hardware is fast at it", ("auto", "bf16", "fp32"))
     # The first stage (vq.py)
+    first_stage: str = field("", "run folder to take a trained first stage from; empty: train one")
     vq_steps: int = field(10_000, "training steps of the first stage")
     vq_batch: int = field(64, "its images a step")
     vq_lr: float = field(1e-3, "its learning rate; falls to 0 in the last 60%% of its steps")
@@ -306,6 +307,12 @@ def restore(module, state, folder):
         raise ValueError(f"the weights in {folder} do not fit its config: {reason}. Train a new run") from None
 
 
+def borrow_first_stage(config, model):
+    """Copy the first stage of the run config.first_stage into the model: ablations share one."""
+    lender, _ = load_run(config.first_stage)
+    restore(model.first_stage, lender.first_stage.state_dict(), config.first_stage)
+
+
 class Run:
     """A run folder that only this process writes.
 
@@ -469,6 +476,8 @@ def train_first_stage(run, dataset, model, checkpoint):
         restore(loss_of, checkpoint["model"], run.folder)
         optimizer.load_state_dict(checkpoint["optimizer"])
         start = checkpoint["step"]
+    else:
+        run.save(stage, 0, loss_of, optimizer)
     network, parameters = machine.parallel(loss_of), list(loss_of.parameters())
     progress, counts = Progress(start, config.vq_steps, config.vq_batch), 0
     for step in range(start, config.vq_steps):
@@ -704,7 +713,9 @@ def work(run, checkpoint):
     if checkpoint:
         run.print(f"resumed at step {checkpoint['step']} of the {checkpoint['stage']}")
         run.rewind_log(checkpoint["stage"], checkpoint["step"])
-    if not checkpoint or checkpoint["stage"] == "first stage":
+    if config.first_stage and not checkpoint:
+        borrow_first_stage(config, model)
+    elif not checkpoint or checkpoint["stage"] == "first stage":
         train_first_stage(run, dataset, model, checkpoint)
         checkpoint = None
     average = train_jointly(run, dataset, model, checkpoint)
