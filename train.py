@@ -321,7 +321,7 @@ class Run:
     """
 
     COLUMNS = ("stage", "step", "loss", "lr", "grad_norm", "images_per_second", "mse", "codes_used", "perplexity",
-               "factor_vae_score", "disentanglement", "completeness", "informativeness")
+               "factor_vae", "disentanglement", "completeness", "informativeness_test")
 
     def __init__(self, folder, config, machine):
         self.folder, self.config, self.machine = Path(folder), config, machine
