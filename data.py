@@ -666,21 +666,26 @@ def replacing(path, size_hint):
         for old in path.parent.glob("*.tmp"):                   # left behind by a killed process
             if old.name.startswith(path.name) and time.time() - old.stat().st_mtime > 600:
                 old.unlink()
-        if shutil.disk_usage(path.parent).free < size_hint:
-            raise OSError(errno.ENOSPC, "full")
+        need_room(path.parent, size_hint)
         yield temporary
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if getattr(error, "errno", 0) == errno.ENOSPC or "No space left" in str(error):
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise OSError(f"no room for {path}, about {size_hint / 1e9:.2f} GB; free some space or "
                           "choose another disk (--cache DIR)") from None
         if isinstance(error, OSError):
             raise OSError(f"cannot write {path} ({error.strerror or error}); choose a folder that "
                           "can be written (--cache DIR)") from None
         raise
+
+
+def need_room(folder, size):
+    if shutil.disk_usage(folder).free < size:
+        raise OSError(errno.ENOSPC, "disk full")
 
 
 def progress(what, total):
@@ -720,6 +725,7 @@ def write_shapes3d(path, limit=None):
                                   chunks=(min(count, 120), 64, 64, 3))
         for at in range(0, count, 1200):
             block = dataset.images(indices[at:at + 1200]).numpy()
+            need_room(path.parent, 2 * block.nbytes)            # HDF5 crashes on a full disk
             images[at:at + 1200] = block.transpose(0, 2, 3, 1)  # (b, 3, 64, 64) -> (b, 64, 64, 3)
             show(at + len(block))
 

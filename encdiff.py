@@ -1,4 +1,4 @@
-"""EncDiff: an image becomes N scalars, the scalars become tokens, a diffusion model draws from them.
+"""EncDiff: an image becomes N scalars, the scalars tokens, and a diffusion model draws from them.
 
 WHERE     Read first; then unet.py (the denoiser) and vq.py (the latent space). Imports only those.
 PAPER     arXiv 2402.09712, Sec. 3 and Appendices B-D. Equation numbers are the paper's.
@@ -50,7 +50,7 @@ class CNNEncoder(nn.Module):
 
 
 class CNNBatchNormEncoder(nn.Module):
-    """The lighter encoder of the authors' code: images (B, 3, S, S) in [-1, 1] -> codes (B, outputs).
+    """The authors' lighter encoder: images (B, 3, S, S) in [-1, 1] -> codes (B, outputs).
 
     Four strided convolutions with BatchNorm, two residual blocks, one linear layer. The released
     width is 128.
@@ -60,7 +60,7 @@ class CNNBatchNormEncoder(nn.Module):
         super().__init__()
         layers, c = [], 3
         for _ in range(4):
-            layers += [nn.Conv2d(c, width, 4, stride=2, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+            layers += [nn.Conv2d(c, width, 4, 2, 1), nn.BatchNorm2d(width), nn.ReLU()]
             c = width
         self.down = nn.Sequential(*layers)
         self.residual = nn.ModuleList(
@@ -79,7 +79,7 @@ class CNNBatchNormEncoder(nn.Module):
 
 
 class ScalarTokens(nn.Module):
-    """N small MLPs 1 -> 64 -> 128 -> d with ELU, no weight shared: codes (B, N) -> tokens (B, N, d)."""
+    """N MLPs 1 -> 64 -> 128 -> d with ELU, no weight shared: codes (B, N) -> tokens (B, N, d)."""
 
     def __init__(self, num_tokens, token_dim, width_in=1):
         super().__init__()
@@ -89,9 +89,9 @@ class ScalarTokens(nn.Module):
         # matrix product instead of N small ones. Initialised as nn.Linear does.
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         for c_in, c_out in zip(widths, widths[1:]):
-            bound = c_in**-0.5
-            self.weights.append(nn.Parameter(torch.empty(num_tokens, c_in, c_out).uniform_(-bound, bound)))
-            self.biases.append(nn.Parameter(torch.empty(num_tokens, 1, c_out).uniform_(-bound, bound)))
+            weight, bias = torch.empty(num_tokens, c_in, c_out), torch.empty(num_tokens, 1, c_out)
+            self.weights.append(nn.Parameter(weight.uniform_(-(c_in**-0.5), c_in**-0.5)))
+            self.biases.append(nn.Parameter(bias.uniform_(-(c_in**-0.5), c_in**-0.5)))
 
     def codes(self, features):
         """The encoder's outputs (B, N) are the codes."""
@@ -118,9 +118,9 @@ SCHEDULES = ("cosine", "linear", "sqrt_linear", "sqrt")
 
 
 def beta_schedule(name, steps=1000, start=0.0015, end=0.0155):
-    """The variances beta_1..beta_T of Eq. (1): q(z_t | z_{t-1}) = N(sqrt(1 - beta_t) z_{t-1}, beta_t I).
+    """beta_1..beta_T of Eq. (1): q(z_t | z_{t-1}) = N(sqrt(1 - beta_t) z_{t-1}, beta_t I).
 
-    name: cosine, linear, sqrt_linear or sqrt -> float64 tensor (steps,). Raises ValueError for others.
+    name: one of SCHEDULES, else ValueError -> float64 tensor (steps,).
     The names are those of the latent diffusion code, and odd: its "linear" is linear in
     sqrt(beta), its "sqrt_linear" is the straight line that DDPM calls linear.
     """
@@ -150,9 +150,11 @@ def posterior(alpha_bar, t):
     """
     now, before = alpha_bar[t], alpha_bar[t - 1]
     alpha = now / before
-    a = before.sqrt() * (1 - alpha) / (1 - now)  # Eq. (4): sqrt(abar_{t-1}) beta_t / (1 - abar_t)
-    b = alpha.sqrt() * (1 - before) / (1 - now)  # Eq. (4): sqrt(alpha_t) (1 - abar_{t-1}) / (1 - abar_t)
-    v = (1 - before) / (1 - now) * (1 - alpha)  # Eq. (4): beta~_t
+    # Eq. (4), in this order: sqrt(abar_{t-1}) beta_t / (1 - abar_t),
+    # sqrt(alpha_t) (1 - abar_{t-1}) / (1 - abar_t), and beta~_t.
+    a = before.sqrt() * (1 - alpha) / (1 - now)
+    b = alpha.sqrt() * (1 - before) / (1 - now)
+    v = (1 - before) / (1 - now) * (1 - alpha)
     return a, b, v
 
 
@@ -160,9 +162,10 @@ def kl_bottleneck(betas, second_moment=1.0):
     """Eq. (5) for each latent dimension: KL(q(z_{t-1} | z_t, z_0) || N(0, I)) / n, in nats.
 
     betas float64 (T,), second_moment E[z_0^2] of one dimension -> float64 (T,), entry t - 1 for t.
-    Eq. (5): C_t / n = 1/2 [beta~_t - 1 - log beta~_t + E|mu~_t|^2 / n]. The expectation has a closed
-    form: mu~_t = a z_0 + b z_t with z_t from eq. (2) is (a + b sqrt(abar_t)) z_0 + b sqrt(1 - abar_t)
-    eps, and the coefficient of z_0 is sqrt(abar_{t-1}). beta~_1 = 0 is clipped at 1e-20.
+    Eq. (5): C_t / n = 1/2 [beta~_t - 1 - log beta~_t + E|mu~_t|^2 / n]. The expectation has a
+    closed form: mu~_t = a z_0 + b z_t with z_t from eq. (2) is (a + b sqrt(abar_t)) z_0 +
+    b sqrt(1 - abar_t) eps, and the coefficient of z_0 is sqrt(abar_{t-1}). beta~_1 = 0 is clipped
+    at 1e-20.
     """
     alpha_bar = cumulative(betas)
     t = torch.arange(1, len(betas) + 1)
@@ -173,12 +176,12 @@ def kl_bottleneck(betas, second_moment=1.0):
 
 
 # ---- Samplers: each is one short function -------------------------------------------------------
-# predict(z_t, t) -> z_0 as estimated from z_t (B, C, h, w) at timestep t (an int). All of them start
-# at z_T = z, include t = T, and add no noise in their last step.
+# predict(z_t, t) -> z_0 as estimated from z_t (B, C, h, w) at timestep t (an int). All of them
+# start at z_T = z, include t = T, and add no noise in their last step.
 
 
 def noise_from(z_t, z0, abar):
-    """Eq. (2) solved for eps. Where z_0 was clamped this is the noise that agrees with the clamp."""
+    """Eq. (2) solved for eps. Where z_0 was clamped, the noise that agrees with the clamp."""
     return (z_t - abar.sqrt() * z0) / (1 - abar).sqrt()
 
 
@@ -196,7 +199,7 @@ def ddpm(predict, alpha_bar, z, steps=None):
 
 
 def ddim(predict, alpha_bar, z, steps, eta=0.0):
-    """DDIM (Song et al. 2021), eq. (12) and (16): eta 0 is deterministic, eta 1 has DDPM's variance."""
+    """DDIM (Song et al. 2021), its eq. 12 and 16: eta 0 is deterministic, 1 has DDPM's variance."""
     ts = timesteps_down(len(alpha_bar) - 1, steps)
     for t, s in zip(ts, ts[1:]):  # from t to the smaller s
         now, then = alpha_bar[t], alpha_bar[s]
@@ -212,9 +215,9 @@ def dpm_solver(predict, alpha_bar, z, steps):
     """DPM-Solver++(2M) (Lu et al. 2022b), Algorithm 2: second order from two estimates of z_0.
 
     With alpha = sqrt(abar), sigma = sqrt(1 - abar) and lambda = log(alpha / sigma), the exact
-    solution from t to s is z_s = sigma_s/sigma_t z_t - alpha_s (e^-h - 1) D, h = lambda_s - lambda_t,
-    for a z_0-estimate D that is constant in between. The second order extrapolates D linearly in
-    lambda from the last two estimates. At s = 0 sigma is 0 and z_0 is the estimate itself.
+    solution from t to s is z_s = sigma_s/sigma_t z_t - alpha_s (e^-h - 1) D with h = lambda_s -
+    lambda_t, for a z_0-estimate D that is constant in between. The second order extrapolates D
+    linearly in lambda from the last two estimates. At s = 0 sigma is 0: z_0 is the estimate itself.
     """
     ts = timesteps_down(len(alpha_bar) - 1, steps)
     lambdas = 0.5 * (alpha_bar.log() - (1 - alpha_bar).log())  # (T + 1,); infinite at t = 0
@@ -228,7 +231,8 @@ def dpm_solver(predict, alpha_bar, z, steps):
         if previous is not None:
             r = (lambdas[t] - lambdas[ts[i - 1]]) / h
             D = (1 + 1 / (2 * r)) * z0 - 1 / (2 * r) * previous
-        z = ((1 - alpha_bar[s]) / (1 - alpha_bar[t])).sqrt() * z - alpha_bar[s].sqrt() * torch.expm1(-h) * D
+        shrink = ((1 - alpha_bar[s]) / (1 - alpha_bar[t])).sqrt()  # sigma_s / sigma_t
+        z = shrink * z - alpha_bar[s].sqrt() * torch.expm1(-h) * D
         previous = z0
 
 
@@ -273,7 +277,7 @@ class EncDiff(nn.Module):
 
     @torch.no_grad()
     def latents(self, images):
-        """images (B, 3, S, S) in [-1, 1] -> z_0 (B, C, h, w) before quantisation, in units of its std."""
+        """images (B, 3, S, S) in [-1, 1] -> z_0 (B, C, h, w), unquantised, divided by its std."""
         return self.first_stage.encode(images).float() / self.latent_std
 
     def represent(self, images):
@@ -314,15 +318,16 @@ class EncDiff(nn.Module):
         """
         def predict(z_t, t):
             times = torch.full((len(z_t),), t, device=z_t.device)
-            noise = self.denoiser(z_t, times, tokens).float()
+            eps = self.denoiser(z_t, times, tokens).float()
             abar = self.alpha_bar[t]
-            z0 = (z_t - (1 - abar).sqrt() * noise) / abar.sqrt()  # Eq. (2) solved for z_0
+            z0 = (z_t - (1 - abar).sqrt() * eps) / abar.sqrt()  # Eq. (2) solved for z_0
             # Where abar_t is near 0 a small error in the noise is a huge one in z_0: keep to the
             # range that real latents have.
             return z0.clamp(-self.latent_limit, self.latent_limit)
 
-        z = torch.randn(len(tokens), *self.latent_shape, device=tokens.device) if noise is None else noise
-        z0 = SAMPLERS[sampler](predict, self.alpha_bar, z, steps, **options)
+        if noise is None:
+            noise = torch.randn(len(tokens), *self.latent_shape, device=tokens.device)
+        z0 = SAMPLERS[sampler](predict, self.alpha_bar, noise, steps, **options)
         return self.decode(z0)
 
     @torch.no_grad()
@@ -335,7 +340,7 @@ class EncDiff(nn.Module):
 
 
 class EncDec(EncDiff):
-    """EncDec w/o Diff (Table 3): the denoiser (a unet.DirectDecoder) draws z_0 from the tokens at once."""
+    """EncDec w/o Diff (Table 3): a unet.DirectDecoder draws z_0 from the tokens at once."""
 
     def loss(self, images, t=None, noise=None):
         codes = self.represent(images)
@@ -367,10 +372,10 @@ class VectorTokens(nn.Module):
 
 
 class EulerTokens(ScalarTokens):
-    """Table 11, after Cha & Thiyagalingam 2023: each scalar becomes an angle, and enters as (cos, sin).
+    """Table 11, after Cha & Thiyagalingam 2023: each scalar is an angle, and enters as (cos, sin).
 
-    theta_i = gamma_i 2 pi (a_i - min_i) / (max_i - min_i) + beta_i with running minimum and maximum;
-    gamma (from 0.01) and beta (from pi) are learned.
+    theta_i = gamma_i 2 pi (a_i - min_i) / (max_i - min_i) + beta_i with running minimum and
+    maximum; gamma (from 0.01) and beta (from pi) are learned.
     """
 
     def __init__(self, num_tokens, token_dim):
@@ -434,7 +439,8 @@ class TransformerEncoder(nn.Module):
         super().__init__()
         c = 4 * width
         self.cnn = nn.Sequential(
-            nn.Conv2d(3, width, 4, 2, 1), nn.ReLU(), nn.Conv2d(width, 2 * width, 4, 2, 1), nn.ReLU(),
+            nn.Conv2d(3, width, 4, 2, 1), nn.ReLU(),
+            nn.Conv2d(width, 2 * width, 4, 2, 1), nn.ReLU(),
             nn.Conv2d(2 * width, c, 4, 2, 1), nn.ReLU(), nn.Conv2d(c, c, 4, 2, 1))
         self.positions = nn.Parameter(0.02 * torch.randn((size // 16) ** 2, c))
         self.queries = nn.Parameter(0.02 * torch.randn(queries, c))
@@ -452,17 +458,18 @@ class TransformerEncoder(nn.Module):
 
 
 ENCODERS = {"cnn": CNNEncoder, "cnn_bn": CNNBatchNormEncoder, "transformer": TransformerEncoder}
-TOKEN_MAPS = {"scalar": ScalarTokens, "vector": VectorTokens}
-REGULARIZERS = {"none": ScalarTokens, "euler": EulerTokens, "sparse": SparseTokens, "orthogonal": OrthogonalTokens}
+REGULARIZERS = {"none": ScalarTokens, "euler": EulerTokens, "sparse": SparseTokens,
+                "orthogonal": OrthogonalTokens}
 
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    print("bottleneck C_t / n in nats, eq. (5), at t =   2    100    500    900   1000")
+    shown = (2, 100, 500, 900, 1000)
+    print("eq. (5) in nats, t =" + "".join(f"{t:7d}" for t in shown))
     for name in SCHEDULES:
         curve = kl_bottleneck(beta_schedule(name))
-        print(f"  {name:12s} {'':28s}" + "".join(f"{curve[t - 1]:7.2f}" for t in (2, 100, 500, 900, 1000)))
-    # A world of one latent value, 0.5: the best prediction of z_0 is known, every sampler must find it.
+        print(f"  {name:18s}" + "".join(f"{curve[t - 1]:7.2f}" for t in shown))
+    # A world of one latent value, 0.5: the best estimate is known, and all samplers must find it.
     alpha_bar = cumulative(beta_schedule("cosine"))
     z = torch.randn(1, 1, 1, 1, dtype=torch.float64)
     for name, sampler in SAMPLERS.items():

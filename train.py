@@ -5,12 +5,12 @@ PAPER     arXiv 2402.09712, Sec. 4.1 ("Training Details"), Appendix D.
 SHAPES    as in encdiff.py
 IDEA      Two stages. (1) The autoencoder of vq.py learns to compress images; it is then frozen.
           (2) Encoder, token maps and U-Net are trained together, by eq. (3) and nothing else.
-          Everything random in a step is drawn after seeding with (seed, stage, step): a run that was
-          interrupted goes on bit for bit without storing random states, and P processes that each
-          take their share of the same batch do what one process would do.
+          Everything random in a step is drawn after seeding with (seed, stage, step): a run that
+          was interrupted goes on bit for bit without storing random states, and P processes that
+          each take their share of the same batch do what one process would do.
           What is scored, drawn and shipped is the moving average (EMA) of the weights.
-DIFFERS   The paper's learning rate and batch are kept in the preset `paper`; how long its first stage
-          was trained is not said there: 10,000 steps are our choice. The preset `small` is ours.
+DIFFERS   The paper's learning rate and batch are kept in the preset `paper`; how long its first
+          stage was trained is not said there: 10,000 steps are our choice. `small` is ours.
           The moving average starts fast and slows down, so that a short run is not scored on its
           initialisation. The last weights are scored, never the best: labels would leak in.
 TRY       python train.py --steps 50 --vq-steps 50 --out runs/try   ->   a run folder in two minutes
@@ -62,18 +62,19 @@ class Config:
     cache: str = field("", "folder for the converted dataset; empty: beside the dataset")
     size: int = field(64, "side of the images in pixels", (32, 64, 128))
     seed: int = field(0, "fixes everything random")
-    precision: str = field("auto", "auto: bf16 autocast where the hardware is fast at it", ("auto", "bf16", "fp32"))
+    precision: str = field("auto", "auto: bf16 autocast where the hardware is fast at it",
+                           ("auto", "bf16", "fp32"))
     # The first stage (vq.py)
     first_stage: str = field("", "run folder to take a trained first stage from; empty: train one")
     vq_steps: int = field(10_000, "training steps of the first stage")
     vq_batch: int = field(64, "its images a step")
     vq_lr: float = field(1e-3, "its learning rate; falls to 0 in the last 60%% of its steps")
-    vq_squared: float = field(0.0, "weight of the squared error beside the absolute one in its loss")
+    vq_squared: float = field(0.0, "weight of the squared error beside L1 in its loss")
     vq_channels: int = field(32, "its width at the first level")
     vq_multipliers: tuple = field((1, 2, 4), "its width at each level, in units of that")
     vq_blocks: int = field(2, "its residual blocks a level")
     vq_patch: int = field(1, "side of the pixel blocks folded into channels at its input")
-    vq_warmup: int = field(200, "its steps without rounding, after which the codebook is set from data")
+    vq_warmup: int = field(200, "its steps without rounding; then the codebook is set from data")
     latent_channels: int = field(3, "channels of the latent")
     codebook_size: int = field(2048, "entries of the codebook")
     commitment: float = field(0.25, "weight of the commitment loss")
@@ -81,7 +82,7 @@ class Config:
     # The encoder and the tokens (encdiff.py)
     encoder: str = field("cnn", "image encoder", tuple(encdiff.ENCODERS))
     encoder_width: int = field(64, "its width")
-    tokens: str = field("scalar", "what a token is made of", tuple(encdiff.TOKEN_MAPS))
+    tokens: str = field("scalar", "what a token is made of", ("scalar", "vector"))
     num_tokens: int = field(20, "number of concept tokens, N")
     token_dim: int = field(32, "width of a concept token, d")
     # The denoiser (unet.py)
@@ -93,10 +94,11 @@ class Config:
     dropout: float = field(0.1, "its dropout")
     self_attention: bool = field(True, "attention among positions, beside that to the tokens")
     conditioning: str = field("cross", "how tokens reach it", ("cross", "adagn"))
-    decoder: str = field("diffusion", "diffusion, or direct: no noise (EncDec w/o Diff)", ("diffusion", "direct"))
+    decoder: str = field("diffusion", "direct: no noise (EncDec w/o Diff)", ("diffusion", "direct"))
     schedule: str = field("cosine", "noise schedule", encdiff.SCHEDULES)
     timesteps: int = field(1000, "diffusion timesteps, T")
-    regularizer: str = field("none", "extra constraint on the codes (Table 11)", tuple(encdiff.REGULARIZERS))
+    regularizer: str = field("none", "constraint on the codes (Table 11)",
+                             tuple(encdiff.REGULARIZERS))
     # Joint training
     steps: int = field(7_500, "training steps of encoder and denoiser")
     batch: int = field(64, "images a step")
@@ -107,27 +109,37 @@ class Config:
     clip: float = field(1.0, "largest norm of the gradient")
     ema: float = field(0.9999, "decay of the averaged weights")
     log_every: int = field(50, "steps between two lines of log.csv")
-    score_every: int = field(750, "steps between two quick scores with pictures; 0: only at the end")
+    score_every: int = field(750, "steps between quick scores and pictures; 0: none")
+
+    def __post_init__(self):
+        for f in dataclasses.fields(self):  # JSON, checkpoints and argparse bring lists
+            if isinstance(f.default, tuple):
+                setattr(self, f.name, tuple(getattr(self, f.name)))
 
 
 # What two CPU cores can do. The first stage halves the side of the latent once more (f = 8, four
-# channels): denoising 8x8 latents is three times cheaper than 16x16, and the factors enter the codes
-# in fewer steps. Less width, no attention among positions, the authors' lighter encoder, and a
+# channels): denoising 8x8 latents is three times cheaper than 16x16, and factors enter the codes in
+# fewer steps. Less width, no attention among positions, the authors' lighter encoder, and a
 # higher learning rate that decays.
-SMALL = dict(vq_steps=8_000, vq_batch=16, vq_lr=2e-3, vq_squared=4.0, vq_channels=64, vq_multipliers=(1, 2),
-             vq_blocks=1, vq_patch=4, latent_channels=4, encoder="cnn_bn", token_dim=16, channels=48,
-             multipliers=(1, 2), blocks=1, attention=(1, 2), heads=4, dropout=0.0, self_attention=False,
-             steps=12_000, lr=1e-3, lr_warmup=100, lr_decay=0.4, ema=0.999, log_every=100, score_every=1_500)
+SMALL = dict(vq_steps=8_000, vq_batch=16, vq_lr=2e-3, vq_squared=4.0, vq_channels=64,
+             vq_multipliers=(1, 2), vq_blocks=1, vq_patch=4, latent_channels=4,
+             encoder="cnn_bn", token_dim=16,
+             channels=48, multipliers=(1, 2), blocks=1, attention=(1, 2), heads=4, dropout=0.0,
+             self_attention=False,
+             steps=12_000, lr=1e-3, lr_warmup=100, lr_decay=0.4, ema=0.999, log_every=100,
+             score_every=1_500)
 PRESETS = {"paper": {}, "small": SMALL}
 
 
 def check(config):
-    """Raises ValueError with one line for the first value that cannot work, before any work starts."""
+    """Raises ValueError, one line, for the first value that cannot work, before any work starts."""
     c = config
-    for name in ("vq_batch", "vq_channels", "vq_blocks", "vq_patch", "latent_channels", "encoder_width",
-                 "num_tokens", "token_dim", "channels", "blocks", "heads", "batch", "log_every", "timesteps"):
+    for name in ("vq_batch", "vq_channels", "vq_blocks", "vq_patch", "latent_channels",
+                 "encoder_width", "num_tokens", "token_dim", "channels", "blocks", "heads", "batch",
+                 "log_every"):
         need(getattr(c, name) >= 1, name, getattr(c, name), "at least 1")
-    for name in ("steps", "vq_steps", "vq_warmup", "vq_squared", "lr_warmup", "score_every", "seed", "commitment", "weight_decay"):
+    for name in ("steps", "vq_steps", "vq_warmup", "vq_squared", "lr_warmup", "score_every", "seed",
+                 "commitment", "weight_decay"):
         need(getattr(c, name) >= 0, name, getattr(c, name), "0 or more")
     for name in ("lr", "vq_lr", "clip"):
         need(0 < getattr(c, name) < math.inf, name, getattr(c, name), "a positive number")
@@ -142,17 +154,17 @@ def check(config):
                  "one of " + ", ".join(map(str, f.metadata["choices"])))
     need(c.codebook_size >= 2, "codebook_size", c.codebook_size, "at least 2")
     need(c.timesteps >= 2, "timesteps", c.timesteps, "at least 2")
-    need(c.vq_channels % 32 == 0, "vq_channels", c.vq_channels, "a multiple of 32, GroupNorm's groups")
+    need(c.vq_channels % 32 == 0, "vq_channels", c.vq_channels, "a multiple of GroupNorm's 32")
     need(c.channels % 4 == 0, "channels", c.channels, "a multiple of 4")
     for m in c.multipliers:
-        need(c.channels * m % c.heads == 0, "heads", c.heads, f"a divisor of the width {c.channels * m}")
+        need(c.channels * m % c.heads == 0, "heads", c.heads, f"a divisor of {c.channels * m}")
     levels = len(c.multipliers)
     factor = c.vq_patch * 2 ** (len(c.vq_multipliers) - 1)
     need(c.size % factor == 0, "vq_patch", c.vq_patch,
          f"the first stage's downsampling by {factor} to divide the size {c.size}")
     need(c.size // factor % 2 ** (levels - 1) == 0, "multipliers", c.multipliers,
          f"{levels} levels to halve the latent's side of {c.size // factor} without a remainder")
-    need(c.steps == 0 or c.vq_steps > c.vq_warmup, "vq_steps", c.vq_steps,
+    need(c.vq_steps > c.vq_warmup or c.first_stage, "vq_steps", c.vq_steps,
          f"more than vq_warmup = {c.vq_warmup}, or the codebook is never set")
     need(c.conditioning == "cross" or c.decoder == "diffusion", "decoder", c.decoder,
          "diffusion with --conditioning adagn: the paper's direct decoder attends to the tokens")
@@ -173,14 +185,13 @@ def build_model(config):
     first_stage = vq.VQAutoencoder(c.vq_channels, c.vq_multipliers, c.vq_blocks, c.latent_channels,
                                    c.codebook_size, c.commitment, c.vq_patch)
     side = c.size // first_stage.factor
-    kind = encdiff.REGULARIZERS[c.regularizer] if c.tokens == "scalar" else encdiff.TOKEN_MAPS[c.tokens]
-    token_map = kind(c.num_tokens, c.token_dim)
-    encoder = encdiff.ENCODERS[c.encoder](token_map.outputs, c.size, c.encoder_width, **(
-        {"queries": c.num_tokens} if c.encoder == "transformer" else {}))
-    options = dict(latent_channels=c.latent_channels, channels=c.channels, multipliers=c.multipliers,
-                   blocks=c.blocks, attention=c.attention, heads=c.heads, token_dim=c.token_dim,
-                   dropout=c.dropout, self_attention=c.self_attention, conditioning=c.conditioning,
-                   num_tokens=c.num_tokens)
+    maps = encdiff.REGULARIZERS[c.regularizer] if c.tokens == "scalar" else encdiff.VectorTokens
+    token_map = maps(c.num_tokens, c.token_dim)
+    more = {"queries": c.num_tokens} if c.encoder == "transformer" else {}
+    encoder = encdiff.ENCODERS[c.encoder](token_map.outputs, c.size, c.encoder_width, **more)
+    names = ("latent_channels", "channels", "multipliers", "blocks", "attention", "heads",
+             "token_dim", "dropout", "self_attention", "conditioning", "num_tokens")
+    options = {name: getattr(c, name) for name in names}
     parts = [first_stage, encoder, token_map]
     rest = [(c.latent_channels, side, side), c.schedule, c.timesteps]
     if c.decoder == "direct":
@@ -195,7 +206,8 @@ class Machine:
     """Device, precision and, under torchrun, this process's share of the work."""
 
     def __init__(self, device=None):
-        best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        best = ("cuda" if torch.cuda.is_available()
+                else "mps" if torch.backends.mps.is_available() else "cpu")
         self.kind = device or best
         self.world, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
         self.device = torch.device(self.kind)
@@ -262,8 +274,8 @@ def write_atomically(path, content):
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise OSError(f"cannot write {path}: {error.strerror or error}; what was there before is untouched. "
-                      "Free some space or make the folder writable, then resume") from None
+        raise OSError(f"cannot write {path}: {error.strerror or error}; what was there before is "
+                      "untouched. Free space or make the folder writable, then resume") from None
 
 
 def load_checkpoint(folder):
@@ -274,11 +286,10 @@ def load_checkpoint(folder):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         found = checkpoint["format"]
-        config = checkpoint["config"] = Config(**{k: tuple(v) if isinstance(v, list) else v
-                                                  for k, v in checkpoint["config"].items()})
+        config = checkpoint["config"] = Config(**checkpoint["config"])
     except Exception as error:  # torch.load raises whatever a damaged or foreign file provokes
-        raise ValueError(f"{path} is not a checkpoint of train.py "
-                         f"({type(error).__name__}); expected format {FORMAT}. Train a new run") from None
+        raise ValueError(f"{path} is not a checkpoint of train.py ({type(error).__name__}); "
+                         f"expected format {FORMAT}. Train a new run") from None
     if found != FORMAT:
         raise ValueError(f"{path} has format {found}; this version reads {FORMAT}. Train a new run")
     check(config)
@@ -286,13 +297,14 @@ def load_checkpoint(folder):
 
 
 def load_run(folder, device="cpu"):
-    """A trained run for use: the EncDiff module with averaged weights, in eval mode, and its Config.
+    """A trained run for use: an EncDiff with averaged weights, in eval mode, and its Config.
 
     Raises ValueError or OSError with one line if the folder holds no finished first stage.
     """
     checkpoint = load_checkpoint(folder)
     if checkpoint["stage"] == "first stage":
-        raise ValueError(f"{folder} has not finished its first stage; go on with: python train.py --resume {folder}")
+        raise ValueError(f"{folder} has not finished its first stage; "
+                         f"go on with: python train.py --resume {folder}")
     model = build_model(checkpoint["config"])
     restore(model, checkpoint["model"], folder)
     restore(model, {**model.state_dict(), **checkpoint["ema"]}, folder)
@@ -304,7 +316,8 @@ def restore(module, state, folder):
         module.load_state_dict(state)
     except (RuntimeError, KeyError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
-        raise ValueError(f"the weights in {folder} do not fit its config: {reason}. Train a new run") from None
+        raise ValueError(f"the weights in {folder} do not fit the config: {reason}. "
+                         f"Train a new run") from None
 
 
 def borrow_first_stage(config, model):
@@ -320,7 +333,8 @@ class Run:
     In processes other than the main one all writing methods do nothing.
     """
 
-    COLUMNS = ("stage", "step", "loss", "lr", "grad_norm", "images_per_second", "mse", "codes_used", "perplexity",
+    COLUMNS = ("stage", "step", "loss", "lr", "grad_norm", "images_per_second",
+               "mse", "codes_used", "perplexity",
                "factor_vae", "disentanglement", "completeness", "informativeness_test")
 
     def __init__(self, folder, config, machine):
@@ -334,7 +348,8 @@ class Run:
             try:
                 self.lock.execute("BEGIN EXCLUSIVE")
             except sqlite3.OperationalError:
-                raise ValueError(f"{folder} is in use by another process; wait for it or choose another --out") from None
+                raise ValueError(f"{folder} is in use by another process; "
+                                 f"wait for it or choose another --out") from None
         self.handlers = {number: signal.signal(number, lambda *_: setattr(self, "stop", True))
                          for number in (signal.SIGINT, signal.SIGTERM)}
 
@@ -354,8 +369,9 @@ class Run:
     def save(self, stage, step, model, optimizer, ema=None):
         if self.machine.main:
             buffer = io.BytesIO()
-            torch.save({"format": FORMAT, "config": dataclasses.asdict(self.config), "stage": stage, "step": step,
-                        "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+            torch.save({"format": FORMAT, "config": dataclasses.asdict(self.config),
+                        "stage": stage, "step": step, "model": model.state_dict(),
+                        "optimizer": optimizer.state_dict(),
                         "ema": {} if ema is None else averaged(ema)}, buffer)
             self.write("checkpoint.pt", buffer.getbuffer())
         self.saved = time.monotonic()
@@ -371,7 +387,7 @@ class Run:
             sys.exit(130)
 
     def rewind_log(self, stage, step):
-        """Drop the lines of log.csv that are later than the checkpoint: they will be written again."""
+        """Drop lines of log.csv later than the checkpoint: they will be written again."""
         path = self.folder / "log.csv"
         if not self.machine.main or not path.exists():
             return
@@ -393,18 +409,20 @@ class Run:
                 writer = csv.DictWriter(file, self.COLUMNS)
                 if new:
                     writer.writeheader()
-                writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+                writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value
+                                 for name, value in row.items()})
 
     def print(self, text, **options):
         if self.machine.main:
             print(text, flush=True, **options)
 
     def png(self, name, rows):
-        """rows: list of image tensors (K, 3, S, S) in [-1, 1] -> one PNG, a row of K images each."""
+        """rows: image tensors (K, 3, S, S) in [-1, 1] -> one PNG, a row of K images each."""
         if self.machine.main:
-            picture = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)  # (3, rows*S, K*S)
+            wide = [torch.cat(list(row), dim=2) for row in rows]  # (K, 3, S, S) -> (3, S, K*S)
+            picture = to_bytes(torch.cat(wide, dim=1)).permute(1, 2, 0)  # -> (rows*S, K*S, 3)
             buffer = io.BytesIO()
-            Image.fromarray(to_bytes(picture).permute(1, 2, 0).numpy()).save(buffer, "PNG")
+            Image.fromarray(picture.numpy()).save(buffer, "PNG")
             self.write(name, buffer.getbuffer())
 
 
@@ -427,7 +445,7 @@ def seed_step(config, stage, step):
 
 
 def set_lr(optimizer, peak, step, steps, warmup, decay):
-    """Linear rise over `warmup` steps, then constant, then linear fall over the last share `decay`."""
+    """Linear rise over `warmup` steps, constant, linear fall over the last share `decay`."""
     lr = peak * min(1, (step + 1) / max(1, warmup))
     if decay:
         lr *= min(1, (steps - step) / (decay * steps))
@@ -439,27 +457,28 @@ def set_lr(optimizer, peak, step, steps, warmup, decay):
 class Progress:
     """Means and speed since the last log line, and the time left."""
 
-    def __init__(self, step, steps, batch):
-        self.steps, self.batch, self.began, self.first = steps, batch, time.monotonic(), step
-        self.losses = []
+    def __init__(self, steps, batch):
+        self.steps, self.batch, self.began, self.losses = steps, batch, time.monotonic(), []
 
     def line(self, step, machine):
         """-> mean loss, images a second, "h:mm:ss" left; starts counting anew."""
         now, done = time.monotonic(), len(self.losses)
         speed = done / (now - self.began)
-        loss, self.losses, self.began = machine.mean(float(np.mean(self.losses))), [], now
+        loss = machine.mean(float(np.mean(self.losses)))
+        self.losses, self.began = [], now
         left = int((self.steps - step) / speed)
         return loss, speed * self.batch, f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
 
 
 def descend(loss, parameters, optimizer, config, run, stage, step):
-    """Backward, clip, step; returns the gradient norm. A loss or gradient that is not finite stops the run."""
+    """Backward, clip, step; returns the gradient norm. Raises ValueError if that is not finite."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip).item()
     if not math.isfinite(norm):  # the same in all processes: gradients are averaged
-        raise ValueError(f"loss {loss.item():.4g} and gradient norm {norm} in step {step + 1} of the {stage}; the "
-                         f"last good checkpoint in {run.folder} is kept. Try a lower learning rate or --precision fp32")
+        raise ValueError(f"loss {loss.item():.4g} and gradient norm {norm} in step {step + 1} of "
+                         f"the {stage}; the last good checkpoint in {run.folder} is kept. Try a "
+                         f"lower learning rate or --precision fp32")
     optimizer.step()
     return norm
 
@@ -467,7 +486,8 @@ def descend(loss, parameters, optimizer, config, run, stage, step):
 def train_first_stage(run, dataset, model, checkpoint):
     """Stage 1: images -> latent -> images. Leaves model.first_stage trained and frozen."""
     config, machine, stage = run.config, run.machine, "first stage"
-    loss_of = vq.FirstStageLoss(model.first_stage, config.vq_squared, vq.PatchDiscriminator() if config.gan else None)
+    loss_of = vq.FirstStageLoss(model.first_stage, config.vq_squared,
+                                vq.PatchDiscriminator() if config.gan else None)
     loss_of.to(machine.device).requires_grad_(True).train()
     optimizer = torch.optim.AdamW(loss_of.parameters(), config.vq_lr, betas=(0.9, 0.99),
                                   weight_decay=1e-4, fused=True)
@@ -479,7 +499,7 @@ def train_first_stage(run, dataset, model, checkpoint):
     else:
         run.save(stage, 0, loss_of, optimizer)
     network, parameters = machine.parallel(loss_of), list(loss_of.parameters())
-    progress, counts = Progress(start, config.vq_steps, config.vq_batch), 0
+    progress, counts = Progress(config.vq_steps, config.vq_batch), 0
     for step in range(start, config.vq_steps):
         seed_step(config, stage, step)
         indices = torch.randint(len(dataset), (config.vq_batch,))
@@ -498,8 +518,8 @@ def train_first_stage(run, dataset, model, checkpoint):
             mean, speed, left = progress.line(step + 1, machine)
             used, perplexity = vq.codebook_usage(counts)
             mse, counts = F.mse_loss(reconstruction, images).item(), 0
-            run.log(stage=stage, step=step + 1, loss=mean, lr=lr, grad_norm=norm, images_per_second=speed,
-                    mse=mse, codes_used=used, perplexity=perplexity)
+            run.log(stage=stage, step=step + 1, loss=mean, lr=lr, grad_norm=norm,
+                    images_per_second=speed, mse=mse, codes_used=used, perplexity=perplexity)
             run.print(f"first stage {step + 1}/{config.vq_steps}  loss {mean:.4f}  mse {mse:.5f}  "
                       f"codes used {used:.0%}  {speed:.0f} img/s  left {left}")
         run.checkpoint(stage, step + 1, loss_of, optimizer)
@@ -511,7 +531,8 @@ def train_jointly(run, dataset, model, checkpoint):
     config, machine, stage = run.config, run.machine, "joint training"
     model.to(machine.device).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay,
+                                  fused=True)
     start = 0
     if checkpoint:
         restore(model, checkpoint["model"], run.folder)
@@ -527,13 +548,14 @@ def train_jointly(run, dataset, model, checkpoint):
         start = checkpoint["step"]
     else:
         run.save(stage, 0, model, optimizer, average)
-    network, progress = machine.parallel(model), Progress(start, config.steps, config.batch)
+    network, progress = machine.parallel(model), Progress(config.steps, config.batch)
     for step in range(start, config.steps):
         seed_step(config, stage, step)
         indices = torch.randint(len(dataset), (config.batch,))
         t = torch.randint(1, config.timesteps + 1, (config.batch,))
         noise = torch.randn(config.batch, *model.latent_shape)
-        images, t, noise = (machine.share(x).to(machine.device) for x in (dataset.images(indices), t, noise))
+        images = dataset.images(machine.share(indices)).to(machine.device)
+        t, noise = machine.share(t).to(machine.device), machine.share(noise).to(machine.device)
         lr = set_lr(optimizer, config.lr, step, config.steps, config.lr_warmup, config.lr_decay)
         with machine.autocast(config):
             loss = network(to_float(images), t, noise)  # Eq. (3)
@@ -542,8 +564,10 @@ def train_jointly(run, dataset, model, checkpoint):
         progress.losses.append(loss.item())
         if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
             mean, speed, left = progress.line(step + 1, machine)
-            run.log(stage=stage, step=step + 1, loss=mean, lr=lr, grad_norm=norm, images_per_second=speed)
-            run.print(f"step {step + 1}/{config.steps}  loss {mean:.4f}  lr {lr:.1e}  {speed:.0f} img/s  left {left}")
+            run.log(stage=stage, step=step + 1, loss=mean, lr=lr, grad_norm=norm,
+                    images_per_second=speed)
+            run.print(f"step {step + 1}/{config.steps}  loss {mean:.4f}  lr {lr:.1e}  "
+                      f"{speed:.0f} img/s  left {left}")
         if config.score_every and (step + 1) % config.score_every == 0 and step + 1 < config.steps:
             quick_look(run, dataset, average, step + 1)
         run.checkpoint(stage, step + 1, model, optimizer, average)
@@ -553,15 +577,17 @@ def train_jointly(run, dataset, model, checkpoint):
 
 
 def averaged(model):
-    """The part of the state that training changes, and the EMA averages: all but the first stage."""
+    """The part of the state that joint training changes: all but the first stage."""
     return {k: v for k, v in model.state_dict().items() if not k.startswith("first_stage.")}
 
 
 @torch.no_grad()
 def update_average(average, model, decay):
     """average <- decay * average + (1 - decay) * model, BatchNorm statistics included."""
-    pairs = [(a, m) for a, m in zip(averaged(average).values(), averaged(model).values()) if a.is_floating_point()]
-    torch._foreach_lerp_([a for a, _ in pairs], [m for _, m in pairs], 1 - decay)
+    pairs = zip(averaged(average).values(), averaged(model).values())
+    for old, new in pairs:
+        if old.is_floating_point():  # all but BatchNorm's counter of batches
+            old.lerp_(new, 1 - decay)
 
 
 # ---- What was reached ---------------------------------------------------------------------------
@@ -570,16 +596,18 @@ def update_average(average, model, decay):
 @torch.no_grad()
 def encode(model, dataset, indices, device):
     """Codes (n, N) or (n, N, d) of the images at these indices, float32 on the CPU."""
-    return torch.cat([model.represent(to_float(dataset.images(some).to(device))).cpu() for some in indices.split(500)])
+    return torch.cat([model.represent(to_float(dataset.images(some).to(device))).cpu()
+                      for some in indices.split(500)])
 
 
 def score(run, dataset, model, train, test):
-    """All scores the dataset's labels allow, with DCI on train + test samples: a dict, {} without labels."""
+    """All scores that the labels allow, DCI on train + test samples: a dict, {} without labels."""
     generator = torch.Generator().manual_seed(run.config.seed)
     indices = torch.randint(len(dataset), (train + test,), generator=generator)
     if dataset.factor_sizes:
         codes = encode(model, dataset, indices, run.machine.device)
-        return metrics.evaluate(codes, dataset.factors(indices), seed=run.config.seed, dci_train=train, dci_test=test)
+        return metrics.evaluate(codes, dataset.factors(indices), seed=run.config.seed,
+                                dci_train=train, dci_test=test)
     if dataset.attribute_names:
         codes = encode(model, dataset, indices, run.machine.device)
         return {"tad": metrics.tad(codes, dataset.attributes(indices))}
@@ -608,13 +636,14 @@ def pictures(run, dataset, model):
 
 
 def quick_look(run, dataset, average, step):
-    """Scores from fewer samples, hence lower than the final ones, and pictures, in the middle of training."""
+    """Pictures, and scores from fewer samples, hence lower than those at the end."""
     if run.machine.main:
         scores = score(run, dataset, average, 4_000, 2_000)
         pictures(run, dataset, average)
         known = {k: v for k, v in scores.items() if k in Run.COLUMNS}
         run.log(stage="joint training", step=step, **known)
-        run.print(f"  quick score at step {step}: " + "  ".join(f"{k} {v:.3f}" for k, v in known.items()))
+        run.print(f"  quick score at step {step}: "
+                  + "  ".join(f"{k} {v:.3f}" for k, v in known.items()))
     run.machine.wait()
 
 
@@ -630,7 +659,7 @@ class Parser(argparse.ArgumentParser):
 
 @contextlib.contextmanager
 def one_line_errors():
-    """What a user can get wrong is a ValueError or an OSError all over this project: one line, status 2."""
+    """What a user gets wrong is a ValueError or OSError everywhere here: one line, status 2."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -640,26 +669,27 @@ def one_line_errors():
 
 def parse(arguments, machine_kind):
     """-> (Config, run folder, checkpoint to go on from or None, device or None)."""
-    parser = Parser("train.py", description="Train EncDiff: first stage, joint training, scores, pictures.")
-    parser.add_argument("--preset", choices=PRESETS, help="paper: the paper's sizes; small: for two CPU cores; "
-                        "default: paper on a CUDA GPU, small elsewhere")
+    parser = Parser("train.py", description="Train EncDiff: first stage, joint training, scores.")
+    parser.add_argument("--preset", choices=PRESETS, help="paper: the paper's sizes; small: for "
+                        "two CPU cores; default: paper on a CUDA GPU, small elsewhere")
     parser.add_argument("--out", help="folder of the run (default: runs/PRESET-SEED)")
     parser.add_argument("--resume", metavar="FOLDER", help="go on with the run in this folder")
-    parser.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: the best there is")
+    parser.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: the best")
     for f in dataclasses.fields(Config):
         flag, kind = "--" + f.name.replace("_", "-"), type(f.default)
         default = f"paper: {f.default}" + (f", small: {SMALL[f.name]}" if f.name in SMALL else "")
-        options = dict(dest=f.name, default=argparse.SUPPRESS, help=f"{f.metadata['help']} ({default or 'empty'})")
+        options = dict(dest=f.name, default=argparse.SUPPRESS,
+                       help=f"{f.metadata['help']} ({default})")
         if kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
         elif kind is tuple:
             parser.add_argument(flag, type=int, nargs="+", metavar="N", **options)
+        elif f.metadata["choices"]:
+            parser.add_argument(flag, type=kind, choices=f.metadata["choices"], **options)
         else:
-            parser.add_argument(flag, type=kind, choices=f.metadata["choices"], metavar=None if
-                                f.metadata["choices"] else kind.__name__.upper(), **options)
+            parser.add_argument(flag, type=kind, metavar=kind.__name__.upper(), **options)
     given = vars(parser.parse_args(arguments))
     preset, out, resume, device = (given.pop(k) for k in ("preset", "out", "resume", "device"))
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     if not resume:
         preset = preset or ("paper" if (device or machine_kind) == "cuda" else "small")
         config = Config(**{**PRESETS[preset], **given})
@@ -667,17 +697,21 @@ def parse(arguments, machine_kind):
         print(f"preset {preset}")
         return config, Path(out or f"runs/{preset}-{config.seed}"), None, device
     if out or preset:
-        raise ValueError("--resume takes its folder and preset from the run; expected no --out and no --preset")
+        raise ValueError("--resume takes folder and preset from the run; expected neither here")
     checkpoint = load_checkpoint(resume)
     saved = dataclasses.asdict(checkpoint["config"])
-    differences = [f"{k} {saved[k]} -> {v}" for k, v in given.items() if v != saved[k] and k not in FREE]
-    if differences or given.get("steps", saved["steps"]) < saved["steps"]:
-        raise ValueError(f"{resume} was started with other values: {', '.join(differences) or 'more steps'}; expected "
-                         f"the same ones or more --steps. Train a new run with --out")
-    return Config(**{**saved, **given}), Path(resume), checkpoint, device
+    config = Config(**{**saved, **given})
+    wanted = dataclasses.asdict(config)
+    changed = [f"{name} {saved[name]} -> {wanted[name]}" for name in given
+               if wanted[name] != saved[name] and name not in FREE
+               or name == "steps" and wanted[name] < saved[name]]
+    if changed:
+        raise ValueError(f"{resume} was started with other values: {', '.join(changed)}; expected "
+                         f"the same ones, or more --steps. Train a new run with --out")
+    return config, Path(resume), checkpoint, device
 
 
-FREE = ("steps", "cache", "data", "log_every", "score_every")  # may differ when a run is resumed
+FREE = ("steps", "cache", "log_every", "score_every")  # may differ when a run is resumed
 
 
 def main(arguments=None):
@@ -689,7 +723,8 @@ def main(arguments=None):
         raise ValueError(f"--batch {config.batch} and --vq-batch {config.vq_batch}; "
                          f"expected multiples of the {machine.world} processes")
     if not checkpoint and (folder / "checkpoint.pt").exists():
-        raise ValueError(f"{folder} already holds a run; expected a new folder with --out, or --resume {folder}")
+        raise ValueError(f"{folder} already holds a run; expected a new folder with --out, "
+                         f"or --resume {folder}")
     with contextlib.closing(Run(folder, config, machine)) as run:
         work(run, checkpoint)
 
@@ -726,8 +761,8 @@ def work(run, checkpoint):
         for name, value in scores.items():
             if isinstance(value, float):
                 print(f"{name:24s} {value:.3f}")
-        print(f"done in {(time.monotonic() - began) / 60:.0f} minutes; weights, scores and pictures are in "
-              f"{run.folder}\nnext: python sample.py swap {run.folder}")
+        print(f"done in {(time.monotonic() - began) / 60:.0f} minutes; weights, scores and "
+              f"pictures are in {run.folder}\nnext: python sample.py swap {run.folder}")
     machine.wait()
 
 

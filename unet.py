@@ -1,10 +1,11 @@
-"""The denoiser: a U-Net that predicts the noise in a latent while it cross-attends to concept tokens.
+"""The denoiser: a U-Net that predicts the noise in a latent, cross-attending to concept tokens.
 
 WHERE     Read after encdiff.py, before vq.py. Imports torch only; copy it freely.
 PAPER     arXiv 2402.09712, Sec. 3.1 ("Diffusion Model with Cross Attention"), Appendix D (Table 7).
-          Its blocks are those of latent diffusion (Rombach et al. 2022) and ADM (Dhariwal & Nichol 2021).
-SHAPES    B batch, N concept tokens, d token width, c channels, h x w latent grid, P = h*w positions,
-          H attention heads, e = c/H channels of one head, E width of the time embedding.
+          The blocks are those of latent diffusion (Rombach et al. 2022) and of ADM (Dhariwal &
+          Nichol 2021).
+SHAPES    B batch, N concept tokens, d token width, c channels, h x w latent grid, P = h*w
+          positions, H heads, e = c/H channels of one head, E width of the time embedding.
 IDEA      A query is a place of the latent image; keys and values are the N concept tokens. At every
           place the softmax over the tokens makes the concepts compete, so a token is rewarded for
           owning what is drawn in some region and left alone elsewhere. There is no other way in
@@ -27,9 +28,9 @@ import torch.nn.functional as F
 
 
 def timestep_embedding(t, width):
-    """Sinusoids of the timestep, as in "Attention Is All You Need": t (B,) -> (B, width) float32."""
+    """Sinusoids of t, as in "Attention Is All You Need": t (B,) -> (B, width) float32."""
     half = width // 2
-    # Wavelengths from 2 pi to 2 pi * 10,000: neighbouring steps and distant ones are both told apart.
+    # Wavelengths from 2 pi to 2 pi * 10,000: near timesteps and far ones are both told apart.
     frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device) / half)
     angles = t[:, None].float() * frequencies  # (B,) -> (B, half)
     return torch.cat([angles.cos(), angles.sin()], dim=1)  # (B, width)
@@ -41,7 +42,7 @@ def group_norm(channels):
 
 
 def zero(layer):
-    """The layer with its parameters set to zero, so that the residual branch it ends starts silent."""
+    """The layer with its parameters set to zero: the residual branch that it ends starts silent."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
@@ -50,7 +51,7 @@ def zero(layer):
 class ResidualBlock(nn.Module):
     """norm, SiLU, conv, norm scaled and shifted by the time embedding, SiLU, conv, plus the input.
 
-    x (B, c_in, h, w), emb (B, E) -> (B, c_out, h', w'); h' is h, 2h (resample="up") or h/2 ("down").
+    x (B, c_in, h, w), emb (B, E) -> (B, c_out, h', w'); h' = h, 2h (resample="up"), h/2 ("down").
     """
 
     def __init__(self, c_in, c_out, emb_width, dropout, resample=None):
@@ -67,9 +68,9 @@ class ResidualBlock(nn.Module):
         return F.avg_pool2d(x, 2) if self.resample == "down" else x  # (B, c, h/2, w/2)
 
     def forward(self, x, emb, tokens=None):
-        """`tokens` is ignored here: all blocks share one signature, so that the U-Net is a plain loop."""
+        """`tokens` is ignored: blocks share one signature, so that the U-Net is a plain loop."""
         h = self.conv1(self.resize(F.silu(self.norm1(x))))  # (B, c_in, h, w) -> (B, c_out, h', w')
-        scale, shift = self.emb(F.silu(emb))[:, :, None, None].chunk(2, dim=1)  # 2x (B, c_out, 1, 1)
+        scale, shift = self.emb(F.silu(emb))[:, :, None, None].chunk(2, 1)  # 2x (B, c_out, 1, 1)
         h = self.norm2(h) * (1 + scale) + shift
         return self.skip(self.resize(x)) + self.conv2(self.dropout(F.silu(h)))
 
@@ -102,7 +103,8 @@ class Attention(nn.Module):
         weights = (q @ k.transpose(-1, -2) * e**-0.5).softmax(dim=-1)  # (B, H, P, M)
         if self.record is not None:
             self.record.append(weights.detach().float().mean(dim=1))  # (B, H, P, M) -> (B, P, M)
-        return self.to_out((weights @ v).transpose(1, 2).reshape(B, P, c))  # (B, H, P, e) -> (B, P, c)
+        y = (weights @ v).transpose(1, 2).reshape(B, P, c)  # (B, H, P, e) -> (B, P, c)
+        return self.to_out(y)
 
 
 class GEGLU(nn.Module):
@@ -110,7 +112,8 @@ class GEGLU(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.to_hidden, self.to_out = nn.Linear(channels, 8 * channels), nn.Linear(4 * channels, channels)
+        self.to_hidden = nn.Linear(channels, 8 * channels)
+        self.to_out = nn.Linear(4 * channels, channels)
 
     def forward(self, x):
         value, gate = self.to_hidden(x).chunk(2, dim=-1)  # (B, P, 8c) -> 2x (B, P, 4c)
@@ -217,7 +220,7 @@ class UNet(nn.Module):
         return Stage([self.residual(c_in, c_out), *attend])
 
     def way_up(self, c, skips):
-        """The stages from c channels at the lowest resolution up; skips: channels to be appended."""
+        """The stages from c channels at the lowest resolution up; skips: channels appended to them."""
         up = nn.ModuleList()
         for level in reversed(range(len(self.multipliers))):
             for i in range(self.blocks + 1):
@@ -330,5 +333,5 @@ if __name__ == "__main__":
     print(f"z_t {tuple(z_t.shape)}, tokens {tuple(tokens.shape)} -> noise {tuple(noise.shape)}, "
           f"largest {noise.abs().max():.0f} (expected 0 before training)")
     first = maps[0][0]
-    print(f"{len(maps)} cross-attention layers (expected 16); the first map is {tuple(first.shape)}; "
+    print(f"{len(maps)} cross-attention layers (expected 16); first map {tuple(first.shape)}; "
           f"its rows sum to {first.sum(-1).min():.3f} .. {first.sum(-1).max():.3f} (expected 1)")

@@ -16,7 +16,7 @@ IDEA      Each of the (S/f)^2 latent vectors is replaced by the nearest of K cod
 DIFFERS   From the authors' code: L1 reconstruction alone by default. LPIPS needs weights that we
           cannot ship; the patch discriminator is optional (train.py --gan). `patch` > 1 folds
           pixels into channels at the input, which saves the expensive full-resolution layers.
-TRY       python vq.py   ->   shapes, the quantiser against brute force, the straight-through gradient
+TRY       python vq.py   ->   shapes, rounding against brute force, the straight-through gradient
 """
 import torch
 import torch.nn as nn
@@ -84,10 +84,11 @@ class Quantizer(nn.Module):
 
     def nearest(self, vectors):
         """(M, C) -> (M,) indices of the nearest codebook entries."""
-        # |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 is the same for all entries. The two terms left
-        # are one matrix product, (z, 1) . (-2e, |e|^2).
+        # |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 is the same for all entries. The two terms
+        # left are one matrix product, (z, 1) . (-2e, |e|^2).
         z_1 = F.pad(vectors, (0, 1), value=1.0)  # (M, C) -> (M, C + 1)
-        e = torch.cat([-2 * self.codebook, self.codebook.pow(2).sum(1, keepdim=True)], 1)  # (K, C + 1)
+        squares = self.codebook.pow(2).sum(1, keepdim=True)  # (K, 1)
+        e = torch.cat([-2 * self.codebook, squares], 1)  # (K, C + 1)
         return (z_1 @ e.t()).argmin(1)  # (M, K) -> (M,)
 
     def forward(self, z):
@@ -107,7 +108,7 @@ class Quantizer(nn.Module):
             # Straight-through: the value of the entry, the gradient of the unrounded vector.
             rounded = vectors + (entries - vectors).detach()
         z_q = rounded.view(B, h, w, C).permute(0, 3, 1, 2)  # (B*h*w, C) -> (B, C, h, w)
-        # contiguous: the decoder would inherit the permuted layout, in which GroupNorm is 10x slower.
+        # contiguous: the decoder would inherit the permuted layout, and GroupNorm is slow in it.
         z_q = z_q.contiguous()
         return z_q, loss, indices.view(B, h, w)
 
@@ -120,7 +121,7 @@ class VQAutoencoder(nn.Module):
     latent_channels         C
     codebook_size           K
     commitment              weight of the commitment loss
-    patch                   pixels folded into channels at the input: the first level works at S/patch
+    patch                   pixels folded into channels at the input: level 1 works at S/patch
     The downsampling factor f is patch * 2^(levels - 1).
     """
 
@@ -131,7 +132,8 @@ class VQAutoencoder(nn.Module):
         widths = [channels * m for m in multipliers]
         top = widths[-1]
         middle = lambda: [ResidualBlock(top, top), PositionAttention(top), ResidualBlock(top, top)]
-        down, c = [nn.PixelUnshuffle(patch), nn.Conv2d(3 * patch**2, widths[0], 3, padding=1)], widths[0]
+        pixels, c = 3 * patch**2, widths[0]
+        down = [nn.PixelUnshuffle(patch), nn.Conv2d(pixels, c, 3, padding=1)]
         for level, width in enumerate(widths):
             if level > 0:
                 down.append(nn.Conv2d(c, c, 3, stride=2, padding=1))
@@ -149,7 +151,7 @@ class VQAutoencoder(nn.Module):
             if level > 0:
                 up += [nn.Upsample(scale_factor=2), nn.Conv2d(c, c, 3, padding=1)]
         self.decoder = nn.Sequential(*up, group_norm(c), nn.SiLU(),
-                                     nn.Conv2d(c, 3 * patch**2, 3, padding=1), nn.PixelShuffle(patch))
+                                     nn.Conv2d(c, pixels, 3, padding=1), nn.PixelShuffle(patch))
 
     def encode(self, x):
         """Images (B, 3, S, S) in [-1, 1] -> latent before quantisation (B, C, S/f, S/f)."""
@@ -181,7 +183,7 @@ def codebook_usage(counts):
 
 
 class FirstStageLoss(nn.Module):
-    """L1 + squared * L2 reconstruction + codebook loss, plus the adversarial loss with a discriminator.
+    """L1 + squared * L2 + codebook loss, plus the adversarial loss if there is a discriminator.
 
     forward(images (B, 3, S, S) in [-1, 1]) -> loss (scalar), reconstruction, indices
     """
@@ -197,7 +199,8 @@ class FirstStageLoss(nn.Module):
         loss = difference + self.squared * F.mse_loss(reconstruction, images) + codebook_loss
         if self.discriminator is not None:
             last_weight = self.autoencoder.decoder[-2].weight
-            loss = loss + adversarial_loss(self.discriminator, images, reconstruction, difference, last_weight)
+            loss = loss + adversarial_loss(self.discriminator, images, reconstruction, difference,
+                                           last_weight)
         return loss, reconstruction, indices
 
 
@@ -205,13 +208,14 @@ class FirstStageLoss(nn.Module):
 
 
 class PatchDiscriminator(nn.Module):
-    """PatchGAN (Isola et al. 2017): a real-or-fake logit for each patch, (B, 3, S, S) -> (B, 1, ., .)."""
+    """PatchGAN (Isola et al. 2017): real or fake? A logit a patch, (B, 3, S, S) -> (B, 1, ., .)."""
 
     def __init__(self, channels=64):
         super().__init__()
         layers, c_in = [], 3
         for c_out, stride in [(channels, 2), (2 * channels, 2), (4 * channels, 1)]:
-            layers += [nn.Conv2d(c_in, c_out, 4, stride, 1), nn.GroupNorm(8, c_out), nn.LeakyReLU(0.2)]
+            layers += [nn.Conv2d(c_in, c_out, 4, stride, 1), nn.GroupNorm(8, c_out),
+                       nn.LeakyReLU(0.2)]
             c_in = c_out
         self.body = nn.Sequential(*layers, nn.Conv2d(c_in, 1, 4, 1, 1))
 
@@ -242,12 +246,13 @@ if __name__ == "__main__":
     z = model.encode(x).detach().requires_grad_()
     model.quantizer.initialise(z)
     z_q, loss, indices = model.quantize(z)
-    print(f"image {tuple(x.shape)} -> latent {tuple(z.shape)} -> image {tuple(model.decode(z).shape)}; "
-          f"{sum(p.numel() for p in model.parameters()):,} parameters")
+    count = sum(p.numel() for p in model.parameters())
+    print(f"image {tuple(x.shape)} -> latent {tuple(z.shape)} -> image "
+          f"{tuple(model.decode(z).shape)}; {count:,} parameters")
     vectors = z.permute(0, 2, 3, 1).reshape(-1, 1, 3)
     brute = (vectors - model.quantizer.codebook).pow(2).sum(-1).argmin(-1)  # (512, 2048) -> (512,)
-    print(f"nearest entries equal to brute force: {(brute == indices.flatten()).float().mean():.1%} "
-          f"(expected 100.0%)")
+    equal = (brute == indices.flatten()).float().mean()
+    print(f"nearest entries equal to brute force: {equal:.1%} (expected 100.0%)")
     z_q.sum().backward()
     print(f"gradient through rounding: {z.grad.unique().tolist()} (expected [1.0])")
     used, perplexity = codebook_usage(torch.bincount(indices.flatten(), minlength=2048))
