@@ -4,9 +4,9 @@ WHERE     Read last, after train.py. Reads one run folder and nothing else; impo
 PAPER     arXiv 2402.09712, Figures 2(b) and 5-9, Tables 5 and 8. Eq. (5) is in encdiff.py.
 SHAPES    B images, N tokens, K columns of a picture, S image side; images (B, 3, S, S) in [-1, 1].
 IDEA      How to read the pictures. All rows share their noise z_T: what differs is the token.
-            swap       a row takes ONE token from the target: only what names the row should change,
-                       and nothing in the rows named "none"
-            traverse   the same token takes the values it has in the data, lowest to highest
+            swap       a row takes ONE token from the target: compared with the row "redrawn", only
+                       what names the row should change, and nothing in the rows named "none"
+            traverse   one token takes the values that it has in the data, lowest to highest
             attention  where in the image a token is listened to; each row has its own colours
             generate   every token from another image: each combination should be a good picture
             kl         how much z_{t-1} can say, in nats, so how many factors are worth a token
@@ -292,12 +292,13 @@ def swap(args):
     tokens, K = token_rows(args, run), args.count
     source, target = run.images(2 * K).split(K)
     codes, other, noise = run.codes(source), run.codes(target), run.noise(K)
-    swapped = repeat(codes[None], len(tokens))  # (rows, K, N) or (rows, K, N, d)
-    for row, (i, _) in enumerate(tokens):
+    swapped = repeat(codes[None], 1 + len(tokens))  # (rows, K, N) or (rows, K, N, d)
+    for row, (i, _) in enumerate(tokens, 1):  # row 0 shows what the source's own tokens draw
         swapped[row, :, i] = other[:, i]
-    noise = repeat(noise[None], len(tokens)).flatten(0, 1)  # (rows, K, C, h, w) -> (rows*K, ...)
+    noise = repeat(noise[None], len(swapped)).flatten(0, 1)  # (rows, K, C, h, w) -> (rows*K, ...)
     drawn = run.draw(swapped.flatten(0, 1), noise).split(K)
-    labels = [("source", ""), ("target", ""), *(label for _, label in tokens)]
+    labels = [("source", ""), ("target", ""), ("redrawn", "all of the source")]
+    labels += [label for _, label in tokens]
     save(args, run.folder, grid([source, target, *drawn], labels))
 
 
@@ -306,15 +307,15 @@ def traverse(args):
     run = Trained(args)
     tokens, K = token_rows(args, run), args.count
     seen = run.codes(run.images(min(2000, len(run.dataset))))  # (M, N) or (M, N, d)
-    image, noise, shares = run.images(1), repeat(run.noise(1), K), torch.linspace(0.01, 0.99, K)
+    image, noise, shares = run.images(1), repeat(run.noise(1), K + 1), torch.linspace(0.01, 0.99, K)
     order = torch.from_numpy(metrics.scalar_codes(seen)).argsort(0)  # (M, N): images by each token
     chosen = order[(shares * (len(seen) - 1)).round().long()].to(run.device)  # (K, N)
     own, rows = run.codes(image), []
     for i, _ in tokens:
-        swept = repeat(own, K)
-        swept[:, i] = seen[chosen[:, i], i]
+        swept = repeat(own, K + 1)
+        swept[1:, i] = seen[chosen[:, i], i]
         rows.append(torch.cat([image, run.draw(swept, noise)]))
-    headings = ["input", *(f"{share:.0%}" for share in shares)]
+    headings = ["input", "redrawn", *(f"{share:.0%}" for share in shares)]
     save(args, run.folder, grid(rows, [label for _, label in tokens], headings))
 
 

@@ -202,13 +202,18 @@ def build_model(config):
 # ---- The machine --------------------------------------------------------------------------------
 
 
+def devices():
+    """The kinds of device there are here, the best first."""
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    return [kind for kind, there in found.items() if there]
+
+
 class Machine:
     """Device, precision and, under torchrun, this process's share of the work."""
 
     def __init__(self, device=None):
-        best = ("cuda" if torch.cuda.is_available()
-                else "mps" if torch.backends.mps.is_available() else "cpu")
-        self.kind = device or best
+        need(device in (None, *devices()), "device", device, "one of " + ", ".join(devices()))
+        self.kind = device or devices()[0]
         self.world, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
         self.device = torch.device(self.kind)
         if self.world > 1:
@@ -601,17 +606,25 @@ def encode(model, dataset, indices, device):
 
 
 def score(run, dataset, model, train, test):
-    """All scores that the labels allow, DCI on train + test samples: a dict, {} without labels."""
+    """All scores that the labels allow, DCI on train + test samples (fewer from a small dataset).
+
+    Returns a dict for metrics.json; where there is nothing to score, its "note" says why.
+    """
     generator = torch.Generator().manual_seed(run.config.seed)
-    indices = torch.randint(len(dataset), (train + test,), generator=generator)
-    if dataset.factor_sizes:
-        codes = encode(model, dataset, indices, run.machine.device)
+    train, test = min(train, len(dataset) * 2 // 3), min(test, len(dataset) // 3)
+    # Without repetition: no image may be in DCI's training and test samples.
+    indices = torch.randperm(len(dataset), generator=generator)[:train + test]
+    if not dataset.factor_sizes and not dataset.attribute_names:
+        return {"note": "the dataset has no labels: FactorVAE score and DCI are skipped"}
+    codes = encode(model, dataset, indices, run.machine.device)
+    try:
+        if dataset.attribute_names:
+            note = "attributes are no factors: FactorVAE score and DCI are skipped, TAD is not"
+            return {"note": note, **metrics.tad(codes, dataset.attributes(indices))}
         return metrics.evaluate(codes, dataset.factors(indices), seed=run.config.seed,
                                 dci_train=train, dci_test=test)
-    if dataset.attribute_names:
-        codes = encode(model, dataset, indices, run.machine.device)
-        return {"tad": metrics.tad(codes, dataset.attributes(indices))}
-    return {}
+    except ValueError as error:  # too few samples, say: no reason to end a run without its pictures
+        return {"note": f"not scored: {error}"}
 
 
 @torch.no_grad()
@@ -642,7 +655,7 @@ def quick_look(run, dataset, average, step):
         pictures(run, dataset, average)
         known = {k: v for k, v in scores.items() if k in Run.COLUMNS}
         run.log(stage="joint training", step=step, **known)
-        run.print(f"  quick score at step {step}: "
+        run.print(f"  quick score at step {step}: {scores.get('note', '')}"
                   + "  ".join(f"{k} {v:.3f}" for k, v in known.items()))
     run.machine.wait()
 
@@ -667,7 +680,7 @@ def one_line_errors():
         sys.exit(2)
 
 
-def parse(arguments, machine_kind):
+def parse(arguments):
     """-> (Config, run folder, checkpoint to go on from or None, device or None)."""
     parser = Parser("train.py", description="Train EncDiff: first stage, joint training, scores.")
     parser.add_argument("--preset", choices=PRESETS, help="paper: the paper's sizes; small: for "
@@ -677,9 +690,9 @@ def parse(arguments, machine_kind):
     parser.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: the best")
     for f in dataclasses.fields(Config):
         flag, kind = "--" + f.name.replace("_", "-"), type(f.default)
-        default = f"paper: {f.default}" + (f", small: {SMALL[f.name]}" if f.name in SMALL else "")
+        default = f"{f.default}" + (f", small: {SMALL[f.name]}" if f.name in SMALL else "")
         options = dict(dest=f.name, default=argparse.SUPPRESS,
-                       help=f"{f.metadata['help']} ({default})")
+                       help=f.metadata["help"] + (f" ({default})" if default else ""))
         if kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
         elif kind is tuple:
@@ -691,13 +704,14 @@ def parse(arguments, machine_kind):
     given = vars(parser.parse_args(arguments))
     preset, out, resume, device = (given.pop(k) for k in ("preset", "out", "resume", "device"))
     if not resume:
-        preset = preset or ("paper" if (device or machine_kind) == "cuda" else "small")
+        preset = preset or ("paper" if (device or devices()[0]) == "cuda" else "small")
         config = Config(**{**PRESETS[preset], **given})
         check(config)
         print(f"preset {preset}")
         return config, Path(out or f"runs/{preset}-{config.seed}"), None, device
     if out or preset:
-        raise ValueError("--resume takes folder and preset from the run; expected neither here")
+        raise ValueError("--resume takes folder and preset from the run; expected no --out and "
+                         "no --preset")
     checkpoint = load_checkpoint(resume)
     saved = dataclasses.asdict(checkpoint["config"])
     config = Config(**{**saved, **given})
@@ -715,8 +729,8 @@ FREE = ("steps", "cache", "log_every", "score_every")  # may differ when a run i
 
 
 def main(arguments=None):
-    machine = Machine()
-    config, folder, checkpoint, device = parse(arguments, machine.kind)
+    config, folder, checkpoint, device = parse(arguments)
+    machine = Machine(device)
     if config.precision == "auto":
         config = dataclasses.replace(config, precision="bf16" if machine.fast_bf16() else "fp32")
     if config.batch % machine.world or config.vq_batch % machine.world:
@@ -758,6 +772,7 @@ def work(run, checkpoint):
         scores = score(run, dataset, average, 10_000, 5_000)
         pictures(run, dataset, average)
         run.write_json("metrics.json", {"config": dataclasses.asdict(config), **scores})
+        print(scores.get("note", ""))
         for name, value in scores.items():
             if isinstance(value, float):
                 print(f"{name:24s} {value:.3f}")
