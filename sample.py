@@ -206,7 +206,8 @@ def choose_samplers(args, config):
         return [("direct decoder", {})]
     T = config.timesteps
     usual = {"dpm": min(20, T), "ddim": min(200, T), "ddpm": T}
-    names = args.sampler or ["dpm"]
+    every = args.function is complexity and not args.steps
+    names = args.sampler or (["dpm", "ddim", "ddpm"] if every else ["dpm"])
     steps = args.steps or [usual[name] for name in names]
     if len(steps) != len(names):
         raise ValueError(f"--steps has {len(steps)} numbers for {len(names)} --sampler; "
@@ -246,14 +247,14 @@ def token_rows(args, run):
         if not 0 <= i < N:
             raise ValueError(f"--tokens has {i}; expected 0 to {N - 1}, the tokens of {run.folder}")
     rows = [(i, (f"token {i}", "")) for i in range(N)]
-    if names and path.exists():  # scored, and not only trained
-        try:
-            importance = np.array(json.loads(path.read_text())["importance"], float)
-            importance = importance.reshape(N, len(names))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is damaged ({type(error).__name__}); expected what train.py "
-                             "wrote. Delete it to get rows without names") from None
-        rows = [(i, (name, f"token {i}")) for i, name in name_tokens(importance, names)]
+    try:
+        scores = json.loads(path.read_text()) if names and path.exists() else {}
+        if "importance" in scores:  # not after a run on too few images to score
+            importance = np.array(scores["importance"], float).reshape(N, len(names))
+            rows = [(i, (name, f"token {i}")) for i, name in name_tokens(importance, names)]
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}); expected what train.py "
+                         "wrote. Delete it to get rows without names") from None
     return [row for row in rows if args.tokens is None or row[0] in args.tokens]
 
 
@@ -281,7 +282,7 @@ def reconstruct(args):
         seconds = (time.monotonic() - began) / args.count
         x, y = (images + 1) / 2, (rows[name] + 1) / 2  # the scores are defined on [0, 1]
         values = [batched(score, x, y).mean().item() for score in scores.values()]
-        table = "".join(f"{value:10.3g}" for value in values)
+        table = "".join(f"{value:10.4g}" for value in values)
         print(f"{name:18s}{table}{seconds:12.3f}", flush=True)
     save(args, run.folder, grid([x[:8] for x in rows.values()], [(name, "") for name in rows]))
 
@@ -506,7 +507,7 @@ VERBS = {  # how many runs, usual --count, further options
     curves: ("+", None, ""), complexity: (None, None, SAMPLING)}
 SEVERAL = (reconstruct, complexity)  # take several samplers, one line of their table each
 OPTIONS = {
-    "sampler": dict(choices=tuple(encdiff.SAMPLERS), help="default: dpm"),
+    "sampler": dict(choices=tuple(encdiff.SAMPLERS), help="default: dpm; complexity: all"),
     "steps": dict(type=int, metavar="N", help="default: dpm 20, ddim 200, ddpm all"),
     "eta": dict(type=float, help="noise of ddim, 0 (default) to 1"),
     "tokens": dict(type=int, nargs="+", metavar="I", help="only the rows of these tokens"),

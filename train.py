@@ -154,6 +154,9 @@ def check(config):
                  "one of " + ", ".join(map(str, f.metadata["choices"])))
     need(c.codebook_size >= 2, "codebook_size", c.codebook_size, "at least 2")
     need(c.timesteps >= 2, "timesteps", c.timesteps, "at least 2")
+    signal = encdiff.cumulative(encdiff.beta_schedule(c.schedule, c.timesteps))[-1].float()
+    need(signal > 0, "timesteps", c.timesteps,
+         f"fewer: with the schedule {c.schedule} no signal is left at the end")
     need(c.vq_channels % 32 == 0, "vq_channels", c.vq_channels, "a multiple of GroupNorm's 32")
     need(c.channels % 4 == 0, "channels", c.channels, "a multiple of 4")
     for m in c.multipliers:
@@ -204,7 +207,8 @@ def build_model(config):
 
 def devices():
     """The kinds of device there are here, the best first."""
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+             "cpu": True}
     return [kind for kind, there in found.items() if there]
 
 
@@ -291,13 +295,14 @@ def load_checkpoint(folder):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         found = checkpoint["format"]
-        config = checkpoint["config"] = Config(**checkpoint["config"])
+        if found == FORMAT:
+            checkpoint["config"] = Config(**checkpoint["config"])
     except Exception as error:  # torch.load raises whatever a damaged or foreign file provokes
         raise ValueError(f"{path} is not a checkpoint of train.py ({type(error).__name__}); "
                          f"expected format {FORMAT}. Train a new run") from None
     if found != FORMAT:
         raise ValueError(f"{path} has format {found}; this version reads {FORMAT}. Train a new run")
-    check(config)
+    check(checkpoint["config"])
     return checkpoint
 
 
@@ -632,10 +637,9 @@ def pictures(run, dataset, model):
     """samples.png: images, their first-stage reconstructions, samples from their tokens.
     swap.png: source and target, then the source with one token after the other from the target."""
     device, N = run.machine.device, run.config.num_tokens
-    indices = torch.arange(8) * (len(dataset) // 8) + len(dataset) // 16
-    indices = (indices * 7919) % len(dataset)  # spread over all factors
-    images = to_float(dataset.images(indices).to(device))
     generator = torch.Generator().manual_seed(run.config.seed)
+    indices = torch.randint(len(dataset), (8,), generator=generator)
+    images = to_float(dataset.images(indices).to(device))
     noise = torch.randn(8, *model.latent_shape, generator=generator).to(device)
     codes = model.represent(images)
     samples = model.sample(model.tokens(codes), noise=noise)
