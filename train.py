@@ -118,9 +118,8 @@ class Config:
 
 
 # What two CPU cores can do. The first stage halves the side of the latent once more (f = 8, four
-# channels): denoising 8x8 latents is three times cheaper than 16x16, and factors enter the codes in
-# fewer steps. Less width, no attention among positions, the authors' lighter encoder, and a
-# higher learning rate that decays.
+# channels), as 8x8 latents are much cheaper to denoise than 16x16. Less width, no attention among
+# positions, the authors' lighter encoder, and a higher learning rate that decays.
 SMALL = dict(vq_steps=8_000, vq_batch=16, vq_lr=2e-3, vq_squared=4.0, vq_channels=64,
              vq_multipliers=(1, 2), vq_blocks=1, vq_patch=4, latent_channels=4,
              encoder="cnn_bn", token_dim=16,

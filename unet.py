@@ -220,7 +220,7 @@ class UNet(nn.Module):
         return Stage([self.residual(c_in, c_out), *attend])
 
     def way_up(self, c, skips):
-        """The stages from c channels at the lowest resolution up; skips: channels appended to them."""
+        """The stages from c channels at the bottom up; skips: channels appended to each."""
         up = nn.ModuleList()
         for level in reversed(range(len(self.multipliers))):
             for i in range(self.blocks + 1):
