@@ -51,6 +51,7 @@ CHECKPOINT_SECONDS = 120
 
 
 def field(default, meaning, choices=None):
+    """A field of Config with what its flag's --help says and the values it may have."""
     return dataclasses.field(default=default, metadata={"help": meaning, "choices": choices})
 
 
@@ -177,6 +178,7 @@ def check(config):
 
 
 def need(ok, name, found, expected):
+    """ValueError in one line, naming the flag, unless ok."""
     if not ok:
         raise ValueError(f"--{name.replace('_', '-')} is {found}; expected {expected}")
 
@@ -321,6 +323,7 @@ def load_run(folder, device="cpu"):
 
 
 def restore(module, state, folder):
+    """load_state_dict, with a ValueError of one line if names or shapes do not fit."""
     try:
         module.load_state_dict(state)
     except (RuntimeError, KeyError) as error:
@@ -732,6 +735,7 @@ FREE = ("steps", "cache", "log_every", "score_every")  # may differ when a run i
 
 
 def main(arguments=None):
+    """The command line: everything that can be refused is refused here, before any work."""
     config, folder, checkpoint, device = parse(arguments)
     machine = Machine(device)
     if config.precision == "auto":

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 
 
 def group_norm(channels):
+    """GroupNorm as in latent diffusion: 32 groups, so channels have to be a multiple of 32."""
     return nn.GroupNorm(32, channels, eps=1e-6)
 
 
