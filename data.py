@@ -122,6 +122,7 @@ def meet_box(o, d, r, high):
 
 
 def meet_object(shape, scale, o, d):
+    """Where rays o + t d, (N, 3) each, first meet the object: t (N,), inf where they miss it."""
     r, high = RADIUS[shape] * scale, TALL[shape] * scale
     if shape == CUBE:
         return meet_box(o, d, r, high)
@@ -250,6 +251,7 @@ class Dataset:
 
 
 class RenderedShapes3D(Dataset):
+    """All 480,000 images, coloured on demand from the planes of the 480 geometries."""
     def __init__(self, size=64):
         super().__init__("rendered Shapes3D", TOTAL, size, FACTORS, SIZES)
         self.planes = render_planes(size)
@@ -379,6 +381,7 @@ def fingerprint(path):
 
 
 def recognise(path):
+    """What is at this path, as Found; DataError or OSError if it is nothing we can read."""
     if path.is_dir():
         files = [Path(f[0]) for f in files_below(path)]
         cars = [f for f in files if f.name.endswith("_mesh.mat")]
@@ -416,6 +419,7 @@ class NpzStream:
 
 
 def found_arrays(path, names, arrays):
+    """An HDF5's or .npz's images, and its labels if it has any; names: what the file holds."""
     key = next((k for k in IMAGE_KEYS if k in arrays), None)
     if key is None:
         raise DataError(f"{path} holds {names}; expected an array 'images'")
@@ -638,6 +642,7 @@ def read_about(target):
 
 
 def convert(found, target, size, stamp):
+    """Write images, labels and a description to the cache file `target`, whole or not at all."""
     width = 0 if found.labels is None else found.labels.shape[1]
     show = progress(f"converting {found.name} to {target}", found.count)
     count = 0
@@ -684,6 +689,7 @@ def replacing(path, size_hint):
 
 
 def need_room(folder, size):
+    """OSError now if `size` bytes do not fit: HDF5 itself would crash later."""
     if shutil.disk_usage(folder).free < size:
         raise OSError(errno.ENOSPC, "disk full")
 
@@ -755,6 +761,7 @@ def show_work(dataset):
 
 
 def main():
+    """The command line: one line on standard error and status 2 for what a user gets wrong."""
     parser = argparse.ArgumentParser(description="Look at a dataset, or render Shapes3D to a file.")
     parser.add_argument("--data", metavar="PATH", help="dataset file or folder; default: rendered")
     parser.add_argument("--size", type=int, default=64, help="image size: 32, 64 or 128")

@@ -494,6 +494,7 @@ def fid(images_a, images_b, inception_file):
 
 
 class Trees(NamedTuple):
+    """Fitted trees: what `predict` needs, and what each code was worth to them."""
     classes: np.ndarray           # (K,) the labels
     scale: list                   # for each code: see Sorted and to_ranks
     start: torch.Tensor           # (T, 1) first scores; T trees a round: K of them, or 1 if K = 2
@@ -549,7 +550,7 @@ def to_ranks(codes, scale):
 
 
 def look_up(table, index):
-    """table[index] for a flat table, three times faster."""
+    """table[index] for a flat table; index_select is the faster way to it."""
     return table.index_select(0, index.flatten()).view(index.shape)
 
 
@@ -728,6 +729,7 @@ def print_scores(scores):
 
 
 def main(arguments=None):
+    """The command line: a table of scores, or without a file the worked example."""
     parser = argparse.ArgumentParser(description="Scores a table of codes, or explains the trees.")
     parser.add_argument("file", nargs="?", help=".npz of codes (n, N) or (n, N, d), factors (n, F)")
     parser.add_argument("--train", type=int, default=10_000, help="samples the trees learn from")

@@ -45,6 +45,7 @@ HEAT = ((0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164))
 
 
 def font(size):
+    """Pillow's own font, so that no font file is needed."""
     return ImageFont.load_default(size=size)
 
 
@@ -139,6 +140,7 @@ def plot(title, x_title, series, size=(900, 520), logarithmic=False):
 
 
 def save(args, folder, picture):
+    """Write a picture to --out or into the run's folder, and say so."""
     path, buffer = Path(args.out or f"{folder}/{args.verb}.png"), io.BytesIO()
     picture.save(buffer, "PNG", optimize=True)
     train.write_atomically(path, buffer.getbuffer())
@@ -520,6 +522,7 @@ OPTIONS = {
 
 
 def parse(arguments):
+    """The command line as a namespace with the verb as `function`; None if there is no verb."""
     parser = train.Parser("sample.py", description=__doc__.splitlines()[0])
     verbs = parser.add_subparsers(dest="verb", metavar="VERB")
     for function, (runs, count, options) in VERBS.items():
@@ -551,6 +554,7 @@ def parse(arguments):
 
 
 def main(arguments=None):
+    """Run one verb. Raises ValueError or OSError, one line, for what a user gets wrong."""
     args = parse(arguments)
     if args:
         args.function(args)
