@@ -12,8 +12,8 @@ IDEA      3D Shapes is one room seen 480,000 times.  Six factors number the imag
             floor plane * floor hue + wall plane * wall hue + object plane * object hue + the rest
           Every other dataset is converted once into a plain file that is memory-mapped, because
           reading one image out of a compressed file costs the thousands packed around it.
-DIFFERS   from the real 3D Shapes: the scene is measured from fifty published images, where it is
-          wrong by 3.0 of 255 grey levels on average; tiles and stains are only suggested.
+DIFFERS   from the real 3D Shapes: the scene is fitted to fifty published images; tiles and stains
+          are only suggested.
           --limit N writes N images spread over all factors: the first N would share one floor hue.
 TRY       python data.py                        index arithmetic, pixels, speed, and what to expect
           python data.py --grid grid.png        a picture of fifty images
