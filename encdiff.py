@@ -187,6 +187,8 @@ def noise_from(z_t, z0, abar):
 
 def timesteps_down(T, steps):
     """`steps` timesteps from T down, evenly spaced, followed by 0: a list of steps + 1 integers."""
+    if not 1 <= steps <= T:
+        raise ValueError(f"steps is {steps}; expected 1 to {T}, the timesteps of the schedule")
     return [round(T * (1 - i / steps)) for i in range(steps + 1)]
 
 
@@ -273,7 +275,7 @@ class EncDiff(nn.Module):
         """Set the unit of the latent space to the std of these images' latents, and its bounds."""
         z = self.first_stage.encode(images).float()
         self.latent_std.copy_(z.std())
-        self.latent_limit.copy_(z.abs().max() / z.std())
+        self.latent_limit.copy_(z.square().mean((1, 2, 3)).max().sqrt() / z.std())
 
     @torch.no_grad()
     def latents(self, images):
@@ -321,9 +323,11 @@ class EncDiff(nn.Module):
             eps = self.denoiser(z_t, times, tokens).float()
             abar = self.alpha_bar[t]
             z0 = (z_t - (1 - abar).sqrt() * eps) / abar.sqrt()  # Eq. (2) solved for z_0
-            # Where abar_t is near 0 a small error in the noise is a huge one in z_0: keep to the
-            # range that real latents have.
-            return z0.clamp(-self.latent_limit, self.latent_limit)
+            # Where abar_t is near 0 a small error in the noise is a huge one in z_0, at t = T a
+            # thousandfold: shorten the estimate to a length (rms) that real latents have. Clamping
+            # each number would leave noise of the largest size.
+            length = z0.square().mean((1, 2, 3), keepdim=True).sqrt()
+            return z0 * (self.latent_limit / length).clamp(max=1)
 
         if noise is None:
             noise = torch.randn(len(tokens), *self.latent_shape, device=tokens.device)

@@ -320,7 +320,7 @@ class Toy(torch.utils.data.Dataset):
 def toy(monkeypatch):
     """train.main on the toy dataset, without scores and pictures at the end."""
     monkeypatch.setattr(data, "open_dataset", lambda *a, **k: Toy())
-    monkeypatch.setattr(train, "score", lambda *a: {})
+    monkeypatch.setattr(train, "score", lambda *a, **k: {})
     monkeypatch.setattr(train, "pictures", lambda *a: None)
 
 
@@ -377,6 +377,19 @@ def test_training_lowers_the_loss_and_the_average_follows(toy, tmp_path):
     assert losses[-1] < 0.8 * losses[0]
     model, config = train.load_run(tmp_path / "run")
     assert config.steps == 60 and not any(p.requires_grad for p in model.parameters())
+
+
+def test_scores_are_given_for_the_scalars_and_for_the_tokens_they_are_mapped_to(tmp_path):
+    model, dataset = tiny_model().eval(), data.open_dataset()
+    run = train.Run(tmp_path, train.Config(**TINY), train.Machine("cpu"))
+    # A token that is its scalar along some direction must score as the scalar does.
+    axes = torch.randn(6, 8)
+    model.token_map.forward = lambda codes: codes[..., None] * axes
+    scores = train.score(run, dataset, model, 1500, 500, mapped=True)
+    run.close()
+    assert [scores[f"mapped_{k}"] for k in train.Run.SCORES] == pytest.approx(
+        [scores[k] for k in train.Run.SCORES], abs=0.02)
+    assert 0 < scores["disentanglement"] < 0.5 and len(scores["importance"]) == 6
 
 
 # ---- What a user can get wrong ------------------------------------------------------------------
@@ -497,7 +510,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_overwrites_nothing(toy, fol
 
 LAUNCH = """import sys; sys.path.insert(0, sys.argv.pop(1)); import train, test_encdiff
 train.data.open_dataset = lambda *a, **k: test_encdiff.Toy()
-train.score, train.pictures, train.CHECKPOINT_SECONDS = lambda *a: {}, lambda *a: None, 0.2
+train.score, train.pictures, train.CHECKPOINT_SECONDS = lambda *a, **k: {}, lambda *a: None, 0.2
 with train.one_line_errors(): train.main()"""
 
 
@@ -1405,7 +1418,7 @@ def finished(tmp_path_factory):
     np.savez(folder / "toy.npz", images=images, labels=factors)
     options = {**TINY, "data": str(folder / "toy.npz"), "size": 32, "timesteps": 12}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "score", lambda *a: {"importance": IMPORTANCE.tolist()})
+        patch.setattr(train, "score", lambda *a, **k: {"importance": IMPORTANCE.tolist()})
         patch.setattr(train, "pictures", lambda *a: None)
         train.main(["--preset", "small", "--out", str(folder / "run"), *flags(**options)])
         for name, change in [("adagn", dict(conditioning="adagn")),

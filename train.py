@@ -44,7 +44,7 @@ import metrics
 import unet
 import vq
 
-FORMAT = 1  # of checkpoint.pt; to be raised when its contents change
+FORMAT = 2  # of checkpoint.pt; to be raised when its contents change
 CHECKPOINT_SECONDS = 120
 
 # ---- What can be set ----------------------------------------------------------------------------
@@ -345,9 +345,9 @@ class Run:
     In processes other than the main one all writing methods do nothing.
     """
 
+    SCORES = ("factor_vae", "disentanglement", "completeness", "informativeness_test")
     COLUMNS = ("stage", "step", "loss", "lr", "grad_norm", "images_per_second",
-               "mse", "codes_used", "perplexity",
-               "factor_vae", "disentanglement", "completeness", "informativeness_test")
+               "mse", "codes_used", "perplexity", *SCORES)
 
     def __init__(self, folder, config, machine):
         self.folder, self.config, self.machine = Path(folder), config, machine
@@ -612,9 +612,11 @@ def encode(model, dataset, indices, device):
                       for some in indices.split(500)])
 
 
-def score(run, dataset, model, train, test):
+@torch.no_grad()
+def score(run, dataset, model, train, test, mapped=False):
     """All scores that the labels allow, DCI on train + test samples (fewer from a small dataset).
 
+    mapped: also score the tokens that the scalars are mapped to, through PCA (Table 9).
     Returns a dict for metrics.json; where there is nothing to score, its "note" says why.
     """
     generator = torch.Generator().manual_seed(run.config.seed)
@@ -624,12 +626,17 @@ def score(run, dataset, model, train, test):
     if not dataset.factor_sizes and not dataset.attribute_names:
         return {"note": "the dataset has no labels: FactorVAE score and DCI are skipped"}
     codes = encode(model, dataset, indices, run.machine.device)
+    options = dict(seed=run.config.seed, dci_train=train, dci_test=test)
     try:
         if dataset.attribute_names:
             note = "attributes are no factors: FactorVAE score and DCI are skipped, TAD is not"
             return {"note": note, **metrics.tad(codes, dataset.attributes(indices))}
-        return metrics.evaluate(codes, dataset.factors(indices), seed=run.config.seed,
-                                dci_train=train, dci_test=test)
+        scores = metrics.evaluate(codes, dataset.factors(indices), **options)
+        if mapped and codes.ndim == 2:
+            tokens = model.tokens(codes.to(run.machine.device)).cpu()  # (n, N) -> (n, N, d)
+            more = metrics.evaluate(tokens, dataset.factors(indices), **options)
+            scores.update({f"mapped_{name}": more[name] for name in Run.SCORES})
+        return scores
     except ValueError as error:  # too few samples, say: no reason to end a run without its pictures
         return {"note": f"not scored: {error}"}
 
@@ -659,7 +666,7 @@ def quick_look(run, dataset, average, step):
     if run.machine.main:
         scores = score(run, dataset, average, 4_000, 2_000)
         pictures(run, dataset, average)
-        known = {k: v for k, v in scores.items() if k in Run.COLUMNS}
+        known = {k: v for k, v in scores.items() if k in Run.SCORES}
         run.log(stage="joint training", step=step, **known)
         run.print(f"  quick score at step {step}: {scores.get('note', '')}"
                   + "  ".join(f"{k} {v:.3f}" for k, v in known.items()))
@@ -776,7 +783,7 @@ def work(run, checkpoint):
         checkpoint = None
     average = train_jointly(run, dataset, model, checkpoint)
     if machine.main:
-        scores = score(run, dataset, average, 10_000, 5_000)
+        scores = score(run, dataset, average, 10_000, 5_000, mapped=True)
         pictures(run, dataset, average)
         run.write_json("metrics.json", {"config": dataclasses.asdict(config), **scores})
         print(scores.get("note", ""))

@@ -282,11 +282,13 @@ class AdaGNBlock(ResidualBlock):
 
     def __init__(self, c_in, c_out, emb_width, dropout, condition_width, resample=None):
         super().__init__(c_in, c_out, emb_width, dropout, resample)
-        self.condition1 = nn.Linear(condition_width, 2 * c_in)
-        self.condition2 = nn.Linear(condition_width, 2 * c_out)
+        # N scalars need no wider channel than this, which keeps the U-Net near its usual size.
+        self.narrow = nn.Linear(condition_width, emb_width // 4)
+        self.condition1 = nn.Linear(emb_width // 4, 2 * c_in)
+        self.condition2 = nn.Linear(emb_width // 4, 2 * c_out)
 
     def forward(self, x, emb, tokens):
-        condition = tokens.flatten(1)  # (B, N, d) -> (B, N*d)
+        condition = F.silu(self.narrow(tokens.flatten(1)))  # (B, N, d) -> (B, N*d) -> (B, E/4)
         scale1, shift1 = self.condition1(condition)[:, :, None, None].chunk(2, dim=1)
         scale2, shift2 = self.condition2(condition)[:, :, None, None].chunk(2, dim=1)
         h = F.silu(self.norm1(x) * (1 + scale1) + shift1)
