@@ -181,7 +181,7 @@ def kl_bottleneck(betas, second_moment=1.0):
 
 
 def noise_from(z_t, z0, abar):
-    """Eq. (2) solved for eps. Where z_0 was clamped, the noise that agrees with the clamp."""
+    """Eq. (2) solved for eps. If z_0 was shortened, the noise that agrees with that."""
     return (z_t - abar.sqrt() * z0) / (1 - abar).sqrt()
 
 
