@@ -75,6 +75,7 @@ class Config:
     vq_multipliers: tuple = field((1, 2, 4), "its width at each level, in units of that")
     vq_blocks: int = field(2, "its residual blocks a level")
     vq_patch: int = field(1, "side of the pixel blocks folded into channels at its input")
+    vq_linear: bool = field(False, "its encoder is a single convolution: latents linear in pixels")
     vq_warmup: int = field(200, "its steps without rounding; then the codebook is set from data")
     latent_channels: int = field(3, "channels of the latent")
     codebook_size: int = field(2048, "entries of the codebook")
@@ -121,8 +122,8 @@ class Config:
 # What two CPU cores can do. The first stage halves the side of the latent once more (f = 8, four
 # channels), as 8x8 latents are much cheaper to denoise than 16x16. Less width, no attention among
 # positions, the authors' lighter encoder, and a higher learning rate that decays.
-SMALL = dict(vq_steps=8_000, vq_batch=16, vq_lr=2e-3, vq_squared=4.0, vq_channels=64,
-             vq_multipliers=(1, 2), vq_blocks=1, vq_patch=4, latent_channels=4,
+SMALL = dict(vq_steps=4_000, vq_batch=16, vq_lr=2e-3, vq_squared=4.0, vq_channels=64,
+             vq_multipliers=(1, 2), vq_blocks=1, vq_patch=4, vq_linear=True, latent_channels=4,
              encoder="cnn_bn", token_dim=16,
              channels=48, multipliers=(1, 2), blocks=1, attention=(1, 2), heads=4, dropout=0.0,
              self_attention=False,
@@ -187,7 +188,7 @@ def build_model(config):
     """The untrained EncDiff of a config, on the CPU."""
     c = config
     first_stage = vq.VQAutoencoder(c.vq_channels, c.vq_multipliers, c.vq_blocks, c.latent_channels,
-                                   c.codebook_size, c.commitment, c.vq_patch)
+                                   c.codebook_size, c.commitment, c.vq_patch, c.vq_linear)
     side = c.size // first_stage.factor
     maps = encdiff.REGULARIZERS[c.regularizer] if c.tokens == "scalar" else encdiff.VectorTokens
     token_map = maps(c.num_tokens, c.token_dim)

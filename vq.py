@@ -123,11 +123,12 @@ class VQAutoencoder(nn.Module):
     codebook_size           K
     commitment              weight of the commitment loss
     patch                   pixels folded into channels at the input: level 1 works at S/patch
+    linear                  the encoder is one convolution over blocks of f x f pixels instead
     The downsampling factor f is patch * 2^(levels - 1).
     """
 
     def __init__(self, channels=32, multipliers=(1, 2, 4), blocks=2, latent_channels=3,
-                 codebook_size=2048, commitment=0.25, patch=1):
+                 codebook_size=2048, commitment=0.25, patch=1, linear=False):
         super().__init__()
         self.factor = patch * 2 ** (len(multipliers) - 1)
         widths = [channels * m for m in multipliers]
@@ -141,8 +142,11 @@ class VQAutoencoder(nn.Module):
             for _ in range(blocks):
                 down.append(ResidualBlock(c, width))
                 c = width
-        self.encoder = nn.Sequential(*down, *middle(), group_norm(c), nn.SiLU(),
-                                     nn.Conv2d(c, latent_channels, 3, padding=1))
+        down += [*middle(), group_norm(c), nn.SiLU(), nn.Conv2d(c, latent_channels, 3, padding=1)]
+        if linear:  # a latent that is a weighted mean of pixels has no folds to be undone later
+            down = [nn.PixelUnshuffle(self.factor),
+                    nn.Conv2d(3 * self.factor**2, latent_channels, 3, padding=1)]
+        self.encoder = nn.Sequential(*down)
         self.quantizer = Quantizer(codebook_size, latent_channels, commitment)
         up = [nn.Conv2d(latent_channels, c, 3, padding=1), *middle()]
         for level, width in reversed(list(enumerate(widths))):
