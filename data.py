@@ -85,54 +85,32 @@ def camera_rays(angle, n):
     return eye, rays / np.linalg.norm(rays, axis=0)
 
 
-# Each meet_ function answers: at which t does the ray o + t d first meet the surface?  o is (3, N)
-# or (3, 1), d is (3, N) of length 1, t is (N,): inf where it never does.  The root of a negative
-# number is NaN, which fails every comparison and so counts as a miss.
-def meet_ball(o, d, r, y):
-    """|o + t d - centre|^2 = r^2: the smaller root of a quadratic in t."""
-    x, y, z = o[0], o[1] - y, o[2]
-    b = x * d[0] + y * d[1] + z * d[2]
-    t = -b - np.sqrt(b * b - (x * x + y * y + z * z - r * r))
-    return np.where(t > 0, t, np.inf)
-
-
-def meet_tube(o, d, r, low, high):
-    """The same quadratic without y: an upright tube, kept where low <= y <= high."""
-    a, b = d[0] ** 2 + d[2] ** 2, o[0] * d[0] + o[2] * d[2]
-    t = (-b - np.sqrt(b * b - a * (o[0] ** 2 + o[2] ** 2 - r * r))) / a
-    y = o[1] + t * d[1]
-    return np.where((t > 0) & (y >= low) & (y <= high), t, np.inf)
-
-
-def meet_lid(o, d, r, y):
-    """The plane at height y, kept within r of the axis."""
-    t = (y - o[1]) / d[1]
-    x, z = o[0] + t * d[0], o[2] + t * d[2]
-    return np.where((t > 0) & (x * x + z * z <= r * r), t, np.inf)
-
-
-def meet_box(o, d, r, high):
-    """Slabs: a ray is inside the box between its last entry and its first exit."""
-    entry, leave = 0, np.inf
-    for low, top, start, step in zip((-r, 0, -r), (r, high, r), o, d):
-        one, two = (low - start) / step, (top - start) / step
-        entry = np.maximum(entry, np.minimum(one, two))
-        leave = np.minimum(leave, np.maximum(one, two))
-    return np.where((entry > 0) & (entry <= leave), entry, np.inf)
+# The root of a negative number is NaN, which fails every comparison and so counts as a miss.
+def meet_round(o, d, r):
+    """The smaller t with |o + t d| = r, in the axes given: three for a ball, two for a tube."""
+    a, b, c = (d * d).sum(0), (o * d).sum(0), (o * o).sum(0) - r * r
+    return (-b - np.sqrt(b * b - a * c)) / a
 
 
 def meet_object(shape, scale, o, d):
-    """Where rays o + t d, (N, 3) each, first meet the object: t (N,), inf where they miss it."""
+    """The t at which rays o + t d first meet the object, (N,): inf where they miss it.  o is
+    (3, N) or (3, 1), d is (3, N)."""
     r, high = RADIUS[shape] * scale, TALL[shape] * scale
-    if shape == CUBE:
-        return meet_box(o, d, r, high)
+    if shape == CUBE:       # slabs: a ray is inside between its last entry and its first exit
+        low, top = np.array([[-r, 0, -r], [r, high, r]])[:, :, None]
+        one, two = (low - o) / d, (top - o) / d
+        entry, leave = np.minimum(one, two).max(0), np.maximum(one, two).min(0)
+        return np.where((entry > 0) & (entry <= leave), entry, np.inf)
+    tube = meet_round(o[[0, 2]], d[[0, 2]], r)
+    y = o[1] + tube * d[1]
     if shape == CYLINDER:
-        return np.minimum(meet_tube(o, d, r, 0, high), meet_lid(o, d, r, high))
-    ball = meet_ball(o, d, r, r)
-    if shape == SPHERE:
-        return ball
-    cap, tube = meet_ball(o, d, r, high - r), meet_tube(o, d, r, r, high - r)
-    return np.minimum(np.minimum(ball, cap), tube)
+        lid = (high - o[1]) / d[1]
+        x, z = o[0] + lid * d[0], o[2] + lid * d[2]
+        met = [(tube, (y >= 0) & (y <= high)), (lid, x * x + z * z <= r * r)]
+    else:                   # two balls and a tube between them, which a sphere has no room for
+        balls = [meet_round(o - [[0], [centre], [0]], d, r) for centre in (r, high - r)]
+        met = [(balls[0], True), (balls[1], True), (tube, (y >= r) & (y <= high - r))]
+    return np.min([np.where((t > 0) & inside, t, np.inf) for t, inside in met], 0)
 
 
 def object_normal(shape, scale, p):
