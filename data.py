@@ -77,9 +77,8 @@ def camera_rays(angle, n):
     forward = ahead * np.cos(tilt) - up * np.sin(tilt)
     upward = ahead * np.sin(tilt) + up * np.cos(tilt)
     c = (np.arange(n) + 0.5) / n * 2 - 1                        # pixel centres in -1..1
-    across, down = np.tile(c, n), np.repeat(c, n)               # (n * n,)
-    rays = np.outer(CAMERA["focal"] * forward, np.ones(n * n))  # (3, n * n)
-    rays += np.outer(right, across) - np.outer(upward, down)
+    across, down = np.outer(right, np.tile(c, n)), np.outer(upward, np.repeat(c, n))
+    rays = CAMERA["focal"] * forward[:, None] + (across - down)         # (3, n * n)
     return eye, rays / np.linalg.norm(rays, axis=0)
 
 
@@ -421,8 +420,8 @@ def found_cars(path, size, files):
     if listed.exists():                                         # the folder's own order differs
         files = [listed.parent / f"{Path(name).stem}.mat" for name in listed.read_text().split()]
     if len(files) != CAR_MODELS:
-        raise DataError(f"{path}: {len(files)} car_*_mesh.mat; expected {CAR_MODELS}: unpack "
-                        "nips2015-analogy-data.tar.gz again")
+        raise DataError(f"{path}: {len(files)} car_*_mesh.mat; expected {CAR_MODELS}, all of "
+                        "nips2015-analogy-data.tar.gz: unpack it again")
     azimuths, elevations = CAR_VIEWS
 
     def blocks():
@@ -480,12 +479,10 @@ def read_attributes(path, files):
     """-> names, (n, 40) bool, a row for each file.  The .txt may begin with the number of images,
     the .csv begins with image_id."""
     with reading(path):
-        text = path.read_text().replace(",", " ")
+        text = path.read_text().replace("image_id,", "").replace(",", " ")
         lines = [line.split() for line in text.splitlines() if line.strip()]
-        if lines[0][0].isdecimal():
-            del lines[0]
-        names = tuple(name for name in lines[0] if name != "image_id")
-    rows = {line[0]: line[1:] for line in lines[1:]}
+        names = next(tuple(line) for line in lines if len(line) > 1)
+    rows = {line[0]: line[1:] for line in lines}
     for file in files:
         values = rows.get(file.name, [])
         if len(values) != len(names) or not set(values) <= {"1", "-1"}:
@@ -517,9 +514,8 @@ def found_pictures(path, size, files):
                 bad.append(row)
                 print(f"left out {file} ({' '.join(str(error).split())}), {len(bad)} so far")
                 if len(bad) > max(1, len(files) // 100):
-                    raise DataError(f"{path}: {len(bad)} of the first {row + 1} pictures cannot be "
-                                    f"read, first {files[bad[0]]}; expected at most one in a "
-                                    "hundred") from None
+                    raise DataError(f"{path}: {len(bad)} of {row + 1} pictures cannot be read, "
+                                    f"first {files[bad[0]]}; expected at most 1%") from None
             else:
                 yield shrink(image[None], size, how)            # (1, h, w, 3) -> (1, 3, S, S)
         if celeba:
@@ -568,35 +564,33 @@ def read_cache(target):
 def convert(found, blocks, target, stamp):
     """Write images, labels and a description to the cache file `target`, whole or not at all."""
     each, width = 3 * found.size ** 2, len(found.factor_names + found.attribute_names)
-    blocks = watched(blocks, f"converting {found.name} to {target}", found.count)
-    with replacing(target, found.count * (each + 4 * width)) as temporary:
-        with open(temporary, "wb") as f:
-            for block in blocks:
-                f.write(np.ascontiguousarray(block))
-            about = dict(vars(found), stamp=stamp, count=f.tell() // each)      # some left out?
-            table = about.pop("table")
-            if width:
-                f.write(np.ascontiguousarray(table, "<i4"))
-            about = json.dumps(about).encode()
-            f.write(about + struct.pack("<Q8s", len(about), MAGIC))
+    size = found.count * (each + 4 * width)
+    with replacing(target, size) as temporary, open(temporary, "wb") as f:
+        for block in watched(blocks, f"converting {found.name} to {target}", found.count):
+            f.write(np.ascontiguousarray(block))
+        about = dict(vars(found), count=f.tell() // each, stamp=stamp)  # some may be left out
+        table = about.pop("table")
+        if width:
+            f.write(np.ascontiguousarray(table, "<i4"))
+        about = json.dumps(about).encode()
+        f.write(about + struct.pack("<Q8s", len(about), MAGIC))
 
 
 @contextlib.contextmanager
-def replacing(path, size_hint):
+def replacing(path, size):
     """Gives a temporary name beside path, which becomes path only if all goes well; so path never
-    holds half a file.  Two processes at once do the work twice, but safely."""
+    holds half a file.  Two processes at once do the work twice, but safely.  size: in bytes."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        need_room(path.parent, size_hint)
+        need_room(path.parent, size)
         yield temporary
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise OSError(f"cannot write {path}, about {size_hint / 1e9:.2f} GB "
-                      f"({error.strerror or error}); make room, or choose another folder "
-                      "(--cache DIR)") from None
+        raise OSError(f"cannot write {path}, about {size / 1e9:.2f} GB ({error.strerror or error});"
+                      " make room, or choose another folder (--cache DIR)") from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -650,8 +644,8 @@ def write_shapes3d(path, limit=None):
 def save_grid(dataset, path):
     """Fifty images spread over the whole set, ten in a row."""
     images = dataset.images(np.arange(50) * STEP % len(dataset)).numpy()
-    grid = images.reshape(5, 10, *images.shape[1:]).transpose(0, 3, 1, 4, 2)    # (5, S, 10, S, 3)
-    Image.fromarray(grid.reshape(5 * dataset.size, 10 * dataset.size, 3)).save(path)
+    rows = images.reshape(5, 10, *images.shape[1:]).transpose(0, 3, 1, 4, 2)    # (5, S, 10, S, 3)
+    Image.fromarray(rows.reshape(5 * dataset.size, 10 * dataset.size, 3)).save(path)
     print(f"wrote {path}")
 
 
@@ -661,6 +655,7 @@ def show_work(dataset):
     print(f"image 123456 has factors {factors}    (expected [2, 5, 7, 1, 2, 6])")
     for what, y, x in (("sky, 153 226 249", 4, 32), ("wall, cyan", 28, 8),
                        ("floor, yellow-green", 60, 8), ("object, violet", 40, 32)):
+        y, x = y * dataset.size // 64, x * dataset.size // 64
         print(f"row {y}, column {x}: {image[:, y, x].tolist()}    (expected {what})")
     start, rng = time.perf_counter(), np.random.default_rng(0)
     for _ in range(100):

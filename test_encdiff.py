@@ -1202,9 +1202,9 @@ BAD_DATA = [                                # command line, files, what the one 
     ("--data x", {"x/readme.txt": b"hello"}, "holds no pictures"),
     ("--data x", {"x/a.png": PNG[:9000], "x/b.png": PNG[:9000]}, "cannot be read, first"),
     ("--data x", {"x/1.jpg": PNG, "x/2.jpg": PNG,       # not of CelebA's size
-                  "x/list_attr_celeba.txt": b"a\n1.jpg 1\n2.jpg 1"}, "cannot be read, first"),
+                  "x/list_attr_celeba.txt": b"a b\n1.jpg 1 1\n2.jpg 1 1"}, "cannot be read, first"),
     ("--data x", {"x/1.jpg": FACE, "x/list_attr_celeba.txt": b"a b"}, "0 values for 1.jpg"),
-    ("--data x", {"x/1.jpg": FACE, "x/list_attr_celeba.txt": b"a\n1.jpg 2"}, "1 or -1"),
+    ("--data x", {"x/1.jpg": FACE, "x/list_attr_celeba.txt": b"a b\n1.jpg 1 2"}, "1 or -1"),
     ("--data x", {"x/1.jpg": FACE, "x/list_attr_celeba.csv": b""}, "cannot be read"),
 ]
 
