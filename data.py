@@ -232,16 +232,15 @@ class RenderedShapes3D(Dataset):
 
     def images(self, indices):
         rows = np.asarray(indices)
-        floor, wall, thing = FIFTHS[self.table[rows, :3].T][:, :, :, None]      # (B, 3, 1) each
+        hues = FIFTHS[self.table[rows, :3]]                     # (B, 3 surfaces, 3 channels)
         out = np.empty((len(rows), 3, self.size ** 2), np.uint8)
         for at in range(0, len(rows), 16):      # sixteen at a time stay in the processor's cache
-            b = slice(at, at + 16)
-            planes = self.planes[rows[b] % GEOMETRIES]          # (16, 6, S * S)
+            some = slice(at, at + 16)
+            planes = self.planes[rows[some] % GEOMETRIES]       # (16, 6, S * S)
             image = planes[:, 3:]
-            image += planes[:, 0:1] * floor[b]
-            image += planes[:, 1:2] * wall[b]
-            image += planes[:, 2:3] * thing[b]
-            out[b] = np.clip((image + UNIT // 2) // UNIT, 0, 255)       # rounded to nearest
+            for k in range(3):                                  # floor, wall, object
+                image += planes[:, k, None] * hues[some, k, :, None]
+            out[some] = np.clip((image + UNIT // 2) // UNIT, 0, 255)    # rounded to nearest
         return torch.from_numpy(out.reshape(-1, 3, self.size, self.size))   # -> (B, 3, S, S)
 
 
