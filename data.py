@@ -23,7 +23,6 @@ TRY       python data.py                        index arithmetic, pixels, speed,
 import argparse
 import contextlib
 import dataclasses
-import errno
 import json
 import os
 import shutil
@@ -33,7 +32,6 @@ import time
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Callable
 
 import h5py
 import numpy as np
@@ -79,60 +77,37 @@ def camera_rays(angle, n):
     forward = ahead * np.cos(tilt) - up * np.sin(tilt)
     upward = ahead * np.sin(tilt) + up * np.cos(tilt)
     c = (np.arange(n) + 0.5) / n * 2 - 1                        # pixel centres in -1..1
-    across, down = np.tile(c, n), np.repeat(c, n)               # (n * n,)
-    rays = np.outer(CAMERA["focal"] * forward, np.ones(n * n))  # (3, n * n)
-    rays += np.outer(right, across) - np.outer(upward, down)
+    across, down = np.outer(right, np.tile(c, n)), np.outer(upward, np.repeat(c, n))
+    rays = CAMERA["focal"] * forward[:, None] + (across - down)         # (3, n * n)
     return eye, rays / np.linalg.norm(rays, axis=0)
 
 
-# Each meet_ function answers: at which t does the ray o + t d first meet the surface?  o is (3, N)
-# or (3, 1), d is (3, N) of length 1, t is (N,): inf where it never does.  The root of a negative
-# number is NaN, which fails every comparison and so counts as a miss.
-def meet_ball(o, d, r, y):
-    """|o + t d - centre|^2 = r^2: the smaller root of a quadratic in t."""
-    x, y, z = o[0], o[1] - y, o[2]
-    b = x * d[0] + y * d[1] + z * d[2]
-    t = -b - np.sqrt(b * b - (x * x + y * y + z * z - r * r))
-    return np.where(t > 0, t, np.inf)
-
-
-def meet_tube(o, d, r, low, high):
-    """The same quadratic without y: an upright tube, kept where low <= y <= high."""
-    a, b = d[0] ** 2 + d[2] ** 2, o[0] * d[0] + o[2] * d[2]
-    t = (-b - np.sqrt(b * b - a * (o[0] ** 2 + o[2] ** 2 - r * r))) / a
-    y = o[1] + t * d[1]
-    return np.where((t > 0) & (y >= low) & (y <= high), t, np.inf)
-
-
-def meet_lid(o, d, r, y):
-    """The plane at height y, kept within r of the axis."""
-    t = (y - o[1]) / d[1]
-    x, z = o[0] + t * d[0], o[2] + t * d[2]
-    return np.where((t > 0) & (x * x + z * z <= r * r), t, np.inf)
-
-
-def meet_box(o, d, r, high):
-    """Slabs: a ray is inside the box between its last entry and its first exit."""
-    entry, leave = 0, np.inf
-    for low, top, start, step in zip((-r, 0, -r), (r, high, r), o, d):
-        one, two = (low - start) / step, (top - start) / step
-        entry = np.maximum(entry, np.minimum(one, two))
-        leave = np.minimum(leave, np.maximum(one, two))
-    return np.where((entry > 0) & (entry <= leave), entry, np.inf)
+# The root of a negative number is NaN, which fails every comparison and so counts as a miss.
+def meet_round(o, d, r):
+    """The smaller t with |o + t d| = r, in the axes given: three for a ball, two for a tube."""
+    a, b, c = (d * d).sum(0), (o * d).sum(0), (o * o).sum(0) - r * r
+    return (-b - np.sqrt(b * b - a * c)) / a
 
 
 def meet_object(shape, scale, o, d):
-    """Where rays o + t d, (N, 3) each, first meet the object: t (N,), inf where they miss it."""
+    """The t at which rays o + t d first meet the object, (N,): inf where they miss it.  o is
+    (3, N) or (3, 1), d is (3, N)."""
     r, high = RADIUS[shape] * scale, TALL[shape] * scale
-    if shape == CUBE:
-        return meet_box(o, d, r, high)
+    if shape == CUBE:       # slabs: a ray is inside between its last entry and its first exit
+        low, top = np.array([[-r, 0, -r], [r, high, r]])[:, :, None]
+        one, two = (low - o) / d, (top - o) / d
+        entry, leave = np.minimum(one, two).max(0), np.maximum(one, two).min(0)
+        return np.where((entry > 0) & (entry <= leave), entry, np.inf)
+    tube = meet_round(o[[0, 2]], d[[0, 2]], r)
+    y = o[1] + tube * d[1]
     if shape == CYLINDER:
-        return np.minimum(meet_tube(o, d, r, 0, high), meet_lid(o, d, r, high))
-    ball = meet_ball(o, d, r, r)
-    if shape == SPHERE:
-        return ball
-    cap, tube = meet_ball(o, d, r, high - r), meet_tube(o, d, r, r, high - r)
-    return np.minimum(np.minimum(ball, cap), tube)
+        lid = (high - o[1]) / d[1]
+        x, z = o[0] + lid * d[0], o[2] + lid * d[2]
+        met = [(tube, (y >= 0) & (y <= high)), (lid, x * x + z * z <= r * r)]
+    else:                   # two balls and a tube between them, which a sphere has no room for
+        balls = [meet_round(o - [[0], [centre], [0]], d, r) for centre in (r, high - r)]
+        met = [(balls[0], True), (balls[1], True), (tube, (y >= r) & (y <= high - r))]
+    return np.min([np.where((t > 0) & inside, t, np.inf) for t, inside in met], 0)
 
 
 def object_normal(shape, scale, p):
@@ -144,7 +119,7 @@ def object_normal(shape, scale, p):
     if shape == CYLINDER:
         lid = p[1] > high * (1 - 1e-6)
         return np.stack([np.where(lid, 0, p[0] / r), lid * 1.0, np.where(lid, 0, p[2] / r)])
-    axis = np.clip(p[1], r, high - r)       # nearest point of the axis; for a sphere its centre
+    axis = np.clip(p[1], r, high - r)       # nearest point of the axis, of a sphere the centre
     return np.stack([p[0], p[1] - axis, p[2]]) / r
 
 
@@ -175,14 +150,6 @@ def room_light(eye, rays):
     return part, t, light, p
 
 
-def object_light(normal, rays):
-    """How bright the object's colour is, and how much white gloss lies on it; both (N,)."""
-    facing = np.maximum(-(normal * rays).sum(0), 0)             # a light that rides on the camera
-    above = GLOSS @ normal                                      # and one high on the left
-    return (OBJECT[0] + OBJECT[1] * facing + OBJECT[2] * np.maximum(above, 0),
-            OBJECT[3] * np.clip(GLOSS_EDGE[0] * above - GLOSS_EDGE[1], 0, 1))
-
-
 def light_planes(shape, scale, eye, rays, room):
     """(6, N): brightness of floor, wall, object, then red, green, blue that no hue changes."""
     part, t_room, light, p = room
@@ -195,8 +162,11 @@ def light_planes(shape, scale, eye, rays, room):
     t = meet_object(shape, scale, eye[:, None], rays)
     seen = np.flatnonzero(t < t_room)                           # rays that end on the object
     normal = object_normal(shape, scale, eye[:, None] + t[seen] * rays[:, seen])
+    facing = np.maximum(-(normal * rays[:, seen]).sum(0), 0)    # a light that rides on the camera
+    above = GLOSS @ normal                                      # and one high on the left
     planes[:, seen] = 0
-    planes[2, seen], planes[3:, seen] = object_light(normal, rays[:, seen])
+    planes[2, seen] = OBJECT[0] + OBJECT[1] * facing + OBJECT[2] * np.maximum(above, 0)
+    planes[3:, seen] = OBJECT[3] * np.clip(GLOSS_EDGE[0] * above - GLOSS_EDGE[1], 0, 1)
     return planes
 
 
@@ -220,13 +190,17 @@ def render_planes(size):
 
 
 # ---- 2. Datasets -------------------------------------------------------------------------------
+@dataclasses.dataclass
 class Dataset:
-    """What training needs to know of any dataset.  No labels: factor_names, factor_sizes are ()."""
-
-    def __init__(self, name, count, size, factor_names=(), factor_sizes=(), attribute_names=()):
-        self.name, self.count, self.size = name, count, size
-        self.factor_names, self.factor_sizes = tuple(factor_names), tuple(factor_sizes)
-        self.attribute_names = tuple(attribute_names)
+    """What training needs to know of any dataset; without labels the tuples are empty."""
+    name: str
+    count: int
+    size: int
+    factor_names: tuple = ()
+    factor_sizes: tuple = ()
+    attribute_names: tuple = ()         # a dataset has factors or attributes, not both
+    table: np.ndarray = None            # (count, F or 40): either of them
+    pixels: np.ndarray = None           # (count, 3, size, size) uint8, mapped from disk
 
     def __len__(self):
         return self.count
@@ -237,64 +211,48 @@ class Dataset:
         labels += f", {len(self.attribute_names)} attributes" if self.attribute_names else ""
         return f"{self.name}: {self.count:,} images of {self.size}x{self.size}, {labels}"
 
-    def rows(self, indices):
-        rows = np.asarray(indices, np.int64).reshape(-1)
-        if rows.size and not 0 <= rows.min() <= rows.max() < self.count:
-            raise IndexError(f"{rows.min()}..{rows.max()}; {self.name} has {self.count} images")
-        return rows
+    def images(self, indices):
+        """(B, 3, S, S) uint8."""
+        return torch.from_numpy(self.pixels[np.asarray(indices)])
 
-    def factors(self, indices):         # (B, F)
-        return self.labels(indices)[:, :len(self.factor_names)]
+    def factors(self, indices):
+        """(B, F) int64."""
+        return torch.from_numpy(self.table[np.asarray(indices)]).long()[:, :len(self.factor_names)]
 
-    def attributes(self, indices):      # (B, 40) of CelebA; a dataset has one or the other
-        return self.labels(indices)[:, :len(self.attribute_names)]
+    def attributes(self, indices):
+        """(B, 40) int64, 0 or 1, of CelebA."""
+        return torch.from_numpy(self.table[np.asarray(indices)]).long()
 
 
 class RenderedShapes3D(Dataset):
     """All 480,000 images, coloured on demand from the planes of the 480 geometries."""
     def __init__(self, size=64):
-        super().__init__("rendered Shapes3D", TOTAL, size, FACTORS, SIZES)
+        super().__init__("rendered Shapes3D", TOTAL, size, FACTORS, SIZES, table=grid(SIZES))
         self.planes = render_planes(size)
 
-    def labels(self, indices):
-        return torch.from_numpy(np.stack(np.unravel_index(self.rows(indices), SIZES), 1))   # (B, 6)
-
     def images(self, indices):
-        rows = self.rows(indices)
-        floor, wall, thing = (FIFTHS[h][:, :, None] for h in np.unravel_index(rows, SIZES)[:3])
+        rows = np.asarray(indices)
+        hues = FIFTHS[self.table[rows, :3]]                     # (B, 3 surfaces, 3 channels)
         out = np.empty((len(rows), 3, self.size ** 2), np.uint8)
         for at in range(0, len(rows), 16):      # sixteen at a time stay in the processor's cache
-            b = slice(at, at + 16)
-            planes = self.planes[rows[b] % GEOMETRIES]          # (16, 6, S * S)
+            some = slice(at, at + 16)
+            planes = self.planes[rows[some] % GEOMETRIES]       # (16, 6, S * S)
             image = planes[:, 3:]
-            image += planes[:, 0:1] * floor[b]
-            image += planes[:, 1:2] * wall[b]
-            image += planes[:, 2:3] * thing[b]
-            out[b] = np.clip((image + UNIT // 2) // UNIT, 0, 255)       # rounded to nearest
+            for k in range(3):                                  # floor, wall, object
+                image += planes[:, k, None] * hues[some, k, :, None]
+            out[some] = np.clip((image + UNIT // 2) // UNIT, 0, 255)    # rounded to nearest
         return torch.from_numpy(out.reshape(-1, 3, self.size, self.size))   # -> (B, 3, S, S)
 
 
-class CachedDataset(Dataset):
-    """A converted dataset, mapped from disk: what is where is said at MAGIC."""
-
-    def __init__(self, cache, about):
-        super().__init__(about["name"], about["count"], about["size"], about["factor_names"],
-                         about["factor_sizes"], about["attribute_names"])
-        shape, width = (self.count, 3, self.size, self.size), about["label_width"]
-        self.pixels, self.table = np.memmap(cache, np.uint8, "r", 0, shape), np.zeros((shape[0], 0))
-        if width:                                               # zero bytes cannot be mapped
-            self.table = np.memmap(cache, "<i4", "r", int(np.prod(shape)), (self.count, width))
-
-    def labels(self, indices):
-        return torch.from_numpy(self.table[self.rows(indices)].astype(np.int64))
-
-    def images(self, indices):
-        return torch.from_numpy(np.asarray(self.pixels[self.rows(indices)]))
+def grid(sizes):
+    """(n, F): every combination of factors once, the last one turning fastest."""
+    return np.indices(sizes, np.int32).reshape(len(sizes), -1).T        # (F, *sizes) -> (n, F)
 
 
 def open_dataset(path=None, size=64, cache=None):
     """The dataset at path; None is the rendered Shapes3D.  A file or folder is converted on first
-    use, into a file beside it or in the folder `cache`; later it opens at once."""
+    use, into a file beside it or in the folder `cache`; later it opens at once.  ValueError or
+    OSError, in one line, for what cannot be read or written."""
     if size not in (32, 64, 128):
         raise ValueError(f"image size {size}; expected 32, 64 or 128")
     if path is None:
@@ -308,13 +266,13 @@ def open_dataset(path=None, size=64, cache=None):
     if cache:                           # where two files of one name, from two places, can meet
         name = f"{zlib.crc32(str(where).encode()):08x}-{name}"
     target = Path(cache or where.parent) / name
-    about = read_about(target)
-    if about is None or about["stamp"] != stamp:
-        if about:
+    dataset, made_from = read_cache(target)
+    if made_from != stamp:
+        if dataset is not None:
             print(f"{target} was made from another version of {path}: converting again")
-        convert(recognise(path), target, size, stamp)
-        about = read_about(target)
-    return CachedDataset(target, about)
+        convert(*recognise(path, size), target, stamp)
+        dataset, _ = read_cache(target)
+    return dataset
 
 
 # ---- 3. Recognising what people have -----------------------------------------------------------
@@ -339,18 +297,6 @@ class DataError(ValueError):
     """Something about the given data that its owner has to put right; one line."""
 
 
-@dataclasses.dataclass
-class Found:
-    """A recognised dataset, not yet converted."""
-    name: str
-    count: int
-    blocks: Callable                    # blocks(size) yields (b, 3, size, size) uint8, in order
-    factor_names: tuple = ()
-    factor_sizes: tuple = ()
-    labels: np.ndarray = None           # (n, F); complete after the last block (skipped pictures)
-    attribute_names: tuple = ()
-
-
 @contextlib.contextmanager
 def reading(path):
     """Whatever goes wrong inside is the file's fault, and is told in one line."""
@@ -364,41 +310,34 @@ def reading(path):
 
 
 def files_below(folder):
-    """[(path, bytes, time)], sorted; without hidden files (macOS leaves a ._001.jpg beside each
-    001.jpg) and without our own."""
-    paths = [os.path.join(top, name) for top, _, names in os.walk(folder) for name in names
-             if not name.startswith(".") and not name.endswith((".cache", ".tmp"))]
-    return sorted((p, info.st_size, info.st_mtime_ns) for p in paths for info in [os.lstat(p)])
+    """Paths, sorted; without hidden files (macOS leaves a ._001.jpg beside each 001.jpg) and
+    without our own."""
+    return sorted((p for p in folder.rglob("*") if not p.name.startswith(".")
+                   and p.suffix not in (".cache", ".tmp") and p.is_file()), key=str)
 
 
 def fingerprint(path):
     """Changes whenever the source does: number of files, their bytes, the newest time."""
-    files = files_below(path) if path.is_dir() else []
-    extra = attribute_file(path) if path.is_dir() else path
-    if extra:
-        files.append((extra, extra.stat().st_size, extra.stat().st_mtime_ns))
-    return [len(files), sum(f[1] for f in files), max((f[2] for f in files), default=0)]
+    files = [*files_below(path), attribute_file(path)] if path.is_dir() else [path]
+    seen = [file.stat() for file in files if file]
+    return [len(seen), sum(s.st_size for s in seen), max((s.st_mtime_ns for s in seen), default=0)]
 
 
-def recognise(path):
-    """What is at this path, as Found; DataError or OSError if it is nothing we can read."""
+def recognise(path, size):
+    """What is at this path: a Dataset not yet converted, and its images in order, as blocks
+    (b, 3, size, size) uint8.  DataError or OSError if it is nothing we can read."""
     if path.is_dir():
-        files = [Path(f[0]) for f in files_below(path)]
+        files = files_below(path)
         cars = [f for f in files if f.name.endswith("_mesh.mat")]
-        return found_cars(path, cars) if cars else found_pictures(path, files)
+        return found_cars(path, size, cars) if cars else found_pictures(path, size, files)
     with reading(path):
         with open(path, "rb") as f:
-            start = f.read(8)
-        if start == b"\x89HDF\r\n\x1a\n":
-            file = h5py.File(path)
-            return found_arrays(path, list(file), {k: file[k] for k in IMAGE_KEYS + LABEL_KEYS
-                                                   if isinstance(file.get(k), h5py.Dataset)})
+            start = f.read(4)
+        if start == b"\x89HDF":
+            return found_arrays(path, size, h5py.File(path))
         if start.startswith(b"PK"):
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {k: file[k] for k in LABEL_KEYS if k in file.files}
-                arrays |= {k: NpzStream(path, k) for k in IMAGE_KEYS if k in file.files}
-                return found_arrays(path, file.files, arrays)
-    raise DataError(f"{path} begins with {start[:4]}; expected HDF5 (.h5), .npz or a folder")
+            return found_arrays(path, size, np.load(path))
+    raise DataError(f"{path} begins with {start}; expected HDF5 (.h5), .npz or a folder")
 
 
 class NpzStream:
@@ -407,10 +346,9 @@ class NpzStream:
 
     def __init__(self, path, key):
         self.file = zipfile.ZipFile(path).open(key + ".npy")
-        version, header = np.lib.format.read_magic(self.file), np.lib.format.read_array_header_2_0
-        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else header
-        self.shape, column_major, self.dtype = header(self.file)
-        if column_major and len(self.shape) > 1:
+        np.lib.format.read_magic(self.file)
+        self.shape, column_major, self.dtype = np.lib.format.read_array_header_1_0(self.file)
+        if column_major:
             raise DataError(f"{path}: {key} is in column-major order; expected C order")
 
     def __getitem__(self, rows):
@@ -418,12 +356,13 @@ class NpzStream:
         return np.frombuffer(self.file.read(int(np.prod(part))), np.uint8).reshape(part)
 
 
-def found_arrays(path, names, arrays):
-    """An HDF5's or .npz's images, and its labels if it has any; names: what the file holds."""
+def found_arrays(path, size, arrays):
+    """An HDF5's or .npz's images, and its labels if it has any."""
     key = next((k for k in IMAGE_KEYS if k in arrays), None)
     if key is None:
-        raise DataError(f"{path} holds {names}; expected an array 'images'")
-    source, shape, dtype = arrays[key], arrays[key].shape, arrays[key].dtype
+        raise DataError(f"{path} holds {list(arrays)}; expected an array 'images'")
+    source = arrays[key] if isinstance(arrays, h5py.File) else NpzStream(path, key)
+    shape, dtype = source.shape, source.dtype
     channels_last = len(shape) == 3 or len(shape) == 4 and shape[3] in (1, 3)
     channels_first = len(shape) == 4 and not channels_last and shape[1] in (1, 3)
     if dtype != np.uint8 or not (channels_last or channels_first) or 0 in shape:
@@ -433,7 +372,7 @@ def found_arrays(path, names, arrays):
     chunk = (getattr(source, "chunks", None) or [1])[0]
     step = -(-max(1, BLOCK // int(np.prod(shape[1:]))) // chunk) * chunk
 
-    def blocks(size):
+    def blocks():
         for at in range(0, shape[0], step):
             with reading(path):
                 block = source[at:at + step]
@@ -441,16 +380,14 @@ def found_arrays(path, names, arrays):
                 block = block.transpose(0, 2, 3, 1)             # (b, c, h, w) -> (b, h, w, c)
             yield shrink(block * 255 if key == "imgs" else block, size)     # dSprites: 0 and 1
 
-    found = Found(path.stem, shape[0], blocks)
+    found = Dataset(path.stem, shape[0], size)
     label_key = next((k for k in LABEL_KEYS if k in arrays), None)
     if label_key:
         add_labels(path, found, label_key, arrays[label_key][()])
     elif found.count in GRIDS:
         found.name, found.factor_names, found.factor_sizes = GRIDS[found.count]
-        found.labels = np.stack(np.unravel_index(np.arange(found.count), found.factor_sizes), 1)
-    elif "mpi3d" in path.stem.lower() or "real3d" in path.stem.lower():
-        raise DataError(f"{path} holds {found.count:,} images; MPI3D has 1,036,800 or 460,800")
-    return found
+        found.table = grid(found.factor_sizes)
+    return found, blocks()
 
 
 def add_labels(path, found, key, values):
@@ -460,51 +397,45 @@ def add_labels(path, found, key, values):
                         f"{found.count:,} images")
     columns = values.reshape(found.count, -1).T                 # (n,) or (n, F) -> (F, n)
     # Official Shapes3D values have known levels, even if a small file misses some of them.
-    if len(columns) == len(LEVELS) and all(np.isclose(c[:, None], levels, atol=1e-5).any(1).all()
-                                           for c, levels in zip(columns, LEVELS)):
-        found.name, found.factor_names, found.factor_sizes = GRIDS[TOTAL]
-        found.labels = np.stack([np.abs(c[:, None] - levels).argmin(1)
-                                 for c, levels in zip(columns, LEVELS)], 1)
-        return
-    if values.dtype.kind not in "iub":
+    official = len(columns) == len(LEVELS) and all(
+        np.isclose(c[:, None], known, atol=1e-5).any(1).all() for c, known in zip(columns, LEVELS))
+    if not official and values.dtype.kind not in "iub":
         raise DataError(f"{path}: {key} is {values.dtype}; expected integers, one per factor")
-    levels = [np.unique(c, return_inverse=True) for c in columns]
-    levels = [(len(known), row) for known, row in levels if len(known) > 1]
-    if levels:
-        found.factor_sizes = tuple(count for count, _ in levels)
-        found.factor_names = tuple(f"factor {j}" for j in range(len(levels)))
-        found.labels = np.stack([row for _, row in levels], 1)
-    if found.count in GRIDS and GRIDS[found.count][2] == found.factor_sizes:
-        found.name, found.factor_names, _ = GRIDS[found.count]
+    levels = LEVELS if official else [np.unique(column) for column in columns]
+    varying = [(known, column) for known, column in zip(levels, columns) if len(known) > 1]
+    found.factor_sizes = tuple(len(known) for known, _ in varying)
+    found.factor_names = tuple(f"factor {j}" for j in range(len(varying)))
+    found.table = np.zeros((found.count, len(varying)), int)
+    for j, (known, column) in enumerate(varying):               # a little less: floats are rounded
+        found.table[:, j] = np.searchsorted(known - 1e-3, column, "right") - 1
+    name, names, sizes = GRIDS.get(TOTAL if official else found.count, ("", (), ()))
+    if sizes == found.factor_sizes != ():
+        found.name, found.factor_names = name, names
 
 
-def found_cars(path, files):
+def found_cars(path, size, files):
     """Reed et al.: car_*_mesh.mat, each `im` (h, w, 3, azimuth, elevation) of one model."""
-    order = files[0].parent / "list.txt"
-    if order.exists():                                          # the folder's own order differs
-        with reading(order):
-            names = [line.removesuffix(".mat") + ".mat" for line in order.read_text().split()]
-        files = [order.parent / name for name in names]
-    missing = [f.name for f in files if not f.exists()]
-    if missing or len(files) != CAR_MODELS:
-        raise DataError(f"{path}: {len(files) - len(missing)} car_*_mesh.mat, "
-                        f"{' '.join(missing[:1]) or 'none'} missing from the list; expected "
-                        f"{CAR_MODELS}: unpack nips2015-analogy-data.tar.gz again")
+    listed = files[0].parent / "list.txt"
+    if listed.exists():                                         # the folder's own order differs
+        files = [listed.parent / f"{Path(name).stem}.mat" for name in listed.read_text().split()]
+    if len(files) != CAR_MODELS:
+        raise DataError(f"{path}: {len(files)} car_*_mesh.mat; expected {CAR_MODELS}, all of "
+                        "nips2015-analogy-data.tar.gz: unpack it again")
+    azimuths, elevations = CAR_VIEWS
 
-    def blocks(size):
+    def blocks():
         for file in files:
             with reading(file):
                 im = read_mat(file, "im")
-            if im.dtype != np.uint8 or im.ndim != 5 or im.shape[2:] != (3, *CAR_VIEWS):
+            if im.dtype != np.uint8 or im.shape[2:] != (3, *CAR_VIEWS):
                 raise DataError(f"{file}: im is {im.dtype} {im.shape}; expected uint8 "
-                                f"(h, w, 3, {CAR_VIEWS[0]}, {CAR_VIEWS[1]})")
+                                f"(h, w, 3, {azimuths}, {elevations})")
             im = im.transpose(4, 3, 0, 1, 2)                    # -> (elevation, azimuth, h, w, 3)
             yield shrink(im.reshape(-1, *im.shape[2:]), size)   # -> (96, h, w, 3)
 
-    azimuths, elevations = CAR_VIEWS
-    index = np.indices((len(files), elevations, azimuths)).reshape(3, -1)       # (3, n)
-    return Found("Cars3D", index.shape[1], blocks, GRIDS[17568][1],
-                 (elevations, azimuths, len(files)), index[[1, 2, 0]].T)
+    sizes = elevations, azimuths, len(files)
+    table = grid((len(files), elevations, azimuths))[:, [1, 2, 0]]
+    return Dataset("Cars3D", len(table), size, GRIDS[17568][1], sizes, table=table), blocks()
 
 
 def read_mat(path, name):
@@ -512,15 +443,15 @@ def read_mat(path, name):
     if h5py.is_hdf5(path):
         with h5py.File(path) as f:
             return f[name][()].T                                # MATLAB counts columns first
-    for kind, body in mat_elements(memoryview(path.read_bytes())[128:]):
+    for kind, body in mat_elements(path.read_bytes()[128:]):
         if kind == 15:                                          # miCOMPRESSED
-            kind, body = next(mat_elements(memoryview(zlib.decompress(body))))
+            kind, body = next(mat_elements(zlib.decompress(body)))
         if kind == 14:                                          # miMATRIX
-            (_, flags), (_, shape), (_, label), (_, values) = list(mat_elements(body))[:4]
-            if bytes(label).decode() == name and flags[0] == 9:         # mxUINT8_CLASS
+            _, (_, shape), (_, label), (_, values) = list(mat_elements(body))[:4]
+            if label.decode() == name:
                 shape = np.frombuffer(shape, "<i4")
                 return np.frombuffer(values, np.uint8).reshape(shape, order="F")
-    raise KeyError(f"no uint8 array {name}")
+    raise KeyError(f"no array {name}")
 
 
 def mat_elements(raw):
@@ -543,79 +474,64 @@ def attribute_file(folder):
     return next((p / n for p in places for n in ATTRIBUTES if (p / n).is_file()), None)
 
 
-def read_attributes(path):
-    """-> names, {file name: row of 0 and 1}.  The .txt may begin with the number of images, the
-    .csv begins with image_id."""
-    lines = path.read_text().replace(",", " ").splitlines()
-    lines = [line.split() for line in lines if line.strip()]
-    head = 1 if lines[0][0].isdecimal() else 0
-    names = tuple(n for n in lines[head] if n != "image_id")
-    for line in lines[head + 1:]:
-        if len(line) != len(names) + 1 or not set(line[1:]) <= {"1", "-1"}:
-            raise DataError(f"{path}: the line of {line[0]} has {len(line) - 1} values; expected "
+def read_attributes(path, files):
+    """-> names, (n, 40) bool, a row for each file.  The .txt may begin with the number of images,
+    the .csv begins with image_id."""
+    with reading(path):
+        text = path.read_text().replace("image_id,", "").replace(",", " ")
+        lines = [line.split() for line in text.splitlines() if line.strip()]
+        names = next(tuple(line) for line in lines if len(line) > 1)
+    rows = {line[0]: line[1:] for line in lines}
+    for file in files:
+        values = rows.get(file.name, [])
+        if len(values) != len(names) or not set(values) <= {"1", "-1"}:
+            raise DataError(f"{path} has {len(values)} values for {file.name}; expected "
                             f"{len(names)}, each 1 or -1")
-    return names, {line[0]: [value == "1" for value in line[1:]] for line in lines[head + 1:]}
+    return names, np.array([rows[file.name] for file in files]) == "1"
 
 
-def found_pictures(path, files):
+def found_pictures(path, size, files):
     """A folder of pictures; CelebA if its attribute file is there."""
     files = [f for f in files if f.suffix.lower() in PICTURES]
     if not files:
         raise DataError(f"{path} holds no pictures ({' '.join(PICTURES)}) and no car_*_mesh.mat")
-    celeba = attribute_file(path)
+    found, celeba = Dataset(path.resolve().name, len(files), size), attribute_file(path)
+    crop, how = (CELEBA_CROP, Image.BILINEAR) if celeba else (None, Image.LANCZOS)
+    if celeba:
+        found.name = "CelebA"
+        found.attribute_names, found.table = read_attributes(celeba, files)
 
-    def blocks(size):
-        kept, bad = [], []
+    def blocks():
+        bad = []                                                # rows of pictures left out
         for row, file in enumerate(files):
             try:
                 with Image.open(file) as picture:
-                    picture = picture.convert("RGB")
+                    image = np.asarray(picture.convert("RGB").crop(crop))       # (h, w, 3)
                 if celeba and picture.size != CELEBA_SIZE:
                     raise ValueError(f"size {picture.size}, expected {CELEBA_SIZE}")
             except Exception as error:      # Pillow raises whatever its many decoders raise
-                bad.append(file)
+                bad.append(row)
                 print(f"left out {file} ({' '.join(str(error).split())}), {len(bad)} so far")
                 if len(bad) > max(1, len(files) // 100):
-                    raise DataError(f"{path}: {len(bad)} of the first {row + 1} pictures cannot be "
-                                    f"read, first {bad[0]}; expected at most one in a hundred")
-                continue
-            kept.append(row)
-            picture = np.asarray(fit(picture, size, celeba))
-            yield picture[None].transpose(0, 3, 1, 2)           # (S, S, 3) -> (1, 3, S, S)
+                    raise DataError(f"{path}: {len(bad)} of {row + 1} pictures cannot be read, "
+                                    f"first {files[bad[0]]}; expected at most 1%") from None
+            else:
+                yield shrink(image[None], size, how)            # (1, h, w, 3) -> (1, 3, S, S)
         if celeba:
-            found.labels = found.labels[kept]
+            found.table = np.delete(found.table, bad, 0)
 
-    found = Found(path.resolve().name, len(files), blocks)
-    if celeba:
-        with reading(celeba):
-            found.name, (found.attribute_names, table) = "CelebA", read_attributes(celeba)
-        unknown = [f.name for f in files if f.name not in table]
-        if unknown:
-            raise DataError(f"{celeba} has no line for {unknown[0]} and {len(unknown) - 1} others; "
-                            "expected one for each picture")
-        found.labels = np.array([table[f.name] for f in files])
-    return found
+    return found, blocks()
 
 
-def fit(picture, size, celeba=None):
-    """The middle square at the wanted size.  CelebA's crop and filter are the authors'."""
-    if celeba:
-        picture, how = picture.crop(CELEBA_CROP), Image.BILINEAR
-    else:
-        side, how = min(picture.size), Image.LANCZOS
-        left, top = (picture.width - side) // 2, (picture.height - side) // 2
-        picture = picture.crop((left, top, left + side, top + side))
-    return picture if picture.size == (size, size) else picture.resize((size, size), how)
-
-
-def shrink(block, size):
-    """(b, h, w) or (b, h, w, c) uint8 -> (b, 3, size, size)."""
-    block = block.reshape(*block.shape[:3], -1)                 # (b, h, w) -> (b, h, w, 1)
-    if block.shape[3] == 1:
-        block = np.broadcast_to(block, (*block.shape[:3], 3))
-    if block.shape[1:3] != (size, size):
-        block = np.stack([np.asarray(fit(Image.fromarray(image), size)) for image in block])
-    return block.transpose(0, 3, 1, 2)                          # (b, h, w, 3) -> (b, 3, h, w)
+def shrink(block, size, how=Image.LANCZOS):
+    """(b, h, w) or (b, h, w, 1 or 3) uint8 -> (b, 3, size, size), of each the middle square."""
+    count, h, w = block.shape[:3]
+    block = np.broadcast_to(block.reshape(count, h, w, -1), (count, h, w, 3))
+    side, top, left = min(h, w), max(h - w, 0) // 2, max(w - h, 0) // 2
+    block = block[:, top:top + side, left:left + side]
+    if side != size:
+        block = np.stack([Image.fromarray(image).resize((size, size), how) for image in block])
+    return block.transpose(0, 3, 1, 2)                          # (b, S, S, 3) -> (b, 3, S, S)
 
 
 # ---- 4. Converting, once -----------------------------------------------------------------------
@@ -624,89 +540,77 @@ def shrink(block, size):
 MAGIC = b"imgcache"
 
 
-def read_about(target):
-    """The description in a cache, None if there is no cache.  Trusts nothing it does not check."""
+def read_cache(target):
+    """The dataset in a cache and the stamp of its source, None and None if there is no cache.
+    Trusts nothing: the shapes fit only if every byte is there."""
     if not target.exists():
-        return None
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError), open(target, "rb") as f:
-        end = f.seek(0, os.SEEK_END)
-        f.seek(end - 16)
-        length, magic = struct.unpack("<Q8s", f.read(16))
-        f.seek(end - 16 - length)
-        about = json.loads(f.read(length))
-        each = 3 * about["size"] ** 2 + 4 * about["label_width"]
-        if magic == MAGIC and end == about["count"] * each + length + 16:
-            return about
+        return None, None
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, struct.error):
+        raw = np.asarray(np.memmap(target, np.uint8, "r"))
+        length, magic = struct.unpack("<Q8s", raw[-16:])
+        if magic == MAGIC:
+            arrays, about = raw[:-16 - length], json.loads(bytes(raw[-16 - length:-16]))
+            names = [tuple(about[k]) for k in ("factor_names", "factor_sizes", "attribute_names")]
+            found = Dataset(about["name"], about["count"], about["size"], *names)
+            middle = found.count * 3 * found.size ** 2
+            found.pixels = arrays[:middle].reshape(found.count, 3, found.size, found.size)
+            found.table = arrays[middle:].view("<i4").reshape(found.count, len(names[0] + names[2]))
+            return found, about["stamp"]
     raise ValueError(f"{target} is in the way: it is not a whole cache made by this program; "
                      "delete it, or choose another folder with --cache DIR")
 
 
-def convert(found, target, size, stamp):
+def convert(found, blocks, target, stamp):
     """Write images, labels and a description to the cache file `target`, whole or not at all."""
-    width = 0 if found.labels is None else found.labels.shape[1]
-    show = progress(f"converting {found.name} to {target}", found.count)
-    count = 0
-    with replacing(target, found.count * (3 * size * size + 4 * width)) as temporary:
-        with open(temporary, "wb") as f:
-            for block in found.blocks(size):
-                f.write(np.ascontiguousarray(block))
-                count += len(block)
-                show(count)
-            if width:
-                f.write(np.ascontiguousarray(found.labels, "<i4"))
-            about = json.dumps(dict(
-                name=found.name, count=count, size=size, label_width=width, stamp=stamp,
-                factor_names=found.factor_names, factor_sizes=found.factor_sizes,
-                attribute_names=found.attribute_names)).encode()
-            f.write(about + struct.pack("<Q8s", len(about), MAGIC))
+    each, width = 3 * found.size ** 2, len(found.factor_names + found.attribute_names)
+    size = found.count * (each + 4 * width)
+    with replacing(target, size) as temporary, open(temporary, "wb") as f:
+        for block in watched(blocks, f"converting {found.name} to {target}", found.count):
+            f.write(np.ascontiguousarray(block))
+        about = dict(vars(found), count=f.tell() // each, stamp=stamp)  # some may be left out
+        table = about.pop("table")
+        if width:
+            f.write(np.ascontiguousarray(table, "<i4"))
+        about = json.dumps(about).encode()
+        f.write(about + struct.pack("<Q8s", len(about), MAGIC))
 
 
 @contextlib.contextmanager
-def replacing(path, size_hint):
+def replacing(path, size):
     """Gives a temporary name beside path, which becomes path only if all goes well; so path never
-    holds half a file.  Two processes at once do the work twice, but safely."""
+    holds half a file.  Two processes at once do the work twice, but safely.  size: in bytes."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for old in path.parent.glob("*.tmp"):                   # left behind by a killed process
-            if old.name.startswith(path.name) and time.time() - old.stat().st_mtime > 600:
-                old.unlink()
-        need_room(path.parent, size_hint)
+        need_room(path.parent, size)
         yield temporary
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except BaseException as error:
+    except OSError as error:
+        raise OSError(f"cannot write {path}, about {size / 1e9:.2f} GB ({error.strerror or error});"
+                      " make room, or choose another folder (--cache DIR)") from None
+    finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise OSError(f"no room for {path}, about {size_hint / 1e9:.2f} GB; free some space or "
-                          "choose another disk (--cache DIR)") from None
-        if isinstance(error, OSError):
-            raise OSError(f"cannot write {path} ({error.strerror or error}); choose a folder that "
-                          "can be written (--cache DIR)") from None
-        raise
 
 
 def need_room(folder, size):
     """OSError now if `size` bytes do not fit: HDF5 itself would crash later."""
     if shutil.disk_usage(folder).free < size:
-        raise OSError(errno.ENOSPC, "disk full")
+        raise OSError("the disk is full")
 
 
-def progress(what, total):
-    """A function that prints, every now and then, how far we are."""
-    start = last = time.perf_counter()
-    every, end = (0.5, "\r") if sys.stdout.isatty() else (15, "\n")
-
-    def show(done):
-        nonlocal last
-        now = time.perf_counter()
-        if done >= total or now - last > every:
-            last, rate = now, done / max(now - start, 1e-9)
-            print(f"{what}: {done:,}/{total:,}, {rate:,.0f}/s, {(total - done) / rate:.0f} s left",
-                  end=end if done < total else "\n", flush=True)
-    return show
+def watched(blocks, what, total):
+    """The same blocks, while saying every ten seconds how far we are."""
+    start = last = time.monotonic()
+    done = 0
+    for block in blocks:
+        yield block
+        done, now = done + len(block), time.monotonic()
+        if done == total or now - last > 10:
+            last, left = now, (now - start) * (total / done - 1)
+            print(f"{what}: {done:,} of {total:,}, {left:.0f} s left", flush=True)
 
 
 # ---- 5. Writing the official format ------------------------------------------------------------
@@ -724,25 +628,23 @@ def write_shapes3d(path, limit=None):
                          "give a new name in an existing folder")
     dataset, indices = RenderedShapes3D(), np.sort(np.arange(count) * STEP % TOTAL)
     labels = [levels[column] for levels, column in zip(LEVELS, dataset.factors(indices).numpy().T)]
-    show = progress(f"writing {path}", count)
-    block = 4800        # neighbours differ little: chunks long in images, small in area pack best
+    step = 4800         # neighbours differ little: chunks long in images, small in area pack best
+    blocks = (dataset.images(indices[at:at + step]).numpy() for at in range(0, count, step))
     with replacing(path, count * 1000) as temporary, h5py.File(temporary, "w") as f:
         f["labels"] = np.stack(labels, 1)                       # (n, 6)
         images = f.create_dataset("images", (count, 64, 64, 3), np.uint8, compression="gzip",
-                                  chunks=(min(count, block), 8, 8, 1))
-        for at in range(0, count, block):
-            batch = dataset.images(indices[at:at + block]).numpy()
-            need_room(path.parent, 2 * batch.nbytes)            # HDF5 crashes on a full disk
-            images[at:at + block] = batch.transpose(0, 2, 3, 1)     # -> (b, 64, 64, 3)
-            show(at + len(batch))
+                                  chunks=(min(count, step), 8, 8, 1))
+        for j, block in enumerate(watched(blocks, f"writing {path}", count)):
+            need_room(path.parent, 2 * block.nbytes)            # HDF5 crashes on a full disk
+            images[j * step:(j + 1) * step] = block.transpose(0, 2, 3, 1)       # (b, 64, 64, 3)
 
 
 # ---- 6. Command line ---------------------------------------------------------------------------
 def save_grid(dataset, path):
     """Fifty images spread over the whole set, ten in a row."""
     images = dataset.images(np.arange(50) * STEP % len(dataset)).numpy()
-    grid = images.reshape(5, 10, *images.shape[1:]).transpose(0, 3, 1, 4, 2)    # (5, S, 10, S, 3)
-    Image.fromarray(grid.reshape(5 * dataset.size, 10 * dataset.size, 3)).save(path)
+    rows = images.reshape(5, 10, *images.shape[1:]).transpose(0, 3, 1, 4, 2)    # (5, S, 10, S, 3)
+    Image.fromarray(rows.reshape(5 * dataset.size, 10 * dataset.size, 3)).save(path)
     print(f"wrote {path}")
 
 
@@ -752,6 +654,7 @@ def show_work(dataset):
     print(f"image 123456 has factors {factors}    (expected [2, 5, 7, 1, 2, 6])")
     for what, y, x in (("sky, 153 226 249", 4, 32), ("wall, cyan", 28, 8),
                        ("floor, yellow-green", 60, 8), ("object, violet", 40, 32)):
+        y, x = y * dataset.size // 64, x * dataset.size // 64
         print(f"row {y}, column {x}: {image[:, y, x].tolist()}    (expected {what})")
     start, rng = time.perf_counter(), np.random.default_rng(0)
     for _ in range(100):
