@@ -179,11 +179,10 @@ def factor_vae_score(represent, dataset, pool=50_000, images_at_once=256, seed=0
     """
     if not len(dataset.factor_names):
         raise ValueError("dataset has no factors; expected one with labels, such as Shapes3D")
-    size = min(pool, len(dataset))
-    chosen = np.random.default_rng(seed).permutation(len(dataset))[:size]
+    chosen = np.random.default_rng(seed).permutation(len(dataset))[:pool]
+    parts = np.split(chosen, range(images_at_once, len(chosen), images_at_once))
     with torch.no_grad():
-        codes = [as_numbers(represent(dataset.images(indices)), "represent(images)")
-                 for indices in np.split(chosen, range(images_at_once, size, images_at_once))]
+        codes = [as_numbers(represent(dataset.images(part)), "represent(images)") for part in parts]
     return factor_vae_votes(np.concatenate(codes), dataset.factors(chosen), seed=seed, **votes)
 
 
@@ -224,8 +223,7 @@ def count_votes(scaled, factors, votes, batch, rng):
         values, of_row, count = np.unique(labels, return_inverse=True, return_counts=True)
         if count.min() < batch:
             raise ValueError(f"factors[:, {factor}] is {values[count.argmin()]} in {count.min()} "
-                             f"rows; expected {batch} or more for a vote: use more samples, or a "
-                             f"smaller batch")
+                             f"rows; expected {batch} or more for a vote: take more samples")
         rows, start = np.argsort(of_row, kind="stable"), np.cumsum(count) - count
         # A random row gives the value to hold; in parts of 500 votes, so that memory stays small.
         held = of_row[rng.integers(len(labels), size=(share[factor], 1))]
@@ -249,7 +247,7 @@ def mutual_information(joint):
 def mig(codes, factors, bins=20):
     """Mutual information gap (Chen et al., NeurIPS 2018): a factor's best code minus its second.
 
-    Mutual information by 20 equal-width bins a code, over the factor's entropy, averaged over
+    Mutual information by equal-width bins of a code, over the factor's entropy, averaged over
     factors. 0 to 1; one code a factor scores 1, random codes about 0, and two codes that know a
     factor equally well 0, which is harsh on 20 codes for 6 factors.
     """
@@ -297,7 +295,7 @@ def tad(codes, attributes, captured=0.75, overlap=0.2):
     if not (np.isin(yes, (0, 1)).all() or np.isin(yes, (-1, 1)).all()):
         raise ValueError(f"attributes has the values {np.unique(yes)[:5]}; expected 0, 1 or -1, 1")
     yes = (yes > 0).astype(np.float64)                               # (n, A)
-    both = np.stack([yes, 1 - yes], axis=2)                          # (n, A, 2)
+    both = np.stack([yes, 1 - yes], axis=2)                          # (n, A) -> (n, A, 2)
     joint = np.tensordot(both, both, (0, 0)) / len(yes)              # (A, 2, A, 2)
     shared = mutual_information(joint.transpose(0, 2, 1, 3))         # (A, A)
     entropy = np.diag(shared)                                        # what a shares with itself
@@ -366,8 +364,9 @@ def load_lpips(alexnet_file, linear_file):
     weights = {}
     for path, keys in ((alexnet_file, convolutions), (linear_file, linear)):
         stored = torch.load(path, map_location="cpu", weights_only=True)
-        if keys[0] not in stored:
-            raise ValueError(f"{path} has no {keys[0]}; expected first AlexNet, then the linear "
+        missing = [key for key in keys if key not in stored]
+        if missing:
+            raise ValueError(f"{path} has no {missing[0]}; expected first AlexNet, then the linear "
                              f"weights: are the two files in this order?")
         weights |= {key: stored[key].float() for key in keys}
     return weights
