@@ -14,19 +14,15 @@ IDEA      The factor scores fill a table "which code knows which factor", and as
           codes; C and MIG do, and with 20 codes for 6 factors stay well below D. "DCI" in the
           paper's tables is D alone. Never read one score alone.
 DIFFERS   from disentanglement_lib: FactorVAE votes on a pool encoded once, DCI never tests on its
-          training samples, and the trees are our own. Against scikit-learn 1.9.1's: D and C differ
-          by at most 0.005 on 11 kinds of codes (clean, tight, noisy, rotated, mixed, duplicated,
-          discrete, constant, random, 32 codes, part dead; 5,000 samples, six factors of Shapes3D's
-          sizes), and by 0.003 on 10,000 x 20 codes, where we need 8.5 s and scikit-learn 226 s
-          (CPU time, one thread each, one after the other on a 2-core CPU).
+          training samples, the trees are our own. Against scikit-learn 1.9.1's, D and C differ by
+          at most 0.005 on 11 kinds of codes (clean, noisy, rotated, duplicated, discrete, part
+          dead ...; 5,000 samples, six factors of Shapes3D's sizes), by 0.003 on 10,000 x 20 codes:
+          8.5 s here, 226 s there (CPU time, one thread each, one after the other on 2 cores).
           From the public TAD script: AUROC is exact, not summed over a grid of thresholds.
 TRY       python metrics.py              the trees, worked step by step on six numbers
           python metrics.py codes.npz    all factor scores of your own `codes` and `factors`
 """
 import argparse
-import contextlib
-import zipfile
-import zlib
 from typing import NamedTuple
 
 import numpy as np
@@ -36,48 +32,44 @@ import torch.nn.functional as F
 
 # ---- What comes in -------------------------------------------------------------------------------
 
-def as_numbers(array, name):
-    """Any array or tensor, on any device, as a numpy array of numbers."""
+def as_numbers(array, name, whole=False):
+    """Any array or tensor, on any device, as float64 numpy, if all of it is finite (and whole)."""
     if isinstance(array, torch.Tensor):
-        array = array.detach().cpu()
-        array = (array.double() if array.is_floating_point() else array).numpy()
+        array = array.detach().cpu().double().numpy()
     array = np.asarray(array)
     if array.dtype.kind not in "fiub":
         raise ValueError(f"{name} has dtype {array.dtype}; expected numbers")
+    array = array.astype(np.float64)
+    bad = np.argwhere(~np.isfinite(array) | (whole & (array != np.floor(array)))).tolist()
+    if bad:
+        expected = ("integers: number the values of a factor 0, 1, 2, ..." if whole else
+                    "finite numbers: drop these samples or mend the encoder")
+        raise ValueError(f"{name}{bad[0]} is {array[tuple(bad[0])]}, and {len(bad) - 1} more; "
+                         f"expected {expected}")
     return array
 
 
 def check_codes(codes, name="codes"):
-    """codes as float64 (n, N) or (n, N, d), all finite."""
-    codes = as_numbers(codes, name).astype(np.float64)
+    """codes as float64 (n, N) or (n, N, d)."""
+    codes = as_numbers(codes, name)
     if codes.ndim not in (2, 3) or codes.size == 0 or codes.shape[1] < 2:
         raise ValueError(f"{name} has shape {codes.shape}; expected (samples, codes) or (samples, "
                          f"codes, width) with 2 codes or more, as the scores compare codes")
-    bad = np.argwhere(~np.isfinite(codes))
-    if len(bad):
-        place = tuple(bad[0].tolist())
-        raise ValueError(f"{name}{list(place)} is {codes[place]}, and {len(bad) - 1} more; expected"
-                         f" finite numbers: drop these samples or mend the encoder")
     return codes
 
 
-def check_factors(factors, samples, name="factors", every_column_varies=True):
+def check_factors(factors, samples, name="factors", must_vary=True):
     """factors as int64 (n, F), one row a code."""
-    factors = as_numbers(factors, name)
-    if factors.ndim != 2 or factors.shape[1] < 1:
-        raise ValueError(f"{name} has shape {factors.shape}; expected (samples, factors)")
-    if len(factors) != samples:
-        raise ValueError(f"{name} has {len(factors)} rows for {samples} codes; expected one a code")
-    bad = np.argwhere(~np.isfinite(factors) | (factors != np.floor(factors)))
-    if len(bad):
-        row, column = bad[0]
-        raise ValueError(f"{name}[{row}, {column}] is {factors[row, column]}; expected integers: "
-                         f"number the values of a factor 0, 1, 2, ...")
-    if every_column_varies and (factors == factors[0]).all(0).any():
-        column = (factors == factors[0]).all(0).argmax()
+    factors = as_numbers(factors, name, whole=True).astype(np.int64)
+    if factors.ndim != 2 or len(factors) != samples or factors.shape[1] < 1:
+        raise ValueError(f"{name} has shape {factors.shape}; expected (samples, factors), and "
+                         f"{samples} rows as there are {samples} codes")
+    constant = (factors == factors[0]).all(0)
+    if must_vary and constant.any():
+        column = constant.argmax()
         raise ValueError(f"{name}[:, {column}] is {factors[0, column]} in all {samples} samples; "
                          f"expected 2 values or more: drop that factor or take more samples")
-    return factors.astype(np.int64)
+    return factors
 
 
 def pca_tokens(codes, fit_on=None):
@@ -139,26 +131,30 @@ def dci(train_codes, train_factors, test_codes, test_factors, seed=0):
     """
     train_codes = check_codes(train_codes, "train_codes")
     test_codes = check_codes(test_codes, "test_codes")
-    if train_codes.shape[1:] != test_codes.shape[1:]:
-        raise ValueError(f"train_codes has shape {train_codes.shape}, test_codes "
-                         f"{test_codes.shape}; expected the same codes in both")
+    train_factors = check_factors(train_factors, len(train_codes), "train_factors")
+    test_factors = check_factors(test_factors, len(test_codes), "test_factors", must_vary=False)
+    shapes = [table.shape[1:] for table in (train_codes, test_codes, train_factors, test_factors)]
+    if shapes[0] != shapes[1] or shapes[2] != shapes[3] or shapes[2] < (2,):
+        raise ValueError(f"train_codes, test_codes, train_factors, test_factors have rows of "
+                         f"{shapes}; expected the same in both, and 2 or more factors")
     if train_codes.ndim == 3:
         train_codes, test_codes = pca_tokens(train_codes), pca_tokens(test_codes, train_codes)
-    train_factors = check_factors(train_factors, len(train_codes), "train_factors")
-    test_factors = check_factors(test_factors, len(test_codes), "test_factors", False)
-    if train_factors.shape[1] != test_factors.shape[1] or train_factors.shape[1] < 2:
-        raise ValueError(f"train_factors has {train_factors.shape[1]} columns, test_factors "
-                         f"{test_factors.shape[1]}; expected the same number, 2 or more")
-    importance, train_right, test_right = [], [], []
-    for train_labels, test_labels in zip(train_factors.T, test_factors.T):
-        trees = fit_trees(train_codes, train_labels, seed=seed)
-        importance.append(trees.importance)
-        train_right.append((predict(trees, train_codes) == train_labels).mean())
-        test_right.append((predict(trees, test_codes) == test_labels).mean())
-    importance = np.stack(importance, axis=1)                        # F times (N,) -> (N, F)
+    importance, right = [], []
+    # The trees take steps of 0.1 ms: threads gain little, and lose much if a core has another job.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for train_labels, test_labels in zip(train_factors.T, test_factors.T):
+            trees = fit_trees(train_codes, train_labels, seed=seed)
+            importance.append(trees.importance)
+            right.append(((predict(trees, train_codes) == train_labels).mean(),
+                          (predict(trees, test_codes) == test_labels).mean()))
+    finally:
+        torch.set_num_threads(threads)
+    importance, right = np.stack(importance, axis=1), np.mean(right, axis=0)    # (N, F), (2,)
     return {"disentanglement": focus(importance), "completeness": focus(importance.T),
-            "informativeness_train": float(np.mean(train_right)),
-            "informativeness_test": float(np.mean(test_right)), "importance": importance}
+            "informativeness_train": float(right[0]), "informativeness_test": float(right[1]),
+            "importance": importance}
 
 
 def focus(importance):
@@ -183,11 +179,10 @@ def factor_vae_score(represent, dataset, pool=50_000, images_at_once=256, seed=0
     """
     if not len(dataset.factor_names):
         raise ValueError("dataset has no factors; expected one with labels, such as Shapes3D")
-    size = min(pool, len(dataset))
-    chosen = np.random.default_rng(seed).permutation(len(dataset))[:size]
+    chosen = np.random.default_rng(seed).permutation(len(dataset))[:pool]
+    parts = np.split(chosen, range(images_at_once, len(chosen), images_at_once))
     with torch.no_grad():
-        codes = [as_numbers(represent(dataset.images(indices)), "represent(images)")
-                 for indices in np.split(chosen, range(images_at_once, size, images_at_once))]
+        codes = [as_numbers(represent(dataset.images(part)), "represent(images)") for part in parts]
     return factor_vae_votes(np.concatenate(codes), dataset.factors(chosen), seed=seed, **votes)
 
 
@@ -198,12 +193,9 @@ def factor_vae_votes(codes, factors, train_votes=10_000, eval_votes=5_000, batch
     A vote: hold one factor fixed, let the others vary; which code varies least, relative to its
     spread over everything? A code belongs to the factor it got most training votes for; the score
     is the share of fresh votes that go where they belong. 0 to 1; one code a factor scores 1, codes
-    that know nothing about 1/F.
-
-    Why votes from a table are as good: the original encodes 64 new images a vote, 960,000 in all,
-    with one value fixed and the other factors at random. The rows of a random table that have this
-    value are just such images, so drawing 64 of them (with replacement) is the same experiment with
-    a finite supply. Hence every value needs a supply: fewer than `batch` rows are refused.
+    that know nothing about 1/F. The original encodes 64 new images a vote. The rows of a random
+    table that share a value are just such images: drawing 64 of them (with replacement) is as good
+    if the supply is, so a value with fewer than `batch` rows is refused.
     """
     codes = scalar_codes(codes)
     factors = check_factors(factors, len(codes))
@@ -211,73 +203,67 @@ def factor_vae_votes(codes, factors, train_votes=10_000, eval_votes=5_000, batch
     # A dead code hardly varies, in a batch or at large: a ratio of two rounding errors could win
     # every vote. The threshold is absolute; a living code of a tiny scale must be scaled up first.
     active = std >= threshold
-    result = {"score": 0.0, "train_score": 0.0, "active_dims": int(active.sum()), "note": ""}
     if not active.any():
-        note = f"score 0: no code is active, the largest std is {std.max():.3g} < {threshold}"
-        return result | {"note": note}
-    scaled = codes[:, active] / std[active]                          # (n, N) -> (n, active)
-    groups, rng = rows_by_value(factors, batch), np.random.default_rng(seed)
-    train = count_votes(scaled, groups, train_votes, batch, rng)     # (F, active)
-    fresh = count_votes(scaled, groups, eval_votes, batch, rng)      # (F, active)
+        return {"score": 0.0, "train_score": 0.0, "active_dims": 0, "note":
+                f"score 0: no code is active, the largest std is {std.max():.3g} < {threshold}"}
+    scaled, rng = codes[:, active] / std[active], np.random.default_rng(seed)    # (n, active)
+    train = count_votes(scaled, factors, train_votes, batch, rng)    # (F, active)
+    fresh = count_votes(scaled, factors, eval_votes, batch, rng)     # (F, active)
     owner = train.argmax(0), np.arange(train.shape[1])               # the factor of each code
-    return result | {"score": float(fresh[owner].sum() / eval_votes),
-                     "train_score": float(train[owner].sum() / train_votes)}
+    return {"score": float(fresh[owner].sum() / eval_votes),
+            "train_score": float(train[owner].sum() / train_votes),
+            "active_dims": int(active.sum()), "note": ""}
 
 
-def rows_by_value(factors, batch):
-    """For each factor: rows sorted by value; where a row's value begins there; how often it is."""
-    groups = []
-    for column, labels in enumerate(factors.T):
+def count_votes(scaled, factors, votes, batch, rng):
+    """(F, codes): while factor f was held fixed, how often did code i vary least?"""
+    table = np.zeros((factors.shape[1], scaled.shape[1]), dtype=np.int64)
+    share = np.bincount(rng.integers(len(table), size=votes), minlength=len(table))
+    for factor, labels in enumerate(factors.T):
         values, of_row, count = np.unique(labels, return_inverse=True, return_counts=True)
         if count.min() < batch:
-            value, rare = values[count.argmin()], count.min()
-            raise ValueError(f"factors[:, {column}] is {value} in {rare} rows; expected {batch} or "
-                             f"more for a vote: use more samples, or a smaller batch")
-        start = np.cumsum(count) - count
-        groups.append((np.argsort(of_row, kind="stable"), start[of_row], count[of_row]))
-    return groups
-
-
-def count_votes(scaled, groups, votes, batch, rng):
-    """(F, codes): while factor f was held fixed, how often did code i vary least?"""
-    samples, codes = scaled.shape
-    table = np.zeros((len(groups), codes), dtype=np.int64)
-    share = np.bincount(rng.integers(len(groups), size=votes), minlength=len(groups))
-    for factor, (rows, start, count) in enumerate(groups):
+            raise ValueError(f"factors[:, {factor}] is {values[count.argmin()]} in {count.min()} "
+                             f"rows; expected {batch} or more for a vote: take more samples")
+        rows, start = np.argsort(of_row, kind="stable"), np.cumsum(count) - count
         # A random row gives the value to hold; in parts of 500 votes, so that memory stays small.
-        held = rng.integers(samples, size=(share[factor], 1))
+        held = of_row[rng.integers(len(labels), size=(share[factor], 1))]
         for part in np.array_split(held, 1 + len(held) // 500):
             pick = (rng.random((len(part), batch)) * count[part]).astype(np.int64)
             members = scaled[rows[start[part] + pick]]               # (votes, batch, codes)
             stillest = members.var(axis=1, ddof=1).argmin(1)         # -> (votes, codes) -> (votes,)
-            table[factor] += np.bincount(stillest, minlength=codes)
+            table[factor] += np.bincount(stillest, minlength=len(table[factor]))
     return table
 
 
 # ---- MIG and TAD ---------------------------------------------------------------------------------
 
+def mutual_information(joint):
+    """Nats that a and b share, from their joint probabilities (..., a, b)."""
+    apart = joint.sum(-1, keepdims=True) * joint.sum(-2, keepdims=True)     # if independent
+    ratio = np.divide(joint, apart, out=np.ones_like(joint), where=joint > 0)       # 0 log 0 = 0
+    return (joint * np.log(ratio)).sum((-2, -1))
+
+
 def mig(codes, factors, bins=20):
     """Mutual information gap (Chen et al., NeurIPS 2018): a factor's best code minus its second.
 
-    Mutual information by 20 equal-width bins a code, over the factor's entropy, averaged over
+    Mutual information by equal-width bins of a code, over the factor's entropy, averaged over
     factors. 0 to 1; one code a factor scores 1, random codes about 0, and two codes that know a
     factor equally well 0, which is harsh on 20 codes for 6 factors.
     """
     codes = scalar_codes(codes)
     factors = check_factors(factors, len(codes))
+    n, N = codes.shape
     width = np.ptp(codes, axis=0)
     width[width == 0] = 1                                            # a constant code: one bin
     binned = ((codes - codes.min(0)) / width * bins).astype(np.int64).clip(max=bins - 1)   # (n, N)
     gaps = []
     for labels in factors.T:
-        values, label = np.unique(labels, return_inverse=True)
-        K = len(values)
-        joint = np.stack([np.bincount(column * K + label, minlength=bins * K).reshape(bins, K)
-                          for column in binned.T]) / len(codes)      # (N, bins, K)
-        prior = joint[0].sum(0)                                      # (K,)
-        apart = joint.sum(2, keepdims=True) * prior                  # (N, bins, K) if independent
-        ratio = np.divide(joint, apart, out=np.ones_like(joint), where=joint > 0)   # 0 log 0 = 0
-        second, best = np.sort((joint * np.log(ratio)).sum((1, 2)))[-2:]
+        _, label, count = np.unique(labels, return_inverse=True, return_counts=True)
+        K, prior = len(count), count / n
+        cell = (np.arange(N) * bins + binned) * K + label[:, None]   # (n, N)
+        joint = np.bincount(cell.flatten(), minlength=N * bins * K).reshape(N, bins, K) / n
+        second, best = np.sort(mutual_information(joint))[-2:]
         gaps.append((best - second) / -(prior * np.log(prior)).sum())
     return float(np.mean(gaps))
 
@@ -309,13 +295,11 @@ def tad(codes, attributes, captured=0.75, overlap=0.2):
     if not (np.isin(yes, (0, 1)).all() or np.isin(yes, (-1, 1)).all()):
         raise ValueError(f"attributes has the values {np.unique(yes)[:5]}; expected 0, 1 or -1, 1")
     yes = (yes > 0).astype(np.float64)                               # (n, A)
-    shared = 0                                                       # mutual information, (A, A)
-    for a in (yes, 1 - yes):
-        for b in (yes, 1 - yes):
-            joint, apart = a.T @ b / len(yes), np.outer(a.mean(0), b.mean(0))
-            shared = shared + joint * np.log(np.where(joint > 0, joint, apart) / apart)
-    others = shared * (1 - np.eye(len(shared)))
-    explained = others.max(1) / np.diag(shared)                      # I(a; a) is the entropy of a
+    both = np.stack([yes, 1 - yes], axis=2)                          # (n, A) -> (n, A, 2)
+    joint = np.tensordot(both, both, (0, 0)) / len(yes)              # (A, 2, A, 2)
+    shared = mutual_information(joint.transpose(0, 2, 1, 3))         # (A, A)
+    entropy = np.diag(shared)                                        # what a shares with itself
+    explained = (shared - np.diag(entropy)).max(1) / entropy         # (A,)
     area = auroc(codes, yes)                                         # (N, A)
     second, best = np.sort(area, axis=0)[-2:]                        # (A,) each
     counts = (best >= captured) & (explained <= overlap)
@@ -417,22 +401,18 @@ def frechet_distance(feats_a, feats_b):
     |mean difference|^2 + trace(A + B - 2 (A B)^(1/2)), A and B the covariances. 0 for equal sets,
     no upper end. Biased upwards for few samples: compare only figures from equally many.
     """
-    gaussians = []
-    for name, feats in (("feats_a", feats_a), ("feats_b", feats_b)):
-        feats = torch.from_numpy(as_numbers(feats, name).astype(np.float64))
-        if feats.ndim != 2 or len(feats) < 2 or not feats.isfinite().all():
-            raise ValueError(f"{name} has shape {tuple(feats.shape)}; expected (samples, features),"
-                             f" 2 samples or more, all finite")
-        gaussians.append((feats.mean(0), feats.T.cov()))             # (D,), (D, D)
-    (mean_a, cov_a), (mean_b, cov_b) = gaussians
-    if len(mean_a) != len(mean_b):
-        raise ValueError(f"feats_a is {len(mean_a)} wide, feats_b {len(mean_b)}; expected equal")
+    a, b = (torch.from_numpy(as_numbers(feats, name))
+            for feats, name in ((feats_a, "feats_a"), (feats_b, "feats_b")))
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
+        raise ValueError(f"feats_a has shape {tuple(a.shape)}, feats_b {tuple(b.shape)}; expected "
+                         f"(samples, features), equally wide, 2 samples or more")
+    cov_a, cov_b = a.T.cov(), b.T.cov()                              # (D, D)
     # A B has the eigenvalues of the symmetric A^(1/2) B A^(1/2), and the trace of a square root is
     # the sum of the eigenvalues' roots: no square root of an unsymmetric matrix is needed.
     values, vectors = torch.linalg.eigh(cov_a)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T          # (D, D) @ (D, D)
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
-    return float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
+    return float((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
 
 
 def inception_features(images, inception_file, batch=64):
@@ -455,102 +435,110 @@ def fid(images_a, images_b, inception_file):
                             inception_features(images_b, inception_file))
 
 
-# ==================================================================================================
-# The trees behind DCI: gradient boosting, written out
-# ==================================================================================================
+# ---- The trees behind DCI: gradient boosting, written out ----------------------------------------
 #
-# A SPLIT asks one question of one code, "is it <= c?", and cuts n samples in two. Each sample
-# carries a number r, and a good split leaves numbers that are alike on either side:
-#     gain = (nl nr / n) (mean_l - mean_r)^2
-# which is how much the squared distances to the mean shrink. Six numbers: code 1 2 3 4 5 6 and
-# r = -1/3 -1/3 -1/3 2/3 -1/3 2/3. The cut after 3 has the means -1/3 and 1/3, so its gain is
-# (3 3 / 6) (2/3)^2 = 2/3, and no other cut has more: `python metrics.py` prints all five.
+# Six samples have the codes 1 2 3 4 5 6 and the labels 0 0 0 1 0 1. Steps 2 to 5 are one round of
+# `fit_trees`; `python metrics.py` computes each number.
 #
-# A TREE splits, then splits both halves, then all four quarters: depth 3, at most 8 leaves. Each
-# leaf answers with one number.
+# 1 START. A third of the labels is 1: say p = 1/3 for all. What we keep and mend is a score, any
+#   number, with p = sigmoid(score): at first log(1/2), the log odds.
+# 2 RESIDUAL. r = label - p is what p lacks: -1/3 -1/3 -1/3 2/3 -1/3 2/3.
+# 3 SPLIT. Ask of one code, "is it <= c?". A good question leaves residuals that are alike on
+#   either side, nl samples on the left and nr on the right:
+#       gain = (nl nr / n) (mean_l - mean_r)^2
+#   is how much the squared distances to the mean shrink. The cut after 3 has the means -1/3 and
+#   1/3: its gain is (3 3 / 6) (2/3)^2 = 2/3. After 1, 2, 4, 5 it is 2/15, 1/3, 1/12, 8/15.
+# 4 TREE. Split, then split both halves, then all four quarters: depth 3, at most 8 leaves. The
+#   example stops at depth 1: the leaves are 1 2 3 and 4 5 6.
+# 5 LEAF. Its samples move their scores by one step, a tenth of Newton's, so that later trees can
+#   mend it: slope of the log likelihood over curvature, sum r / sum |r|(1-|r|). On the left
+#   -1 / (3 2/9) / 10 = -3/20, on the right 3/20; p becomes .301 and .367.
+# Then 2 again: each of a hundred rounds mends what the sum of those before still gets wrong.
 #
-# BOOSTING adds up many small trees, each mending what the sum so far gets wrong. With K classes a
-# sample has K scores, and softmax makes them probabilities p. The residual, r = 1 - p for the class
-# it is and -p for the others, says which way a score should move; a round fits one tree a class to
-# it. A leaf answers with a Newton step, (K-1)/K sum r / sum |r|(1-|r|), of which a tenth is taken,
-# so that later trees can mend it. Scores start from the class frequencies. Two classes need one
-# tree a round, with a sigmoid in place of the softmax and without (K-1)/K.
+# K > 2 CLASSES: K scores a sample, softmax for sigmoid, K trees a round, one for each class, whose
+# r is 1 - p for the class it is and -p for the others, and (K-1)/K of the step.
 #
 # IMPORTANCE of a code: the gains of all splits on it, over all trees, as a share of all gains.
 # Residuals are largest in the first rounds, so these have the largest say.
 #
-# THE SAME as in scikit-learn's GradientBoostingClassifier, with its defaults: 100 rounds, rate 0.1,
-# depth 3, 2 samples to split, 1 in a leaf, all samples and all codes for each tree, the gain above
-# (its friedman_mse), thresholds midway between values, ties between codes broken at random.
-#
-# NOT THE SAME: it tries every cut of every code in every node, 9,999 of them if 10,000 values
-# differ. We look twice. First at 255 cuts, by histogram; then at every cut near the best of these,
-# and at both ends of the node, where a single cut can set one odd sample apart. (Without the ends
-# the trees fit better than scikit-learn's and spread the importance wider.) What this misses is
-# rarely the best. Sums are float32, and no two different values are taken for equal.
-#
-# COST: a round takes all trees of all classes at once, in a few dozen passes over (cuts x codes x
-# nodes); one call of torch's embedding_bag, which adds up rows of a table, makes all histograms.
+# This is scikit-learn's GradientBoostingClassifier with its defaults (2 samples to split, 1 in a
+# leaf, all samples and codes for each tree, friedman_mse, c midway between two values, ties
+# between codes broken at random), but for the search in step 3: see the end.
 
 
 class Trees(NamedTuple):
     """Fitted trees: what `predict` needs, and what each code was worth to them."""
     classes: np.ndarray           # (K,) the labels
-    scale: list                   # for each code: see Sorted and to_ranks
     start: torch.Tensor           # (T, 1) first scores; T trees a round: K of them, or 1 if K = 2
-    rounds: list                  # for each round: levels [(code, cut) of each node], leaves' steps
+    rounds: list                  # for each round: levels [(code, c) of each node], leaves' steps
     importance: np.ndarray        # (N,) sums to 1, or all 0 if no code could be split
 
 
-class Sorted(NamedTuple):
-    """The training codes in order. P = n + width places: padded, so that a window may run over."""
-    rows: torch.Tensor            # (N, P) sample numbers by increasing code; n in the padding
-    barred: torch.Tensor          # (N, P) -inf where no cut may follow, as the next value is equal
-    edges: torch.Tensor           # (N, E) the first look's cuts: how many samples are on the left
-    width: int                    # samples in the fullest bin that has cuts inside
+def fit_trees(codes, labels, rounds=100, rate=0.1, depth=3, seed=0):
+    """Boosted trees that read labels (n,) from codes (n, N)."""
+    classes, label = np.unique(labels, return_inverse=True)
+    n, K = len(codes), len(classes)
+    codes = torch.as_tensor(codes, dtype=torch.float64)
+    order, generator = sort_codes(codes), torch.Generator().manual_seed(seed)
+    target = F.one_hot(torch.from_numpy(label), K).T.double()        # (n, K) -> (K, n)
+    start = target.mean(1, keepdim=True).log()
+    if K == 2:
+        target, start = target[1:], start[1:] - start[:1]            # one row: log odds of class 1
+    T, newton = len(start), 1 if K == 2 else (K - 1) / K
+    scores, done, used = start, [], 0                                # (T, 1), then (T, n)
+    for _ in range(rounds):
+        residual = target - (scores.sigmoid() if K == 2 else scores.softmax(0))
+        levels, leaf, gain = grow(residual.float(), codes, order, generator, depth)
+        leaf, r = leaf.T.flatten(), residual.flatten()               # (n, T) -> (T * n,)
+        slope = torch.bincount(leaf, r, minlength=T * 2 ** depth)
+        curve = torch.bincount(leaf, r.abs() * (1 - r.abs()), minlength=T * 2 ** depth)
+        step = rate * newton * torch.where(curve > 1e-150, slope / curve, 0.0)     # 0: empty leaf
+        scores = scores + look_up(step, leaf).view(T, n)
+        done.append((levels, step))
+        used = used + gain
+    importance = used / used.sum() if used.sum() > 0 else used
+    return Trees(classes, start, done, importance.numpy())
 
 
-def sort_codes(codes, bins=256):
-    """codes (n, N) -> (scale, Sorted). Bins of n / bins samples; of one value if few differ."""
-    n, scale, edges, width = len(codes), [], [], 1
-    for column in codes.T:
-        values, count = np.unique(column, return_counts=True)
-        upto = np.cumsum(count)                                      # samples <= each value
-        middle = values[:-1] / 2 + values[1:] / 2
-        middle = np.where(middle < values[1:], middle, values[:-1])  # floats with none in between
-        scale.append((middle, upto))
-        stops = upto
-        if len(values) > bins:
-            # A value that fills a bin gets one of its own: long, but with no cut inside.
-            heavy = count > n / bins
-            goals = np.searchsorted(upto, np.arange(1, bins + 1) * n / bins)
-            stops = np.concatenate([upto[goals], upto[heavy], (upto - count)[heavy]])
-        stops = np.union1d(0, stops)
-        mixed = np.diff(np.searchsorted(upto, stops, side="right")) > 1
-        width = max(width, np.diff(stops)[mixed].max(initial=1))
-        edges.append(stops)
-    E = max(len(stops) for stops in edges)
-    edges = np.stack([np.pad(stops, (0, E - len(stops)), constant_values=n) for stops in edges])
-    columns = np.ascontiguousarray(codes.T)                          # (n, N) -> (N, n)
-    order = np.argsort(columns, axis=1, kind="stable")
-    ordered = np.take_along_axis(columns, order, axis=1)
-    barred = np.full((len(columns), n + width), -np.inf, dtype=np.float32)
-    barred[:, :n - 1][ordered[:, 1:] > ordered[:, :-1]] = 0
-    rows = np.pad(order, ((0, 0), (0, width)), constant_values=n)    # (N, n) -> (N, P)
-    return scale, Sorted(*map(torch.from_numpy, (rows, barred, edges)), int(width))
+def predict(trees, codes):
+    """codes (n, N) -> the likeliest label of each sample (n,)."""
+    codes, T = torch.as_tensor(codes, dtype=torch.float64), len(trees.start)
+    scores = trees.start                                             # (T, 1), then (T, n)
+    for levels, step in trees.rounds:
+        at = torch.arange(T).expand(len(codes), T)
+        for code, c in levels:
+            at = descend(codes, at, code, c)
+        scores = scores + look_up(step, at).T                        # (n, T) -> (T, n)
+    return trees.classes[(scores[0] > 0).long() if T == 1 else scores.argmax(0)]
 
 
-def to_ranks(codes, scale):
-    """codes (n, N) -> ranks (n, N): how many training samples are <= it.
+def grow(residual, codes, order, generator, depth):
+    """One tree for each row of residual (T, n), all at once, level by level.
 
-    "code <= the point midway after the first c samples" becomes "rank <= c", for new codes as well.
+    returns levels [(code, c) of each node], leaf of each sample (n, T), gain of each code (N,)
     """
-    return torch.from_numpy(np.stack([upto[np.searchsorted(middle, column)]
-                                      for (middle, upto), column in zip(scale, codes.T)], axis=1))
+    T, n = residual.shape
+    at, levels = torch.arange(T).expand(n, T), []
+    used = torch.zeros(codes.shape[1], dtype=torch.float64)
+    for level in range(depth):
+        C = T * 2 ** level                                           # nodes of all trees
+        table = torch.zeros(n + 1, 2 * C)
+        table[:n].scatter_(1, at, residual.T).scatter_(1, C + at, 1.0)
+        gain, code, c = best_splits(table, order, generator)
+        used.index_add_(0, code, gain.clamp(min=0).double())
+        at = descend(codes, at, code, c)
+        levels.append((code, c))
+    return levels, at, used
+
+
+def descend(codes, at, code, c):
+    """One level down. at (n, T) is each sample's node in each tree, numbered tree after tree."""
+    right = codes.gather(1, look_up(code, at)) > look_up(c, at)      # (n, T)
+    return 2 * at + right                                            # node i: 2i (<=), 2i + 1 (>)
 
 
 def look_up(table, index):
-    """table[index] for a flat table; index_select is the faster way to it."""
+    """table[index] for a flat table; index_select is the fastest way to it."""
     return table.index_select(0, index.flatten()).view(index.shape)
 
 
@@ -564,13 +552,51 @@ def gains(left_sum, left_count, total, count):
     return (shrink / (count * left_count * (count - left_count))).nan_to_num(-1.0, posinf=-1.0)
 
 
-def best_splits(table, order, generator):
-    """The best cut of each of C nodes: its gain (-1: there is none), code, and samples on the left.
+# ---- The search for the best cut (skip it on first reading) --------------------------------------
+#
+# The simple way: sort the samples by a code, take the running sums of r, give `gains` every cut,
+# 9,999 of them if 10,000 values differ; and this for every code, in every node. scikit-learn does
+# so. We look twice: first at 255 cuts, by histogram, then at every cut near the best of these and
+# at both ends of the node, where a single cut can set one odd sample apart. (Without the ends the
+# trees fit better than scikit-learn's and spread the importance wider.) What this misses is rarely
+# the best. Sums are float32. One call of embedding_bag, which adds up rows of a table, makes the
+# histograms of all codes and all nodes of a round's trees at once.
 
-    table (n + 1, 2C), a row a sample: its residual in column c and a 1 in column C + c if it is in
-    node c, otherwise 0. The last row is the padding's.
+def sort_codes(codes, bins=256):
+    """codes (n, N) -> what best_splits searches: ordered, barred, rows, edges, width.
+
+    ordered (N, P+1) each code's values, increasing; infinity in the padding, so that a window may
+                     run over the end: P = n + width
+    barred (N, P)    -inf where no cut may follow, as the next value is equal
+    rows (N, P)      the samples; n in the padding
+    edges (N, E)     the first look's cuts, as how many samples are on the left
+    width            samples in the fullest bin that has cuts inside
     """
-    rows, barred, edges, width = order
+    n, edges, width = len(codes), [], 1
+    for column in codes.T.numpy():
+        count = np.unique(column, return_counts=True)[1]
+        upto = np.cumsum(count)                                      # samples <= each value
+        # A bin is full when it has n / bins samples; of one value each if few differ. A value that
+        # fills a bin gets one of its own: long, but with no cut inside.
+        full = (len(upto) <= bins) | (upto * bins // n > (upto - count) * bins // n)
+        stops = np.union1d(np.append(0, upto[full]), (upto - count)[count > n / bins])
+        mixed = np.diff(np.searchsorted(upto, stops, side="right")) > 1
+        width = max(width, np.diff(stops)[mixed].max(initial=1))
+        edges.append(torch.from_numpy(stops))
+    edges = torch.nn.utils.rnn.pad_sequence(edges, batch_first=True, padding_value=n)
+    ordered, rows = codes.T.sort(dim=1, stable=True)                 # (n, N) -> (N, n)
+    ordered = F.pad(ordered, (0, 1 + width), value=torch.inf)        # one more than P
+    barred = torch.where(ordered[:, 1:] > ordered[:, :-1], 0, -torch.inf)
+    return ordered, barred, F.pad(rows, (0, width), value=n), edges, width
+
+
+def best_splits(table, order, generator):
+    """The best question of each of C nodes: its gain (-1: there is none), and code <= c.
+
+    table (n + 1, 2C), a row a sample: its residual in column j and a 1 in column C + j if it is in
+    node j, otherwise 0. The last row is the padding's.
+    """
+    ordered, barred, rows, edges, width = order
     (N, P), E, C = rows.shape, edges.shape[1], table.shape[1] // 2
     code, node = torch.arange(N)[:, None], torch.arange(C)
     # First look. Bag b adds up the rows from edge b-1 to b; the running sum is what lies left of b.
@@ -596,136 +622,46 @@ def best_splits(table, order, generator):
     # scikit-learn asks the codes in random order; we add noise just above the rounding of float32.
     noise = 1 + 1e-6 * torch.rand(N, C, generator=generator)
     gain, code = (torch.maximum(gain, fine_gain) * noise).max(0)     # (N, C) -> (C,)
-    return gain, code, cut.gather(0, code[None])[0]
-
-
-def descend(ranks, at, code, cut):
-    """One level down. at (n, T) is each sample's node in each tree, numbered tree after tree."""
-    right = ranks.gather(1, look_up(code, at)) > look_up(cut, at)    # (n, T)
-    return 2 * at + right                                            # node i: 2i (<=), 2i + 1 (>)
-
-
-def grow(residual, ranks, order, generator, depth):
-    """One tree for each row of residual (T, n), all at once, level by level.
-
-    returns levels [(code, cut) of each node], leaf of each sample (n, T), gain of each code (N,)
-    """
-    T, n = residual.shape
-    at, levels = torch.arange(T).expand(n, T), []
-    used = torch.zeros(ranks.shape[1], dtype=torch.float64)
-    for level in range(depth):
-        C = T * 2 ** level                                           # nodes of all trees
-        table = torch.zeros(n + 1, 2 * C)
-        table[:n].scatter_(1, at, residual.T).scatter_(1, C + at, 1.0)
-        gain, code, cut = best_splits(table, order, generator)
-        cut = torch.where(gain < 0, n, cut)                          # nothing to split: all go left
-        used.index_add_(0, code, gain.clamp(min=0).double())
-        at = descend(ranks, at, code, cut)
-        levels.append((code, cut))
-    return levels, at, used
-
-
-@contextlib.contextmanager
-def one_thread():
-    """Steps of 0.1 ms gain little from threads, and lose much when another job holds a core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def fit_trees(codes, labels, rounds=100, rate=0.1, depth=3, seed=0):
-    """Boosted trees that read labels (n,) from codes (n, N)."""
-    classes, label = np.unique(labels, return_inverse=True)
-    n, K = len(codes), len(classes)
-    scale, order = sort_codes(codes)
-    ranks = to_ranks(codes, scale)                                   # (n, N)
-    target = F.one_hot(torch.from_numpy(label), K).T.double()        # (n, K) -> (K, n)
-    start = target.mean(1, keepdim=True).log()
-    if K == 2:
-        target, start = target[1:], start[1:] - start[:1]            # one row: log odds of class 1
-    T, newton = len(start), 1 if K == 2 else (K - 1) / K
-    scores, done, used = start, [], 0                                # (T, 1), then (T, n)
-    generator = torch.Generator().manual_seed(seed)
-    with one_thread():
-        for _ in range(rounds):
-            residual = target - (scores.sigmoid() if K == 2 else scores.softmax(0))
-            levels, leaf, gain = grow(residual.float(), ranks, order, generator, depth)
-            leaf, r = leaf.T.flatten(), residual.flatten()           # (n, T) -> (T * n,)
-            slope = torch.bincount(leaf, r, minlength=T * 2 ** depth)
-            curve = torch.bincount(leaf, r.abs() * (1 - r.abs()), minlength=T * 2 ** depth)
-            step = rate * newton * torch.where(curve > 1e-150, slope / curve, 0.0)   # 0: empty leaf
-            scores = scores + look_up(step, leaf).view(T, n)
-            done.append((levels, step))
-            used = used + gain
-    importance = used / used.sum() if used.sum() > 0 else used
-    return Trees(classes, scale, start, done, importance.numpy())
-
-
-def predict(trees, codes):
-    """codes (n, N) -> the likeliest label of each sample (n,)."""
-    ranks, T = to_ranks(codes, trees.scale), len(trees.start)
-    scores = trees.start                                             # (T, 1), then (T, n)
-    with one_thread():
-        for levels, step in trees.rounds:
-            at = torch.arange(T).expand(len(codes), T)
-            for code, cut in levels:
-                at = descend(ranks, at, code, cut)
-            scores = scores + look_up(step, at).T                    # (n, T) -> (T, n)
-    return trees.classes[(scores[0] > 0).long() if T == 1 else scores.argmax(0)]
+    cut = cut.gather(0, code[None])[0]                               # (1, C) -> (C,)
+    below, above = ordered[code, cut - 1], ordered[code, cut]
+    c = below / 2 + above / 2
+    c = torch.where(c < above, c, below)                             # floats with none in between
+    return gain, code, torch.where(gain < 0, torch.inf, c)           # no cut: all go left
 
 
 # ---- python metrics.py ---------------------------------------------------------------------------
 
 def worked_example():
-    """The six numbers above: one round of boosting, every step printed, then all hundred."""
-    def row(name, values, digits=3):
-        print(f"{name:<34}" + "".join(f"{value:8.{digits}f}" for value in values))
+    """The six numbers above, each step computed, and beside it what was found by hand."""
+    def show(step, values, by_hand):
+        print(f"{step:<30}" + "".join(f"{float(v):7.3g}" for v in values).ljust(44) + by_hand)
 
     codes, labels = np.arange(1.0, 7.0)[:, None], np.array([0, 0, 0, 1, 0, 1])
     trees = fit_trees(codes, labels, rounds=1, depth=1)
-    (((_, cut),), step), start = trees.rounds[0], trees.start[0]
-    row("code", codes[:, 0], 0)
-    row("label", labels, 0)
-    row("p: a third of the labels is 1", start.sigmoid().expand(6))
+    (((_, c),), step), start = trees.rounds[0], trees.start[0]
     r = torch.from_numpy(labels) - start.sigmoid()
-    row("residual: label - p", r)
-    row("gain of a cut after 1, 2, 3, 4, 5", gains(r.cumsum(0), torch.arange(1, 7), r.sum(), 6)[:5])
-    row("best cut: after", cut, 0)
-    row("step of left and right leaf", step)
-    row("p after this round", (start + look_up(step, torch.arange(6) // cut)).sigmoid())
-    row("label by 100 rounds of depth 3", predict(fit_trees(codes, labels), codes), 0)
+    leaf = torch.from_numpy(codes[:, 0] > c.item()).long()
+    print(f"{'':30}{'computed':44}by hand")
+    show("  code", codes[:, 0], "1 2 3 4 5 6")
+    show("  label", labels, "0 0 0 1 0 1")
+    show("1 p at the start", start.sigmoid().expand(6), "1/3 1/3 1/3 1/3 1/3 1/3")
+    show("2 residual r = label - p", r, "-1/3 -1/3 -1/3 2/3 -1/3 2/3")
+    show("3 gain of a cut after 1 ... 5", gains(r.cumsum(0), torch.arange(1, 7), r.sum(), 6)[:5],
+         "2/15 1/3 2/3 1/12 8/15")
+    show("4 the best question: code <=", c, "7/2")
+    show("5 step of left and right leaf", step, "-3/20 3/20")
+    show("  p after this round", (start + step[leaf]).sigmoid(), ".301 .301 .301 .367 .367 .367")
+    show("  label by 100 rounds, depth 3", predict(fit_trees(codes, labels), codes), "0 0 0 1 0 1")
 
 
 def read_table(path):
     """The arrays `codes` and `factors` of an .npz file."""
-    with open(path, "rb") as file:
-        if not zipfile.is_zipfile(file):
-            raise ValueError(f"{path} is no .npz; write it by np.savez(path, codes=c, factors=f)")
     try:
         with np.load(path) as table:
-            found = {name: table[name] for name in ("codes", "factors") if name in table.files}
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
-        raise ValueError(f"{path} is damaged or holds objects ({error}); write it again") from None
-    if len(found) < 2:
-        raise ValueError(f"{path} has of codes and factors only {list(found)}; expected both")
-    return found["codes"], found["factors"]
-
-
-def print_scores(scores):
-    """What evaluate returns, as a table."""
-    for name, key, note in (
-            ("FactorVAE score", "factor_vae", scores["factor_vae_note"]),
-            ("disentanglement", "disentanglement", "the paper's DCI"),
-            ("completeness", "completeness", ""),
-            ("informativeness", "informativeness_test", f"on {scores['dci_test']} new samples"),
-            ("MIG", "mig", "")):
-        print(f"{name:<16} {scores[key]:7.4f}  {note}".rstrip())
-    print("importance of each code (row) for each factor (column)")
-    for code, row in enumerate(scores["importance"]):
-        print(f"{code:4d} " + "".join(f"{value:6.2f}" for value in row))
+            return table["codes"], table["factors"]
+    except Exception as error:  # a dozen kinds: no file, no zip, no such array, cut short, ...
+        raise ValueError(f"{path} has no readable `codes` and `factors` ({error}); write them by "
+                         f"np.savez(path, codes=c, factors=f), arrays of numbers") from None
 
 
 def main(arguments=None):
@@ -739,10 +675,19 @@ def main(arguments=None):
     if options.file is None:
         return worked_example()
     try:
-        table = read_table(options.file)
-        print_scores(evaluate(*table, options.seed, options.train, options.test))
-    except (OSError, ValueError) as error:
+        scores = evaluate(*read_table(options.file), options.seed, options.train, options.test)
+    except ValueError as error:
         parser.exit(2, f"metrics.py: {error}\n")
+    for name, key, note in (
+            ("FactorVAE score", "factor_vae", scores["factor_vae_note"]),
+            ("disentanglement", "disentanglement", "the paper's DCI"),
+            ("completeness", "completeness", ""),
+            ("informativeness", "informativeness_test", f"on {options.test} new samples"),
+            ("MIG", "mig", "")):
+        print(f"{name:<16} {scores[key]:7.4f}  {note}".rstrip())
+    print("importance of each code (row) for each factor (column)")
+    for code, row in enumerate(scores["importance"]):
+        print(f"{code:4d} " + "".join(f"{value:6.2f}" for value in row))
 
 
 if __name__ == "__main__":
