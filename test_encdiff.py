@@ -1,6 +1,12 @@
 """What we are sure of: each test is one claim about the method or about what happens to a user.
 
-Run with `python -m pytest -q`. CPU only, no data file, no network.
+WHERE     Read after sample.py, or beside each file: the sections come in reading order.
+PAPER     arXiv 2402.09712; the equations are checked against formulas derived in another way.
+SHAPES    as in encdiff.py; TINY is a model small enough to train a dozen steps in a second
+IDEA      A test compares with something independent: a closed form, a brute-force loop, torch's own
+          operation, a second run. What a user gets wrong must end in one line and lose nothing.
+DIFFERS   The paper publishes no tests. Scores of a trained model are in the README, not here.
+TRY       python -m pytest -q   ->   CPU only, no data file, no network; SLOW=1 adds twenty kills
 """
 import copy
 import csv
@@ -32,10 +38,11 @@ import unet
 import vq
 
 HERE = Path(__file__).parent
-TINY = dict(vq_channels=32, vq_multipliers=(1,), vq_blocks=1, vq_patch=4, encoder="cnn_bn", encoder_width=8,
-            channels=16, multipliers=(1, 2), blocks=1, heads=2, attention=(1, 2), num_tokens=6, token_dim=8,
-            dropout=0.1, vq_steps=12, vq_warmup=4, vq_batch=8, steps=12, batch=8, log_every=4, score_every=0,
-            codebook_size=64, precision="fp32")
+TINY = dict(vq_channels=32, vq_multipliers=(1,), vq_blocks=1, vq_patch=4, codebook_size=64,
+            encoder="cnn_bn", encoder_width=8, num_tokens=6, token_dim=8, dropout=0.1,
+            channels=16, multipliers=(1, 2), blocks=1, heads=2, attention=(1, 2),
+            vq_steps=12, vq_warmup=4, vq_batch=8, steps=12, batch=8, log_every=4, score_every=0,
+            precision="fp32")
 
 
 def tiny_model(**changes):
@@ -71,8 +78,8 @@ def test_written_out_attention_equals_torchs():
     x, tokens = torch.randn(2, 9, 32), torch.randn(2, 5, 12)
     q, k, v = (f(y).view(2, -1, 4, 8).transpose(1, 2) for f, y in
                [(layer.to_q, x), (layer.to_k, tokens), (layer.to_v, tokens)])
-    expected = layer.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(2, 9, 32))
-    torch.testing.assert_close(layer(x, tokens), expected)
+    y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(2, 9, 32)
+    torch.testing.assert_close(layer(x, tokens), layer.to_out(y))
 
 
 def test_tokens_reach_the_denoiser_their_order_does_not_and_they_cannot_be_forgotten():
@@ -130,7 +137,8 @@ def test_batched_token_maps_equal_a_loop_of_small_mlps():
 def test_schedules_run_from_almost_no_noise_to_almost_no_signal(name):
     betas = encdiff.beta_schedule(name)
     abar = encdiff.cumulative(betas)
-    assert len(betas) == 1000 and betas.dtype == torch.float64 and 0 < betas.min() and betas.max() <= 0.999
+    assert len(betas) == 1000 and betas.dtype == torch.float64
+    assert 0 < betas.min() and betas.max() <= 0.999
     assert abar[0] == 1 and (abar.diff() < 0).all() and abar[1] > 0.95 and 0 < abar[-1] < 1e-3
 
 
@@ -158,17 +166,18 @@ def test_eq_5_agrees_with_torchs_kl_over_random_latents():
         eps = torch.randn(z0.shape, generator=generator, dtype=torch.float64)
         z_t = abar[t].sqrt() * z0 + (1 - abar[t]).sqrt() * eps  # eq. (2)
         a, b, v = encdiff.posterior(abar, t)
-        kl = torch.distributions.kl_divergence(torch.distributions.Normal(a * z0 + b * z_t, v.sqrt()),
-                                               torch.distributions.Normal(0.0, 1.0))
+        normal = torch.distributions.Normal
+        kl = torch.distributions.kl_divergence(normal(a * z0 + b * z_t, v.sqrt()), normal(0.0, 1.0))
         torch.testing.assert_close(closed[t - 1], kl.mean(), rtol=0.01, atol=0.002)
 
 
 def test_the_bottleneck_opens_as_t_falls_and_cosine_is_the_widest_until_its_end():
-    curves = {name: encdiff.kl_bottleneck(encdiff.beta_schedule(name)) for name in encdiff.SCHEDULES}
+    names = ["cosine", "linear", "sqrt_linear", "sqrt"]  # the order of Figure 2 (b)
+    curves = {name: encdiff.kl_bottleneck(encdiff.beta_schedule(name)) for name in names}
     for curve in curves.values():
         assert (curve[1:-1].diff() < 1e-9).all()
-    # The order of Figure 2 (b). Cosine's large last betas take it below the others from t = 843 on.
-    for wider, tighter in zip(["cosine", "linear", "sqrt_linear"], ["linear", "sqrt_linear", "sqrt"]):
+    # Cosine's large last betas take it below the others from t = 843 on.
+    for wider, tighter in zip(names, names[1:]):
         assert (curves[wider][:842] >= curves[tighter][:842]).all()
     assert curves["cosine"][842] < curves["linear"][842]
 
@@ -199,32 +208,40 @@ def test_quantiser_takes_the_nearest_entry_and_passes_the_gradient_through():
     assert torch.equal(indices.flatten(), nearest)
     entries = quantizer.codebook[nearest].view(2, 4, 4, 3).permute(0, 3, 1, 2)
     torch.testing.assert_close(z_q, entries)
-    torch.testing.assert_close(loss, 1.25 * (entries - z).pow(2).mean())  # both terms have this value
+    torch.testing.assert_close(loss, 1.25 * (entries - z).pow(2).mean())  # two equal terms
     gradient, = torch.autograd.grad((z_q * 3).sum(), z, retain_graph=True)
     assert (gradient == 3).all()
     to_codebook, = torch.autograd.grad(loss, quantizer.codebook)
-    expected = torch.zeros(50, 3).index_add(0, nearest, 2 * (quantizer.codebook[nearest] - vectors[:, 0])) / z.numel()
-    torch.testing.assert_close(to_codebook, expected)
+    pull = 2 * (quantizer.codebook[nearest] - vectors[:, 0]) / z.numel()
+    torch.testing.assert_close(to_codebook, torch.zeros(50, 3).index_add(0, nearest, pull))
 
 
 def test_decode_quantises_first_and_the_first_stage_is_frozen():
-    model = tiny_model()
-    images = some_images()
-    model.first_stage.quantizer.initialise(model.first_stage.encode(images))
-    z = model.first_stage.encode(images)
-    torch.testing.assert_close(model.first_stage.decode(z), model.first_stage.decode(model.first_stage.quantize(z)[0]))
-    before = copy.deepcopy(model.first_stage.state_dict())
-    model.train()
-    few_steps(model, images)
-    assert not model.first_stage.training
-    assert all(torch.equal(before[k], v) for k, v in model.first_stage.state_dict().items())
+    model, images = tiny_model(), some_images()
+    first_stage = model.first_stage
+    z = first_stage.encode(images)
+    first_stage.quantizer.initialise(z)
+    rounded = first_stage.quantize(z)[0]
+    torch.testing.assert_close(first_stage.decode(z), first_stage.decode(rounded))
+    before = copy.deepcopy(first_stage.state_dict())
+    few_steps(model.train(), images)
+    assert not first_stage.training and equal(before, first_stage.state_dict())
+
+
+def test_a_linear_first_stage_gives_latents_linear_in_the_pixels():
+    autoencoder = tiny_model(vq_linear=True).first_stage
+    x, y = some_images(2).split(1)
+    middle = (autoencoder.encode(x) + autoencoder.encode(y)) / 2
+    torch.testing.assert_close(autoencoder.encode((x + y) / 2), middle)
+    assert autoencoder(x)[0].shape == x.shape
 
 
 def test_latents_have_unit_std_and_are_not_quantised():
     model, images = tiny_model(), some_images(16)
     model.measure_latents(images)
     torch.testing.assert_close(model.latents(images).std(), torch.tensor(1.0))
-    torch.testing.assert_close(model.latents(images) * model.latent_std, model.first_stage.encode(images))
+    z = model.first_stage.encode(images)
+    torch.testing.assert_close(model.latents(images) * model.latent_std, z)
 
 
 def test_adversarial_loss_keeps_the_two_players_apart():
@@ -244,10 +261,11 @@ def test_adversarial_loss_keeps_the_two_players_apart():
 
 # ---- Variants -----------------------------------------------------------------------------------
 
-VARIANTS = [dict(), dict(encoder="cnn"), dict(encoder="transformer"), dict(tokens="vector"), dict(decoder="direct"),
-            dict(conditioning="adagn"), dict(tokens="vector", conditioning="adagn"),
-            dict(tokens="vector", decoder="direct"), dict(regularizer="euler"), dict(regularizer="sparse"),
-            dict(regularizer="orthogonal"), dict(schedule="sqrt"), dict(self_attention=False)]
+VARIANTS = [dict(), dict(encoder="cnn"), dict(encoder="transformer"), dict(tokens="vector"),
+            dict(decoder="direct"), dict(conditioning="adagn"), dict(self_attention=False),
+            dict(tokens="vector", conditioning="adagn"), dict(tokens="vector", decoder="direct"),
+            dict(regularizer="euler"), dict(regularizer="sparse"), dict(regularizer="orthogonal"),
+            dict(schedule="sqrt")]
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
@@ -255,8 +273,8 @@ def test_every_variant_learns_in_all_its_parameters_and_survives_a_checkpoint(va
     model, images = tiny_model(**variant).train(), some_images()
     model.measure_latents(images)
     assert few_steps(model, images).isfinite()
-    silent = [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.abs().sum())]
-    assert not silent
+    trained = [(n, p.grad) for n, p in model.named_parameters() if p.requires_grad]
+    assert not [n for n, gradient in trained if gradient is None or not gradient.abs().sum()]
     torch.save(model.state_dict(), tmp_path / "model.pt")
     again = tiny_model(**variant)
     again.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
@@ -270,10 +288,11 @@ def test_every_variant_learns_in_all_its_parameters_and_survives_a_checkpoint(va
 def test_the_default_model_holds_nothing_of_a_variant():
     default = tiny_model()
     kinds = {type(m) for m in default.modules()}
-    extras = {unet.AdaGNBlock, unet.DirectDecoder, encdiff.EncDec, encdiff.VectorTokens, encdiff.EulerTokens,
-              encdiff.SparseTokens, encdiff.OrthogonalTokens, encdiff.TransformerEncoder, vq.PatchDiscriminator}
-    assert not kinds & extras
-    assert not [k for k in default.state_dict() if re.search("condition|gamma|beta|queries|discriminator", k)]
+    assert not kinds & {unet.AdaGNBlock, unet.DirectDecoder, encdiff.EncDec, encdiff.VectorTokens,
+                        encdiff.EulerTokens, encdiff.SparseTokens, encdiff.OrthogonalTokens,
+                        encdiff.TransformerEncoder, vq.PatchDiscriminator}
+    foreign = re.compile("condition|gamma|beta|queries|discriminator")
+    assert not [name for name in default.state_dict() if foreign.search(name)]
 
 
 def test_transformer_encoder_is_of_the_cnns_size():
@@ -329,13 +348,18 @@ def weights(folder):
     return {**checkpoint["model"], **{"ema." + k: v for k, v in checkpoint["ema"].items()}}
 
 
+def log(folder):
+    with open(Path(folder) / "log.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.mark.parametrize("stop_at", [3, 7, 12, 17, 23])
 def test_an_interrupted_run_ends_with_the_same_bits(toy, tmp_path, monkeypatch, stop_at):
-    train.main(["--preset", "small", "--out", str(tmp_path / "whole"), *flags(**TINY)])
+    make_run(tmp_path / "whole")
     calls, original = [0], train.descend
 
     def interrupt(loss, parameters, optimizer, config, run, *rest):
@@ -345,17 +369,16 @@ def test_an_interrupted_run_ends_with_the_same_bits(toy, tmp_path, monkeypatch, 
 
     monkeypatch.setattr(train, "descend", interrupt)
     with pytest.raises(SystemExit):
-        train.main(["--preset", "small", "--out", str(tmp_path / "parts"), *flags(**TINY)])
+        make_run(tmp_path / "parts")
     train.main(["--resume", str(tmp_path / "parts")])
     assert equal(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
-    logs = [[(row["stage"], row["step"], row["loss"]) for row in csv.DictReader(open(tmp_path / name / "log.csv"))]
-            for name in ("whole", "parts")]
-    assert [row[:2] for row in logs[0]] == [row[:2] for row in logs[1]]
+    lines = lambda name: [(row["stage"], row["step"]) for row in log(tmp_path / name)]
+    assert lines("whole") == lines("parts")
 
 
 def test_the_seed_decides_everything(toy, tmp_path):
     for name, seed in [("a", 1), ("b", 1), ("c", 2)]:
-        train.main(["--preset", "small", "--seed", str(seed), "--out", str(tmp_path / name), *flags(**TINY)])
+        make_run(tmp_path / name, seed=seed)
     assert equal(weights(tmp_path / "a"), weights(tmp_path / "b"))
     assert not equal(weights(tmp_path / "a"), weights(tmp_path / "c"))
 
@@ -365,15 +388,14 @@ def test_a_first_stage_can_be_borrowed_but_only_one_that_fits(toy, folder, capsy
     make_run(folder / "borrower", first_stage="lender", seed=7)
     lent, got = weights("lender"), weights("borrower")
     assert all(torch.equal(lent[k], got[k]) for k in lent if k.startswith("first_stage."))
-    code, error = run_main(train.main, capsys, [
-        "--preset", "small", "--out", "other", *flags(**{**TINY, "first_stage": "lender", "latent_channels": 5})])
+    misfit = flags(**{**TINY, "first_stage": "lender", "latent_channels": 5})
+    code, error = run_main(train.main, capsys, ["--preset", "small", "--out", "other", *misfit])
     assert code == 2 and "lender" in error and error.count("\n") == 1
 
 
 def test_training_lowers_the_loss_and_the_average_follows(toy, tmp_path):
-    train.main(["--preset", "small", "--out", str(tmp_path / "run"), *flags(**{**TINY, "steps": 60, "lr": 3e-3})])
-    losses = [float(row["loss"]) for row in csv.DictReader(open(tmp_path / "run" / "log.csv"))
-              if row["stage"] == "joint training"]
+    make_run(tmp_path / "run", steps=60, lr=3e-3)
+    losses = [float(row["loss"]) for row in log(tmp_path / "run") if row["stage"] != "first stage"]
     assert losses[-1] < 0.8 * losses[0]
     model, config = train.load_run(tmp_path / "run")
     assert config.steps == 60 and not any(p.requires_grad for p in model.parameters())
@@ -394,17 +416,22 @@ def test_scores_are_given_for_the_scalars_and_for_the_tokens_they_are_mapped_to(
 
 # ---- What a user can get wrong ------------------------------------------------------------------
 
-BAD_FLAGS = [
-    ("--batch 0", "batch"), ("--steps -1", "steps"), ("--lr 0", "lr"), ("--lr nan", "lr"), ("--ema 1", "ema"),
-    ("--dropout 1.5", "dropout"), ("--token-dim 0", "token-dim"), ("--num-tokens 0", "num-tokens"),
-    ("--heads 5", "heads"), ("--channels 30", "channels"), ("--vq-channels 20", "vq-channels"),
-    ("--multipliers 1 2 2 2 2 2", "multipliers"), ("--multipliers 0", "multipliers"), ("--size 48", "48"),
-    ("--schedule cosin", "cosine"), ("--encoder resnet", "cnn_bn"), ("--tokens", "tokens"), ("--timesteps 1", "timesteps"), ("--schedule sqrt --timesteps 4000", "sqrt"),
-    ("--vq-steps 10", "vq_warmup"), ("--codebook-size 1", "codebook-size"), ("--vq-patch 3", "vq-patch"),
-    ("--conditioning adagn --decoder direct", "adagn"), ("--tokens vector --regularizer sparse", "vector"),
-    ("--regularizer orthogonal --num-tokens 40", "token_dim"), ("--learning-rate 1", "learning-rate"),
+BAD_FLAGS = [  # the flag, and what the one line has to name
+    ("--batch 0", "batch"), ("--steps -1", "steps"), ("--lr 0", "lr"), ("--lr nan", "lr"),
+    ("--ema 1", "ema"), ("--dropout 1.5", "dropout"), ("--token-dim 0", "token-dim"),
+    ("--num-tokens 0", "num-tokens"), ("--heads 5", "heads"), ("--channels 30", "channels"),
+    ("--vq-channels 20", "vq-channels"), ("--multipliers 1 2 2 2 2 2", "multipliers"),
+    ("--multipliers 0", "multipliers"), ("--size 48", "48"), ("--schedule cosin", "cosine"),
+    ("--encoder resnet", "cnn_bn"), ("--tokens", "tokens"), ("--timesteps 1", "timesteps"),
+    ("--schedule sqrt --timesteps 4000", "sqrt"), ("--vq-steps 10", "vq_warmup"),
+    ("--codebook-size 1", "codebook-size"), ("--vq-patch 3", "vq-patch"),
+    ("--conditioning adagn --decoder direct", "adagn"),
+    ("--tokens vector --regularizer sparse", "vector"),
+    ("--regularizer orthogonal --num-tokens 40", "token_dim"),
+    ("--learning-rate 1", "learning-rate"),
     ("--steps many", "many"), ("--preset tiny", "small"), ("--resume nowhere", "nowhere"),
-    ("--data nowhere.h5", "nowhere.h5"), ("--seed -1", "seed"), ("--device cuda", "cpu"), ("--precision fp16", "bf16"),
+    ("--data nowhere.h5", "nowhere.h5"), ("--seed -1", "seed"), ("--device cuda", "cpu"),
+    ("--precision fp16", "bf16"),
 ]
 
 
@@ -425,8 +452,8 @@ def run_main(main, capsys, *arguments):
 @pytest.mark.parametrize("words, named", BAD_FLAGS, ids=[words for words, _ in BAD_FLAGS])
 def test_a_bad_flag_is_one_line_that_names_it(words, named, folder, capsys, monkeypatch):
     monkeypatch.setattr(train, "devices", lambda: ["cpu"])
-    code, error = run_main(train.main, capsys, [*([] if "--resume" in words else ["--preset", "small", "--out", "run"]),
-                                              *words.split()])
+    start = [] if "--resume" in words else ["--preset", "small", "--out", "run"]
+    code, error = run_main(train.main, capsys, [*start, *words.split()])
     assert code == 2 and error.count("\n") == 1 and named in error
     assert not (folder / "run" / "checkpoint.pt").exists()
 
@@ -440,10 +467,9 @@ def test_resuming_with_other_values_or_foreign_files_is_refused(toy, folder, cap
     make_run(folder / "run")
     kept = (folder / "run" / "checkpoint.pt").read_bytes()
     changed = torch.load(folder / "run" / "checkpoint.pt", weights_only=True)
-    cases = [(["--resume", "run", "--lr", "0.5"], "lr"), (["--resume", "run", "--steps", "5"], "steps"),
-             (["--resume", "run", "--out", "other"], "--out"), (["--out", "run"], "--resume")]
-    for arguments, named in cases:
-        code, error = run_main(train.main, capsys, arguments)
+    for words, named in [("--resume run --lr 0.5", "lr"), ("--resume run --steps 5", "steps"),
+                         ("--resume run --out other", "--out"), ("--out run", "--resume")]:
+        code, error = run_main(train.main, capsys, words.split())
         assert code == 2 and error.count("\n") == 1 and named in error
     for name, content in [("empty", b""), ("text", b"hello"), ("cut", kept[:5000])]:
         (folder / name).mkdir()
@@ -451,7 +477,8 @@ def test_resuming_with_other_values_or_foreign_files_is_refused(toy, folder, cap
     (folder / "format").mkdir()
     torch.save({**changed, "format": 0}, folder / "format" / "checkpoint.pt")
     (folder / "shapes").mkdir()
-    torch.save({**changed, "config": {**changed["config"], "channels": 32}}, folder / "shapes" / "checkpoint.pt")
+    changed["config"]["channels"] = 32
+    torch.save(changed, folder / "shapes" / "checkpoint.pt")
     for name in ("empty", "text", "cut", "format", "shapes"):
         code, error = run_main(train.main, capsys, ["--resume", name])
         assert code == 2 and error.count("\n") == 1 and name in error
@@ -492,7 +519,8 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(toy, folder, capsys, monkeyp
     assert not list((folder / "run").glob("*.tmp"))
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_overwrites_nothing(toy, folder, capsys, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_the_run_and_overwrites_nothing(
+        toy, folder, capsys, monkeypatch):
     monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 0)
     original = encdiff.EncDiff.forward
 
@@ -502,10 +530,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_overwrites_nothing(toy, fol
 
     explode.calls = 0
     monkeypatch.setattr(encdiff.EncDiff, "forward", explode)
-    code, error = run_main(train.main, capsys, ["--preset", "small", "--out", "run", *flags(**TINY)])
+    code, error = run_main(make_run, capsys, "run")
     assert code == 2 and "step 5" in error and error.count("\n") == 1
     checkpoint = torch.load(folder / "run" / "checkpoint.pt", weights_only=True)
-    assert checkpoint["step"] == 4 and all(v.isfinite().all() for v in checkpoint["ema"].values() if v.is_floating_point())
+    assert checkpoint["step"] == 4 and all(v.isfinite().all() for v in checkpoint["ema"].values())
 
 
 LAUNCH = """import sys; sys.path.insert(0, sys.argv.pop(1)); import train, test_encdiff
@@ -515,15 +543,16 @@ with train.one_line_errors(): train.main()"""
 
 
 def test_two_processes_train_like_one(folder):
-    """Same loss curve within 1e-3 (the order of summation differs), without dropout and BatchNorm."""
+    """Loss within 1e-3 (the order of summation differs), without dropout and BatchNorm."""
     options = {**TINY, "encoder": "cnn", "dropout": 0.0, "log_every": 1, "steps": 6}
     (folder / "launch.py").write_text(LAUNCH)
     arguments = ["launch.py", str(HERE), "--preset", "small", *flags(**options)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for launcher, name in [([sys.executable], "one"), ([sys.executable, "-m", "torch.distributed.run",
-                                                        "--nproc_per_node=2"], "two")]:
-        subprocess.run([*launcher, *arguments, "--out", name], check=True, env=environment, capture_output=True, timeout=300)
-    curves = [[float(row["loss"]) for row in csv.DictReader(open(folder / name / "log.csv"))] for name in ("one", "two")]
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2"]
+    for launcher, name in [([], "one"), (torchrun, "two")]:
+        subprocess.run([sys.executable, *launcher, *arguments, "--out", name], check=True,
+                       env=environment, capture_output=True, timeout=300)
+    curves = [[float(row["loss"]) for row in log(folder / name)] for name in ("one", "two")]
     assert len(curves[0]) == 18
     np.testing.assert_allclose(curves[0], curves[1], atol=1e-3)
 
@@ -531,13 +560,16 @@ def test_two_processes_train_like_one(folder):
 @pytest.mark.skipif(not os.environ.get("SLOW"), reason="minutes; run with SLOW=1")
 def test_a_run_killed_twenty_times_ends_with_the_same_bits(folder):
     (folder / "launch.py").write_text(LAUNCH)
-    base, environment = [sys.executable, "launch.py", str(HERE)], {**os.environ, "OMP_NUM_THREADS": "1"}
-    start = ["--preset", "small", *flags(**{**TINY, "vq_steps": 1000, "steps": 1000, "log_every": 50})]
-    subprocess.run([*base, *start, "--out", "whole"], check=True, env=environment, capture_output=True)
+    base = [sys.executable, "launch.py", str(HERE)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    long = {**TINY, "vq_steps": 1000, "steps": 1000, "log_every": 50}
+    start = [*base, "--preset", "small", *flags(**long), "--out"]
+    subprocess.run([*start, "whole"], check=True, env=environment, capture_output=True)
     random, kills, done = np.random.default_rng(0), 0, False
     while not done:
-        arguments = ["--resume", "parts"] if (folder / "parts" / "checkpoint.pt").exists() else [*start, "--out", "parts"]
-        process = subprocess.Popen([*base, *arguments], env=environment, stdout=subprocess.DEVNULL)
+        begun = (folder / "parts" / "checkpoint.pt").exists()
+        words = [*base, "--resume", "parts"] if begun else [*start, "parts"]
+        process = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL)
         try:
             done = process.wait(timeout=random.uniform(2, 5) if kills < 20 else None) == 0
             assert done
@@ -1532,7 +1564,8 @@ def test_what_is_wrong_is_said_in_one_line_and_nothing_is_written(broken, capsys
 
 
 def test_the_readmes_table_of_equations_points_at_the_lines_that_compute_them():
-    rows = re.findall(r"^\| \((\d+)\) \|.*\| `?(\w+)\.py`?,? `([\w.]+)` \|$", (HERE / "README.md").read_text(), re.M)
+    readme = (HERE / "README.md").read_text()
+    rows = re.findall(r"^\| \((\d+)\) \|.*\| `?(\w+)\.py`?,? `([\w.]+)` \|$", readme, re.M)
     assert len(rows) >= 5
     for number, module, name in rows:
         source = (HERE / f"{module}.py").read_text()
@@ -1541,9 +1574,12 @@ def test_the_readmes_table_of_equations_points_at_the_lines_that_compute_them():
         assert f"Eq. ({number})" in function, f"{module}.{name} does not mention Eq. ({number})"
 
 
-def test_files_meant_to_be_copied_import_nothing_of_ours():
+def test_every_file_says_what_it_is_and_imports_only_what_it_promises():
     ours = {path.stem for path in HERE.glob("*.py")}
-    for name, allowed in [("data", set()), ("vq", set()), ("unet", set()), ("metrics", set()),
-                          ("encdiff", {"vq", "unet"})]:
-        imported = set(re.findall(r"^(?:import|from) (\w+)", (HERE / f"{name}.py").read_text(), re.M))
-        assert not imported & ours - allowed
+    alone = {"data": set(), "vq": set(), "unet": set(), "metrics": set(), "encdiff": {"vq", "unet"}}
+    for name in ours:
+        source = (HERE / f"{name}.py").read_text()
+        parts = re.findall(r"^(WHERE|PAPER|SHAPES|IDEA|DIFFERS|TRY) ", source, re.M)[:6]
+        assert parts == ["WHERE", "PAPER", "SHAPES", "IDEA", "DIFFERS", "TRY"], name
+        imported = set(re.findall(r"^(?:import|from) (\w+)", source, re.M))
+        assert not imported & ours - alone.get(name, ours), name

@@ -16,6 +16,8 @@ IDEA      Each of the (S/f)^2 latent vectors is replaced by the nearest of K cod
 DIFFERS   From the authors' code: L1 reconstruction alone by default. LPIPS needs weights that we
           cannot ship; the patch discriminator is optional (train.py --gan). `patch` > 1 folds
           pixels into channels at the input, which saves the expensive full-resolution layers.
+          `linear` makes the encoder one convolution: the decoder alone has to be clever, and what
+          is learnt from the latent later disentangles sooner (README, "What we learned").
 TRY       python vq.py   ->   shapes, rounding against brute force, the straight-through gradient
 """
 import torch
@@ -143,7 +145,7 @@ class VQAutoencoder(nn.Module):
                 down.append(ResidualBlock(c, width))
                 c = width
         down += [*middle(), group_norm(c), nn.SiLU(), nn.Conv2d(c, latent_channels, 3, padding=1)]
-        if linear:  # a latent that is a weighted mean of pixels has no folds to be undone later
+        if linear:  # each latent number is a weighted sum of the pixels around its place
             down = [nn.PixelUnshuffle(self.factor),
                     nn.Conv2d(3 * self.factor**2, latent_channels, 3, padding=1)]
         self.encoder = nn.Sequential(*down)
