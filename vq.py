@@ -16,8 +16,8 @@ IDEA      Each of the (S/f)^2 latent vectors is replaced by the nearest of K cod
 DIFFERS   From the authors' code: L1 reconstruction alone by default. LPIPS needs weights that we
           cannot ship; the patch discriminator is optional (train.py --gan). `patch` > 1 folds
           pixels into channels at the input, which saves the expensive full-resolution layers.
-          `linear` makes the encoder one convolution: the decoder alone has to be clever, and what
-          is learnt from the latent later disentangles sooner (README, "What we learned").
+          `linear` makes the encoder one convolution, which costs next to nothing in every step of
+          joint training, and reconstructs as well: the decoder alone has to be clever.
 TRY       python vq.py   ->   shapes, rounding against brute force, the straight-through gradient
 """
 import torch
