@@ -645,6 +645,13 @@ def test_metrics_trees_look_at_every_cut_where_it_matters():
     label, codes = rng.integers(0, 8, 3000), rng.normal(size=(3000, 5))
     codes[:, 0] = label + 0.4 * codes[:, 0]
     assert metrics.fit_trees(codes, label).importance[0] == pytest.approx(0.9368, abs=0.003)
+    ordered = np.sort(codes[:, 1])
+    for place in (700, 1501, 2222, 2345):                     # one step is found where it is
+        trees = metrics.fit_trees(codes, codes[:, 1] > ordered[place], rounds=1, depth=1)
+        [(code, c)], _ = trees.rounds[0]
+        assert code == 1 and ordered[place] <= c < ordered[place + 1]
+    codes[:1500] = 0                                          # a value that fills many bins
+    assert metrics.sort_codes(torch.from_numpy(codes))[-1] <= 2 * 3000 / 256
 
 
 def test_metrics_dci_closed_forms():
@@ -868,6 +875,7 @@ def with_value(array, place, value):
     ("evaluate", (CODES, FACTORS), r"codes has 200 rows; expected 10000 \+ 5000"),
     ("factor_vae_votes", (CODES, with_value(FACTORS, (0, 1), 9)), "is 9 in 1 rows.*64"),
     ("dci", (CODES, FACTORS, CODES[:, :2], FACTORS), r"\(3,\), \(2,\).*the same in both"),
+    ("dci", (CODES, FACTORS, CODES, FACTORS[:, :1]), r"\(2,\), \(1,\).*the same in both"),
     ("dci", (CODES, FACTORS[:, :1], CODES, FACTORS[:, :1]), "2 or more factors"),
     ("dci", (CODES, FACTORS, CODES, FACTORS[1:]), r"test_factors has shape \(199, 2\).*200 rows"),
     ("pca_tokens", (CODES,), "width"),
