@@ -656,12 +656,16 @@ def worked_example():
 
 def read_table(path):
     """The arrays `codes` and `factors` of an .npz file."""
+    found = None
     try:
         with np.load(path) as table:
+            found = table.files
             return table["codes"], table["factors"]
-    except Exception as error:  # a dozen kinds: no file, no zip, no such array, cut short, ...
-        raise ValueError(f"{path} has no readable `codes` and `factors` ({error}); write them by "
-                         f"np.savez(path, codes=c, factors=f), arrays of numbers") from None
+    except OSError:
+        raise
+    except Exception:  # a dozen kinds, whose words are for programmers or advise unsafe loading
+        raise ValueError(f"{path} has {found or 'no arrays'}, or is damaged; expected codes and "
+                         f"factors, numbers: np.savez(path, codes=c, factors=f)") from None
 
 
 def main(arguments=None):
@@ -676,7 +680,7 @@ def main(arguments=None):
         return worked_example()
     try:
         scores = evaluate(*read_table(options.file), options.seed, options.train, options.test)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         parser.exit(2, f"metrics.py: {error}\n")
     for name, key, note in (
             ("FactorVAE score", "factor_vae", scores["factor_vae_note"]),
