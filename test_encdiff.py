@@ -909,6 +909,11 @@ def test_intersection_formulas_agree_with_walking_along_the_rays(shape):
     thing = walked < t_room
     both = (formula < np.inf) & thing
     assert np.abs(formula[both] - walked[both]).max() < 1e-3 and both.mean() > 0.02
+    place = eye[:, None] + formula[both] * rays[:, both]
+    slope = [(distance(*(place + step)) - distance(*(place - step))) / 2e-5
+             for step in 1e-5 * np.eye(3)[:, :, None]]          # the normal is where it rises
+    normal = data.object_normal(shape, scale, place)
+    assert np.isclose(slope, normal, atol=1e-3).all(0).mean() > 0.97    # edges have none
     assert ((planes[2] > 0) == thing).mean() > 0.999            # rays that graze may disagree
     shadow &= (part == 1) & ~thing
     assert ((planes[0] == data.SHADOW) == shadow).mean() > 0.995 and shadow.mean() > 0.003
@@ -1065,7 +1070,10 @@ def test_a_folder_of_pictures_skips_a_few_and_refuses_many(tmp_path, capsys):
         Image.fromarray(image).save(tmp_path / ("sub" if k > 2 else ".") / f"{k}.png")
     (tmp_path / "._0.png").write_bytes(b"macOS was here")
     (tmp_path / "1.png").write_bytes(b"not a picture")
-    dataset = data.open_dataset(tmp_path, cache=tmp_path / "sub")       # ours are no pictures
+    dataset = data.open_dataset(tmp_path, cache=tmp_path / "sub")
+    before = listing(tmp_path)
+    data.open_dataset(tmp_path, cache=tmp_path / "sub")         # our cache in it changes nothing
+    assert listing(tmp_path) == before
     assert len(dataset) == 4 and dataset.factor_names == dataset.attribute_names == ()
     assert (dataset.images(range(3)) == as_images(images[[0, 2, 3], :64, 8:72])).all()
     assert (dataset.images([3]) == as_images(images[4:, 8:72, :64])).all()
