@@ -71,15 +71,16 @@ def grid(rows, labels, headings=()):
 def plot(title, x_title, series, size=(900, 520), logarithmic=False):
     """series: (name, colour, points (M, 2)) -> PIL image with axes, ticks and a legend.
 
-    A series without a name is drawn as circles. Both axes start at 0, but for a logarithmic y axis.
+    A series without a name is drawn as circles. All but a logarithmic y axis include 0.
     """
     W, H = 2 * size[0], 2 * size[1]  # shrunk at the end: smooth lines
     text = font(30)
     left, right = 152, W - 120 - int(max(text.getlength(name) for name, *_ in series))
     top, bottom = 88, H - 120
     xs, ys = np.concatenate([points for *_, points in series]).T
+    logarithmic = logarithmic and ys.min() > 0  # a loss with --gan may be negative
     scale = np.log10 if logarithmic else np.asarray
-    low = scale(ys.min()) if logarithmic else 0
+    low = scale(ys.min()) if logarithmic else min(0, ys.min())
     high = low + max((scale(ys.max()) - low) * 1.05, 0.1)  # one point alone has no extent
     to_x = lambda x: left + x / xs.max() * (right - left)
     to_y = lambda y: bottom - (scale(y) - low) / (high - low) * (bottom - top)
@@ -181,7 +182,7 @@ def choose_samplers(args, config):
     return chosen
 
 
-def token_rows(args, run):
+def token_rows(run, args):
     """What the rows of a picture show: [token], [label], all or those of --tokens.
 
     A token is named by the factor that uses it most (DCI's importance), if it provides at least
@@ -235,7 +236,7 @@ def reconstruct(run, args):
 
 def swap(run, args):
     """source, target, and the source with one token at a time from the target (Figures 5, 7, 8)"""
-    (tokens, labels), K = token_rows(args, run), args.count
+    (tokens, labels), K = token_rows(run, args), args.count
     source, target = run.images(2 * K).split(K)
     codes, other, noise = run.codes(source), run.codes(target), run.noise(K)
     swapped = torch.stack([codes] * (1 + len(tokens)))  # (rows, K, N) or (rows, K, N, d)
@@ -248,7 +249,7 @@ def swap(run, args):
 
 def traverse(run, args):
     """one image with one token after the other swept over the values it has in the data"""
-    (tokens, labels), K = token_rows(args, run), args.count
+    (tokens, labels), K = token_rows(run, args), args.count
     seen = run.codes(run.images(min(2000, len(run.dataset))))  # (M, N) or (M, N, d)
     order = torch.from_numpy(metrics.scalar_codes(seen)).argsort(0)  # (M, N): images by each token
     shares = torch.linspace(0.01, 0.99, K)
@@ -290,7 +291,7 @@ def heat(images, maps):
 
 def attention(run, args):
     """where each token is attended to while its image is drawn (Figures 6, 9)"""
-    (tokens, labels), K = token_rows(args, run), 1 if args.per else args.count
+    (tokens, labels), K = token_rows(run, args), 1 if args.per else args.count
     codes, noise = run.codes(run.images(K)), run.noise(K)
     with unet.record_attention(run.model.denoiser) as records:
         drawn = run.model.sample(run.model.tokens(codes), noise=noise, **run.samplers[0][1])
@@ -429,11 +430,11 @@ def encode(run, args):
 # ---- The command line ---------------------------------------------------------------------------
 
 SAMPLING = ["sampler", "steps", "eta"]
-VERBS = {  # how many runs, usual --count, further options
+VERBS = {  # how many runs (None: one), usual --count (None: all, 0: no such option), more options
     reconstruct: (None, 256, [*SAMPLING, "lpips"]), swap: (None, 8, [*SAMPLING, "tokens"]),
     traverse: (None, 9, [*SAMPLING, "tokens"]), attention: (None, 8, [*SAMPLING, "tokens", "per"]),
-    generate: (None, 32, SAMPLING), encode: (None, None, ["count", "data"]), kl: ("?", 256, []),
-    curves: ("+", None, []), complexity: (None, None, SAMPLING)}
+    generate: (None, 32, SAMPLING), encode: (None, None, ["data"]), kl: ("?", 256, []),
+    curves: ("+", 0, []), complexity: (None, 0, SAMPLING)}
 OPTIONS = {
     "sampler": dict(choices=tuple(encdiff.SAMPLERS), help="default: dpm; complexity: all"),
     "steps": dict(type=int, metavar="N", help="default: dpm 20, ddim 200, ddpm all"),
@@ -442,7 +443,6 @@ OPTIONS = {
     "per": dict(choices=("layer", "timestep"), help="one image, and a column for each"),
     "lpips": dict(nargs=2, metavar="FILE",
                   help="weights: torchvision's AlexNet, then alex.pth of the lpips package"),
-    "count": dict(type=int, metavar="N", help="this many random images; default: all"),
     "data": dict(metavar="PATH", help="another dataset, a folder of images or an .npz"),
     "seed": dict(type=int, default=0, help="of all that is random (default 0)"),
     "device": dict(choices=("cuda", "mps", "cpu"), help="default: the best here"),
@@ -456,11 +456,11 @@ def parse(arguments):
     for function, (runs, count, options) in VERBS.items():
         purpose = function.__doc__
         verb = verbs.add_parser(function.__name__, help=purpose, description=purpose)
-        verb.set_defaults(**dict.fromkeys(OPTIONS), function=function)
+        verb.set_defaults(**dict.fromkeys(OPTIONS), count=None, function=function)
         verb.add_argument("run", nargs=runs, metavar="RUN", help="folder of a run of train.py")
-        if count:
+        if count != 0:
             verb.add_argument("--count", type=int, default=count, metavar="N",
-                              help=f"number of images (default {count})")
+                              help=f"number of random images (default {count or 'all'})")
         # A table has a line for each of several samplers, a picture is drawn by one.
         number = {"nargs": "+" if function in (reconstruct, complexity) else 1}
         for name in [*options, "seed", "device", "out"]:
