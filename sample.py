@@ -209,7 +209,7 @@ def token_rows(run, args):
     return tokens, [labels[i] for i in tokens]
 
 
-# ---- The verbs: pictures ------------------------------------------------------------------------
+# ---- The verbs: what each does is its --help ----------------------------------------------------
 
 
 def reconstruct(run, args):
@@ -316,9 +316,6 @@ def generate(run, args):
     mixed = codes[torch.randint(len(codes), (args.count, len(token))).to(run.device), token]
     rows = run.draw(mixed, run.noise(args.count)).split(8)
     save(args, run.folder, grid(rows, [""] * len(rows)))
-
-
-# ---- The verbs: curves and tables ---------------------------------------------------------------
 
 
 def kl(run, args):

@@ -1398,9 +1398,9 @@ def finished(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "score", lambda *a, **k: {"importance": IMPORTANCE.tolist()})
         patch.setattr(train, "pictures", lambda *a: None)
-        for name, variant in [("run", {}), ("adagn", dict(conditioning="adagn")),
-                              ("vector", dict(tokens="vector")), ("direct", dict(decoder="direct"))]:
-            options = {**TINY, "data": str(folder / "toy.npz"), "size": 32, "timesteps": 12, **variant}
+        for name, variant in [("run", {}), ("adagn", {"conditioning": "adagn"}),
+                              ("vector", {"tokens": "vector"}), ("direct", {"decoder": "direct"})]:
+            options = dict(TINY, data=str(folder / "toy.npz"), size=32, timesteps=12, **variant)
             train.main(["--preset", "small", "--out", str(folder / name), *flags(**options)])
     return folder
 
@@ -1410,20 +1410,15 @@ def opened(run, *words):
     return sample.Trained(args), args
 
 
-def test_rows_are_named_by_factor_and_factors_come_first(finished):
-    tokens, labels = sample.token_rows(*opened(finished / "run"))
+def test_rows_are_named_by_factor_factors_first_or_numbered_without_scores(finished):
     factors = ["factor 0", "factor 0", "factor 1", "none", "none", "none"]
-    assert tokens == ORDER
-    assert labels == [f"{factor}\ntoken {i}" for factor, i in zip(factors, ORDER)]
-
-
-def test_rows_of_a_run_without_scores_are_numbered(finished):
-    scores = finished / "direct" / "metrics.json"
-    scores.write_text(json.dumps({"note": "not scored"}))
-    for _ in range(2):
-        rows = sample.token_rows(*opened(finished / "direct", "--tokens", "5", "2"))
+    assert sample.token_rows(*opened(finished / "run")) == (
+        ORDER, [f"{factor}\ntoken {i}" for factor, i in zip(factors, ORDER)])
+    (finished / "direct" / "metrics.json").write_text(json.dumps({"note": "not scored"}))
+    (finished / "adagn" / "metrics.json").unlink()
+    for run in ("direct", "adagn"):
+        rows = sample.token_rows(*opened(finished / run, "--tokens", "5", "2"))
         assert rows == ([2, 5], ["token 2", "token 5"])
-        scores.unlink(missing_ok=True)
 
 
 @pytest.fixture
@@ -1458,22 +1453,18 @@ def every_code(run):
     return trained.codes(train.to_float(trained.dataset.images(range(IMAGES))))
 
 
-def one_of(rows, code):
-    return bool((rows.flatten(1) - code.flatten()).abs().amax(1).min() < 1e-5)
-
-
 @pytest.mark.parametrize("run", ["run", "vector"])
 def test_traverse_and_generate_use_values_of_the_data(finished, drawn, run):
     sample.main(["traverse", str(finished / run), "--count", "3", "--tokens", "4", "0"])
     seen = every_code(finished / run)  # (IMAGES, 6) or (IMAGES, 6, 8)
+    one_of = lambda rows, code: (rows - code).flatten(1).abs().amax(1).min() < 1e-5
     assert len(drawn) == 2
     for i, (codes, _) in zip([4, 0], drawn):
         assert all(torch.equal(codes[0, j], codes[2, j]) for j in range(6) if j != i)
         assert all(one_of(seen[:, i:i + 1], code) for code in codes[:, i])
         if run == "run":
             _, low, middle, high = codes[:, i]
-            assert low < middle < high and low <= seen[:, i].quantile(0.02)
-            assert high >= seen[:, i].quantile(0.98)
+            assert seen[:, i].quantile(0.02) >= low < middle < high >= seen[:, i].quantile(0.98)
     sample.main(["generate", str(finished / run), "--count", "16"])
     mixed = drawn[-1][0]
     assert all(one_of(seen[:, j:j + 1], mixed[b, j]) for b in range(16) for j in range(6))
@@ -1569,13 +1560,13 @@ def test_sample_without_a_verb_lists_the_verbs(capsys):
 
 @pytest.fixture(scope="module")
 def broken(finished):
-    """Run folders with one thing wrong."""
+    """Beside the good runs, one with a first stage alone and one with two damaged files."""
     good = torch.load(finished / "run" / "checkpoint.pt", weights_only=True)
-    for name, stage in [("unfinished", "first stage"), ("scores", good["stage"])]:
+    for name, stage in [("unfinished", "first stage"), ("damaged", good["stage"])]:
         (finished / name).mkdir()
         torch.save({**good, "stage": stage}, finished / name / "checkpoint.pt")
-    (finished / "scores" / "metrics.json").write_text("{")
-    (finished / "scores" / "log.csv").write_text("a,b\n1,2\n")
+    (finished / "damaged" / "metrics.json").write_text("{")
+    (finished / "damaged" / "log.csv").write_text("a,b\n1,2\n")
     return finished
 
 
@@ -1583,7 +1574,7 @@ def broken(finished):
     ("swap", "required: RUN"),
     ("swap {0}/nothing", "checkpoint.pt not found; expected a folder written by train.py"),
     ("swap {0}/unfinished", "has not finished its first stage"),
-    ("swap {0}/scores", "metrics.json is damaged"),
+    ("swap {0}/damaged", "metrics.json is damaged"),
     ("swap {0}/run --tokens 1 6", "--tokens is 6; expected 0 to 5"),
     ("attention {0}/run --tokens -1", "--tokens is -1; expected 0 to 5"),
     ("complexity {0}/run --steps 0", "--steps is 0; expected 1 to 12"),
@@ -1594,18 +1585,13 @@ def broken(finished):
     ("swap {0}/run --sampler ddim --eta 2", "--eta is 2.0; expected 0 to 1"),
     ("reconstruct {0}/run --sampler dpm ddim --steps 5", "expected one number for each"),
     ("swap {0}/run --count 151", "302 images are needed; expected at most 300"),
-    ("reconstruct {0}/run --count 4 --lpips {0}/a.pth {0}/b.pth", "a.pth"),
     ("reconstruct {0}/direct --count 4 --steps 5", "expected no --sampler"),
     ("swap {0}/run --count 0", "--count is 0; expected at least 1"),
     ("swap {0}/run --seed -1", "--seed is -1"),
     ("swap {0}/run --out {0}/no/such/folder.png", "expected a file in a folder that exists"),
-    ("swap {0}/run --steps 1 --count 1 --out {0}/run", "cannot write"),
     ("attention {0}/adagn --count 1 --steps 1", "no cross-attention"),
-    ("encode {0}/run --data {0}/nothing", "does not exist; expected a dataset"),
     ("curves {0}/nothing", "log.csv not found"),
-    ("curves {0}/scores", "is no log of this version"),
-    pytest.param("swap {0}/run --device cuda", "cuda", marks=pytest.mark.skipif(
-        torch.cuda.is_available(), reason="this machine has cuda"))])
+    ("curves {0}/damaged", "is no log of this version")])
 def test_what_is_wrong_is_said_in_one_line_and_nothing_is_written(broken, capsys, words, said):
     files = lambda: {path: path.stat().st_mtime_ns for path in broken.rglob("*")}
     before = files()
