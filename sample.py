@@ -254,9 +254,10 @@ def traverse(run, args):
     order = torch.from_numpy(metrics.scalar_codes(seen)).argsort(0)  # (M, N): images by each token
     shares = torch.linspace(0.01, 0.99, K)
     chosen = order[(shares * (len(seen) - 1)).round().long()].to(run.device)  # (K, N)
-    image, noise, rows = run.images(1), run.noise(1).repeat(K + 1, 1, 1, 1), []
+    image, noise = run.images(1), run.noise(1).repeat(K + 1, 1, 1, 1)
+    own, rows = run.codes(image), []
     for i in tokens:
-        swept = torch.cat([run.codes(image)] * (K + 1))
+        swept = torch.cat([own] * (K + 1))
         swept[1:, i] = seen[chosen[:, i], i]
         rows.append(torch.cat([image, run.draw(swept, noise)]))
     headings = ["input", "redrawn", *(f"{share:.0%}" for share in shares)]
