@@ -1516,11 +1516,18 @@ def test_kl_estimated_on_latents_agrees_with_the_closed_form(finished, capsys, t
     np.testing.assert_allclose(curves[:, 1], curves[:, 0], rtol=0.02)
 
 
-def test_curves_of_several_runs_and_of_any_sign_are_plotted(finished):
+def test_curves_of_several_runs_share_a_picture(finished):
     sample.main(["curves", str(finished / "run"), str(finished / "adagn")])
     assert Image.open(finished / "run" / "curves.png").size == (1520, 720)
-    series = [("loss", "black", [(1, 0.5), (2, -0.5)]), ("another", "red", [(2, 0.1)])]
-    assert sample.plot("with a GAN", "step", series, logarithmic=True).size == (900, 520)
+
+
+@pytest.mark.parametrize("logarithmic, ys", [(False, (0, 1, 2)), (True, (1, 10, 100)),
+                                             (True, (-1, 0, 1))])  # with a GAN, say
+def test_what_is_straight_on_its_axes_is_plotted_as_a_straight_line(logarithmic, ys):
+    series = [("name", (255, 0, 0), list(zip((0, 1, 2), ys)))]
+    pixels = np.asarray(sample.plot("", "", series, logarithmic=logarithmic))[:, :800]  # no legend
+    y, x = (pixels == (255, 0, 0)).all(-1).nonzero()
+    assert np.ptp(x) > 500 and np.corrcoef(x, y)[0, 1] < -0.999
 
 
 def test_complexity_counts_parameters_and_passes(finished, capsys):
@@ -1543,12 +1550,10 @@ def test_encode_writes_what_metrics_reads(finished, capsys):
             np.testing.assert_allclose(arrays["codes"], expected, atol=1e-5)
     metrics.main([str(finished / "run" / "codes.npz"), "--train", "200", "--test", "100"])
     assert "disentanglement" in capsys.readouterr().out
-    folder, out = finished / "pictures", finished / "other.npz"
-    folder.mkdir()
-    for i in range(3):
-        Image.new("RGB", (40, 30), (80 * i, 0, 0)).save(folder / f"{i}.png")
-    sample.main(["encode", str(finished / "run"), "--data", str(folder), "--out", str(out)])
-    with np.load(out) as arrays:
+    np.savez(finished / "others.npz", images=np.zeros((3, 40, 30, 3), np.uint8))
+    words = ["--data", str(finished / "others.npz"), "--out", str(finished / "other codes.npz")]
+    sample.main(["encode", str(finished / "run"), *words])
+    with np.load(finished / "other codes.npz") as arrays:
         assert arrays["codes"].shape == (3, 6) and "factors" not in arrays
 
 
