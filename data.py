@@ -362,6 +362,8 @@ def found_arrays(path, size, arrays):
     if key is None:
         raise DataError(f"{path} holds {list(arrays)}; expected an array 'images'")
     source = arrays[key] if isinstance(arrays, h5py.File) else NpzStream(path, key)
+    if isinstance(source, h5py.Group):
+        raise DataError(f"{path}: {key} is a group of arrays; expected an array")
     shape, dtype = source.shape, source.dtype
     channels_last = len(shape) == 3 or len(shape) == 4 and shape[3] in (1, 3)
     channels_first = len(shape) == 4 and not channels_last and shape[1] in (1, 3)
@@ -387,6 +389,8 @@ def found_arrays(path, size, arrays):
     elif found.count in GRIDS:
         found.name, found.factor_names, found.factor_sizes = GRIDS[found.count]
         found.table = grid(found.factor_sizes)
+    elif "mpi3d" in path.stem.lower() or "real3d" in path.stem.lower():  # a cut copy has no factors
+        raise DataError(f"{path} holds {found.count:,} images; MPI3D has 1,036,800 or 460,800")
     return found, blocks()
 
 
@@ -582,6 +586,9 @@ def replacing(path, size):
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        for old in path.parent.glob(f"{path.name}.*.tmp"):      # a killed process left gigabytes
+            if time.time() - old.stat().st_mtime > 600:
+                old.unlink()
         need_room(path.parent, size)
         yield temporary
         with open(temporary, "rb+") as f:
@@ -589,7 +596,7 @@ def replacing(path, size):
         os.replace(temporary, path)
     except OSError as error:
         raise OSError(f"cannot write {path}, about {size / 1e9:.2f} GB ({error.strerror or error});"
-                      " make room, or choose another folder (--cache DIR)") from None
+                      " make room, or choose another folder (to convert: --cache DIR)") from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()

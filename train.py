@@ -13,7 +13,7 @@ DIFFERS   The paper's learning rate and batch are kept in the preset `paper`; ho
           stage was trained is not said there: 10,000 steps are our choice. `small` is ours.
           The moving average starts fast and slows down, so that a short run is not scored on its
           initialisation. The last weights are scored, never the best: labels would leak in.
-TRY       python train.py --steps 50 --vq-steps 50 --out runs/try   ->   a run folder in two minutes
+TRY       python train.py --steps 50 --vq-steps 250 --out runs/try   ->   a run in two minutes
 """
 import argparse
 import contextlib
