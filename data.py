@@ -586,8 +586,8 @@ def replacing(path, size):
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for old in path.parent.glob(f"{path.name}.*.tmp"):      # a killed process left gigabytes
-            if time.time() - old.stat().st_mtime > 600:
+        for old in path.parent.glob("*.tmp"):                   # a killed process leaves gigabytes
+            if old.name.startswith(path.name + ".") and time.time() - old.stat().st_mtime > 600:
                 old.unlink()
         need_room(path.parent, size)
         yield temporary
