@@ -76,6 +76,7 @@ class Config:
     vq_blocks: int = field(2, "its residual blocks a level")
     vq_patch: int = field(1, "side of the pixel blocks folded into channels at its input")
     vq_linear: bool = field(False, "its encoder is a single convolution: latents linear in pixels")
+    vq_encoder_steps: int = field(0, "steps after which its encoder stays as it is; 0: never")
     vq_warmup: int = field(200, "its steps without rounding; then the codebook is set from data")
     latent_channels: int = field(3, "channels of the latent")
     codebook_size: int = field(2048, "entries of the codebook")
@@ -102,6 +103,8 @@ class Config:
     regularizer: str = field("none", "constraint on the codes (Table 11)",
                              tuple(encdiff.REGULARIZERS))
     # Joint training
+    low_noise_first: float = field(0.0, "first share of the steps in which a timestep is the lower "
+                                        "of two draws; after it, and in the paper: uniform")
     steps: int = field(7_500, "training steps of encoder and denoiser")
     batch: int = field(64, "images a step")
     lr: float = field(1e-4, "learning rate")
@@ -120,17 +123,18 @@ class Config:
 
 
 # What two CPU cores can do. The first stage halves the side of the latent once more (f = 8, four
-# channels), as 8x8 latents are much cheaper to denoise than 16x16; it is short, as the factors fall
-# apart sooner on the latent of a first stage that was trained for less long (README, "What we
-# learned"). Less width, no attention among positions, the authors' lighter encoder, and a higher
-# learning rate that decays.
-SMALL = dict(vq_steps=2_000, vq_batch=16, vq_lr=2e-3, vq_squared=4.0, vq_channels=64,
-             vq_multipliers=(1, 2), vq_blocks=1, vq_patch=4, vq_linear=True, latent_channels=4,
-             encoder="cnn_bn", token_dim=16,
+# channels), as 8x8 latents are much cheaper to denoise than 16x16. Its encoder is one convolution
+# and is trained briefly, as the factors fall apart sooner on such latents; its decoder goes on.
+# Less width, no attention among positions, the authors' lighter encoder, a higher learning rate
+# that decays. In the first half of the steps low noise is more frequent: there position and form
+# pay as well as colour, under strong noise hardly ever (README, "What we learned").
+SMALL = dict(vq_steps=6_000, vq_encoder_steps=1_500, vq_batch=16, vq_lr=2e-3, vq_squared=4.0,
+             vq_channels=64, vq_multipliers=(1, 2), vq_blocks=1, vq_patch=4, vq_linear=True,
+             latent_channels=4, encoder="cnn_bn", token_dim=16,
              channels=48, multipliers=(1, 2), blocks=1, attention=(1, 2), heads=4, dropout=0.0,
              self_attention=False,
-             steps=12_000, lr=1e-3, lr_warmup=100, lr_decay=0.4, ema=0.999, log_every=100,
-             score_every=1_500)
+             low_noise_first=0.5, steps=6_000, lr=1e-3, lr_warmup=100, lr_decay=0.4, ema=0.999,
+             log_every=100, score_every=1_500)
 PRESETS = {"paper": {}, "small": SMALL}
 
 
@@ -142,11 +146,11 @@ def check(config):
                  "log_every"):
         need(getattr(c, name) >= 1, name, getattr(c, name), "at least 1")
     for name in ("steps", "vq_steps", "vq_warmup", "vq_squared", "lr_warmup", "score_every", "seed",
-                 "commitment", "weight_decay"):
+                 "commitment", "weight_decay", "vq_encoder_steps"):
         need(getattr(c, name) >= 0, name, getattr(c, name), "0 or more")
     for name in ("lr", "vq_lr", "clip"):
         need(0 < getattr(c, name) < math.inf, name, getattr(c, name), "a positive number")
-    for name in ("lr_decay", "dropout", "ema"):
+    for name in ("lr_decay", "dropout", "ema", "low_noise_first"):
         need(0 <= getattr(c, name) < 1, name, getattr(c, name), "at least 0 and below 1")
     for name in ("multipliers", "vq_multipliers", "attention"):
         values = getattr(c, name)
@@ -504,8 +508,10 @@ def train_first_stage(run, dataset, model, checkpoint):
     loss_of = vq.FirstStageLoss(model.first_stage, config.vq_squared,
                                 vq.PatchDiscriminator() if config.gan else None)
     loss_of.to(machine.device).requires_grad_(True).train()
-    optimizer = torch.optim.AdamW(loss_of.parameters(), config.vq_lr, betas=(0.9, 0.99),
-                                  weight_decay=1e-4, fused=True)
+    encoder = list(model.first_stage.encoder.parameters())
+    others = [p for name, p in loss_of.named_parameters() if ".encoder." not in name]
+    optimizer = torch.optim.AdamW([{"params": encoder}, {"params": others}], config.vq_lr,
+                                  betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
     start = 0
     if checkpoint:
         restore(loss_of, checkpoint["model"], run.folder)
@@ -520,6 +526,8 @@ def train_first_stage(run, dataset, model, checkpoint):
         indices = torch.randint(len(dataset), (config.vq_batch,))
         images = to_float(dataset.images(machine.share(indices)).to(machine.device))
         lr = set_lr(optimizer, config.vq_lr, step, config.vq_steps, 100, 0.6)
+        if 0 < config.vq_encoder_steps <= step:
+            optimizer.param_groups[0]["lr"] = 0.0  # the latent stays, the decoder goes on
         if step == config.vq_warmup:  # from the whole batch, so that all processes agree
             with torch.no_grad():
                 whole = to_float(dataset.images(indices).to(machine.device))
@@ -567,7 +575,8 @@ def train_jointly(run, dataset, model, checkpoint):
     for step in range(start, config.steps):
         seed_step(config, stage, step)
         indices = torch.randint(len(dataset), (config.batch,))
-        t = torch.randint(1, config.timesteps + 1, (config.batch,))
+        draws = 2 if step < config.low_noise_first * config.steps else 1
+        t = torch.randint(1, config.timesteps + 1, (draws, config.batch)).amin(0)
         noise = torch.randn(config.batch, *model.latent_shape)
         images = dataset.images(machine.share(indices)).to(machine.device)
         t, noise = machine.share(t).to(machine.device), machine.share(noise).to(machine.device)
