@@ -378,6 +378,26 @@ def test_a_first_stage_can_be_borrowed_and_another_seed_makes_the_rest_another(t
         assert equal({k: lent[k] for k in names}, {k: got[k] for k in names}) == same
 
 
+def test_the_encoder_of_the_first_stage_stops_when_it_is_told_to_and_the_decoder_goes_on(
+        toy, folder):
+    for name, steps in [("short", 20), ("long", 40)]:  # their learning rates part after step 8
+        make_run(name, vq_steps=steps, vq_encoder_steps=6, steps=0)
+    short, long = (train.load_run(name)[0].first_stage for name in ("short", "long"))
+    assert equal(short.encoder.state_dict(), long.encoder.state_dict())
+    assert not equal(short.decoder.state_dict(), long.decoder.state_dict())
+
+
+def test_timesteps_are_uniform_but_for_the_share_of_the_steps_that_prefers_low_noise(
+        toy, folder, monkeypatch):
+    drawn, loss = [], encdiff.EncDiff.loss
+    monkeypatch.setattr(encdiff.EncDiff, "forward",
+                        lambda *inputs: drawn.append(inputs[2]) or loss(*inputs))
+    make_run("run", low_noise_first=0.5, batch=64)
+    early, late = torch.stack(drawn).double().view(2, -1) / 1000
+    for t, mean in [(early, 1 / 3), (late, 1 / 2)]:  # the lower of two uniform numbers: 1/3
+        assert t.mean().item() == pytest.approx(mean, abs=0.06) and t.min() > 0 and t.max() <= 1
+
+
 def test_training_lowers_the_loss_and_its_result_is_the_average_of_the_weights(toy, folder):
     make_run("run", steps=60, lr=3e-3)
     losses = [float(loss) for stage, loss in log("run", "stage", "loss") if stage[0] == "j"]
