@@ -398,6 +398,14 @@ def test_timesteps_are_uniform_but_for_the_share_of_the_steps_that_prefers_low_n
         assert t.mean().item() == pytest.approx(mean, abs=0.06) and t.min() > 0 and t.max() <= 1
 
 
+def test_the_learning_rate_rises_stays_and_falls():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+    rates = [train.set_lr(optimizer, 2.0, step, 100, warmup=10, decay=0.4)
+             for step in (0, 4, 9, 60, 80, 99)]
+    assert rates == pytest.approx([0.2, 1.0, 2.0, 2.0, 1.0, 0.05])
+    assert optimizer.param_groups[0]["lr"] == rates[-1]
+
+
 def test_training_lowers_the_loss_and_its_result_is_the_average_of_the_weights(toy, folder):
     make_run("run", steps=60, lr=3e-3)
     losses = [float(loss) for stage, loss in log("run", "stage", "loss") if stage[0] == "j"]
