@@ -210,6 +210,236 @@ def build_model(config):
     return encdiff.EncDiff(*parts, unet.UNet(**options), *rest)
 
 
+# ---- The two stages -----------------------------------------------------------------------------
+
+
+def seed_step(config, stage, step):
+    """Make everything random in this step a function of (seed, stage, step) alone."""
+    torch.manual_seed(random.Random(f"{config.seed} {stage} {step}").getrandbits(32))
+
+
+def set_lr(optimizer, peak, step, steps, warmup, decay):
+    """Linear rise over `warmup` steps, constant, linear fall over the last share `decay`."""
+    lr = peak * min(1, (step + 1) / max(1, warmup))
+    if decay:
+        lr *= min(1, (steps - step) / (decay * steps))
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
+class Progress:
+    """Means and speed since the last log line, and the time left."""
+
+    def __init__(self, steps, batch):
+        self.steps, self.batch, self.began, self.losses = steps, batch, time.monotonic(), []
+
+    def line(self, step, machine):
+        """-> mean loss, images a second, "h:mm:ss" left; starts counting anew."""
+        now, done = time.monotonic(), len(self.losses)
+        speed = done / (now - self.began)
+        loss = machine.mean(float(np.mean(self.losses)))
+        self.losses, self.began = [], now
+        left = int((self.steps - step) / speed)
+        return loss, speed * self.batch, f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+
+
+def descend(loss, parameters, optimizer, config, run, stage, step):
+    """Backward, clip, step; returns the gradient norm. Raises ValueError if that is not finite."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip).item()
+    if not math.isfinite(norm):  # the same in all processes: gradients are averaged
+        raise ValueError(f"loss {loss.item():.4g} and gradient norm {norm} in step {step + 1} of "
+                         f"the {stage}; the last good checkpoint in {run.folder} is kept. Try a "
+                         f"lower learning rate or --precision fp32")
+    optimizer.step()
+    return norm
+
+
+def train_first_stage(run, dataset, model, checkpoint):
+    """Stage 1: images -> latent -> images. Leaves model.first_stage trained and frozen."""
+    config, machine, stage = run.config, run.machine, "first stage"
+    loss_of = vq.FirstStageLoss(model.first_stage, config.vq_squared,
+                                vq.PatchDiscriminator() if config.gan else None)
+    loss_of.to(machine.device).requires_grad_(True).train()
+    encoder = list(model.first_stage.encoder.parameters())
+    others = [p for name, p in loss_of.named_parameters() if ".encoder." not in name]
+    optimizer = torch.optim.AdamW([{"params": encoder}, {"params": others}], config.vq_lr,
+                                  betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
+    start = 0
+    if checkpoint:
+        restore(loss_of, checkpoint["model"], run.folder)
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        start = checkpoint["step"]
+    else:
+        run.save(stage, 0, loss_of, optimizer)
+    network, parameters = machine.parallel(loss_of), list(loss_of.parameters())
+    progress, counts = Progress(config.vq_steps, config.vq_batch), 0
+    for step in range(start, config.vq_steps):
+        seed_step(config, stage, step)
+        indices = torch.randint(len(dataset), (config.vq_batch,))
+        images = to_float(dataset.images(machine.share(indices)).to(machine.device))
+        lr = set_lr(optimizer, config.vq_lr, step, config.vq_steps, 100, 0.6)
+        if 0 < config.vq_encoder_steps <= step:
+            optimizer.param_groups[0]["lr"] = 0.0  # the latent stays, the decoder goes on
+        if step == config.vq_warmup:  # from the whole batch, so that all processes agree
+            with torch.no_grad():
+                whole = to_float(dataset.images(indices).to(machine.device))
+                model.first_stage.quantizer.initialise(model.first_stage.encode(whole))
+        with machine.autocast(config):
+            loss, reconstruction, codes = network(images)
+        norm = descend(loss, parameters, optimizer, config, run, stage, step)
+        counts = counts + torch.bincount(codes.flatten(), minlength=config.codebook_size)
+        progress.losses.append(loss.item())
+        if (step + 1) % config.log_every == 0 or step + 1 == config.vq_steps:
+            mean, speed, left = progress.line(step + 1, machine)
+            used, perplexity = vq.codebook_usage(counts)
+            mse, counts = F.mse_loss(reconstruction, images).item(), 0
+            run.log(stage=stage, step=step + 1, loss=mean, lr=lr, grad_norm=norm,
+                    images_per_second=speed, mse=mse, codes_used=used, perplexity=perplexity)
+            run.print(f"first stage {step + 1}/{config.vq_steps}  loss {mean:.4f}  mse {mse:.5f}  "
+                      f"codes used {used:.0%}  {speed:.0f} img/s  left {left}")
+        run.checkpoint(stage, step + 1, loss_of, optimizer)
+    model.first_stage.requires_grad_(False).eval()
+
+
+def train_jointly(run, dataset, model, checkpoint):
+    """Stage 2: encoder, token maps and denoiser by eq. (3). Returns the averaged model."""
+    config, machine, stage = run.config, run.machine, "joint training"
+    model.to(machine.device).train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay,
+                                  fused=True)
+    start = 0
+    if checkpoint:
+        restore(model, checkpoint["model"], run.folder)
+    else:
+        seed_step(config, stage, -1)
+        some = dataset.images(torch.randint(len(dataset), (1024,)))
+        model.measure_latents(to_float(some.to(machine.device)))
+    average = copy.deepcopy(model).requires_grad_(False).eval()
+    average.first_stage = model.first_stage  # frozen: one copy will do
+    if checkpoint:
+        restore(average, {**model.state_dict(), **checkpoint["ema"]}, run.folder)
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        start = checkpoint["step"]
+    else:
+        run.save(stage, 0, model, optimizer, average)
+    network, progress = machine.parallel(model), Progress(config.steps, config.batch)
+    for step in range(start, config.steps):
+        seed_step(config, stage, step)
+        indices = torch.randint(len(dataset), (config.batch,))
+        draws = 2 if step < config.low_noise_first * config.steps else 1
+        t = torch.randint(1, config.timesteps + 1, (draws, config.batch)).amin(0)
+        noise = torch.randn(config.batch, *model.latent_shape)
+        images = dataset.images(machine.share(indices)).to(machine.device)
+        t, noise = machine.share(t).to(machine.device), machine.share(noise).to(machine.device)
+        lr = set_lr(optimizer, config.lr, step, config.steps, config.lr_warmup, config.lr_decay)
+        with machine.autocast(config):
+            loss = network(to_float(images), t, noise)  # Eq. (3)
+        norm = descend(loss, parameters, optimizer, config, run, stage, step)
+        update_average(average, model, min(config.ema, (1 + step) / (10 + step)))
+        progress.losses.append(loss.item())
+        if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
+            mean, speed, left = progress.line(step + 1, machine)
+            run.log(stage=stage, step=step + 1, loss=mean, lr=lr, grad_norm=norm,
+                    images_per_second=speed)
+            run.print(f"step {step + 1}/{config.steps}  loss {mean:.4f}  lr {lr:.1e}  "
+                      f"{speed:.0f} img/s  left {left}")
+        if config.score_every and (step + 1) % config.score_every == 0 and step + 1 < config.steps:
+            quick_look(run, dataset, average, step + 1)
+        run.checkpoint(stage, step + 1, model, optimizer, average)
+    if start < config.steps:
+        run.save(stage, config.steps, model, optimizer, average)
+    return average
+
+
+def averaged(model):
+    """The part of the state that joint training changes: all but the first stage."""
+    return {k: v for k, v in model.state_dict().items() if not k.startswith("first_stage.")}
+
+
+@torch.no_grad()
+def update_average(average, model, decay):
+    """average <- decay * average + (1 - decay) * model, BatchNorm statistics included."""
+    pairs = zip(averaged(average).values(), averaged(model).values())
+    for old, new in pairs:
+        if old.is_floating_point():  # all but BatchNorm's counter of batches
+            old.lerp_(new, 1 - decay)
+
+
+# ---- What was reached ---------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def encode(model, dataset, indices, device):
+    """Codes (n, N) or (n, N, d) of the images at these indices, float32 on the CPU."""
+    return torch.cat([model.represent(to_float(dataset.images(some).to(device))).cpu()
+                      for some in indices.split(500)])
+
+
+@torch.no_grad()
+def score(run, dataset, model, train, test, mapped=False):
+    """All scores that the labels allow, DCI on train + test samples (fewer from a small dataset).
+
+    mapped: also score the tokens that the scalars are mapped to, through PCA (Table 9).
+    Returns a dict for metrics.json; where there is nothing to score, its "note" says why.
+    """
+    generator = torch.Generator().manual_seed(run.config.seed)
+    train, test = min(train, len(dataset) * 2 // 3), min(test, len(dataset) // 3)
+    # Without repetition: no image may be in DCI's training and test samples.
+    indices = torch.randperm(len(dataset), generator=generator)[:train + test]
+    if not dataset.factor_sizes and not dataset.attribute_names:
+        return {"note": "the dataset has no labels: FactorVAE score and DCI are skipped"}
+    codes = encode(model, dataset, indices, run.machine.device)
+    options = dict(seed=run.config.seed, dci_train=train, dci_test=test)
+    try:
+        if dataset.attribute_names:
+            note = "attributes are no factors: FactorVAE score and DCI are skipped, TAD is not"
+            return {"note": note, **metrics.tad(codes, dataset.attributes(indices))}
+        scores = metrics.evaluate(codes, dataset.factors(indices), **options)
+        if mapped and codes.ndim == 2:
+            tokens = model.tokens(codes.to(run.machine.device)).cpu()  # (n, N) -> (n, N, d)
+            more = metrics.evaluate(tokens, dataset.factors(indices), **options)
+            scores.update({f"mapped_{name}": more[name] for name in Run.SCORES})
+        return scores
+    except ValueError as error:  # too few samples, say: no reason to end a run without its pictures
+        return {"note": f"not scored: {error}"}
+
+
+@torch.no_grad()
+def pictures(run, dataset, model):
+    """samples.png: images, their first-stage reconstructions, samples from their tokens.
+    swap.png: source and target, then the source with one token after the other from the target."""
+    device, N = run.machine.device, run.config.num_tokens
+    generator = torch.Generator().manual_seed(run.config.seed)
+    indices = torch.randint(len(dataset), (8,), generator=generator)
+    images = to_float(dataset.images(indices).to(device))
+    noise = torch.randn(8, *model.latent_shape, generator=generator).to(device)
+    codes = model.represent(images)
+    samples = model.sample(model.tokens(codes), noise=noise)
+    run.png("samples.png", [images, model.first_stage(images)[0], samples])
+    swapped = codes[:1].repeat(N, *[1] * (codes.ndim - 1))  # N copies of the source's codes
+    swapped[range(N), range(N)] = codes[1]
+    swapped = model.sample(model.tokens(swapped), noise=noise[:1].repeat(N, 1, 1, 1))
+    row = list(images[:2]) + list(swapped)
+    row += [torch.ones_like(images[0])] * (-len(row) % 11)
+    run.png("swap.png", [row[i:i + 11] for i in range(0, len(row), 11)])
+
+
+def quick_look(run, dataset, average, step):
+    """Pictures, and scores from fewer samples, hence lower than those at the end."""
+    if run.machine.main:
+        scores = score(run, dataset, average, 4_000, 2_000)
+        pictures(run, dataset, average)
+        known = {k: v for k, v in scores.items() if k in Run.SCORES}
+        run.log(stage="joint training", step=step, **known)
+        run.print(f"  quick score at step {step}: {scores.get('note', '')}"
+                  + "  ".join(f"{k} {v:.3f}" for k, v in known.items()))
+    run.machine.wait()
+
+
 # ---- The machine --------------------------------------------------------------------------------
 
 
@@ -453,236 +683,6 @@ def to_float(images):
 def to_bytes(images):
     """Float images in [-1, 1] -> uint8, on the CPU."""
     return ((images.cpu() + 1) * 127.5).round().clamp(0, 255).byte()
-
-
-# ---- The two stages -----------------------------------------------------------------------------
-
-
-def seed_step(config, stage, step):
-    """Make everything random in this step a function of (seed, stage, step) alone."""
-    torch.manual_seed(random.Random(f"{config.seed} {stage} {step}").getrandbits(32))
-
-
-def set_lr(optimizer, peak, step, steps, warmup, decay):
-    """Linear rise over `warmup` steps, constant, linear fall over the last share `decay`."""
-    lr = peak * min(1, (step + 1) / max(1, warmup))
-    if decay:
-        lr *= min(1, (steps - step) / (decay * steps))
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    return lr
-
-
-class Progress:
-    """Means and speed since the last log line, and the time left."""
-
-    def __init__(self, steps, batch):
-        self.steps, self.batch, self.began, self.losses = steps, batch, time.monotonic(), []
-
-    def line(self, step, machine):
-        """-> mean loss, images a second, "h:mm:ss" left; starts counting anew."""
-        now, done = time.monotonic(), len(self.losses)
-        speed = done / (now - self.began)
-        loss = machine.mean(float(np.mean(self.losses)))
-        self.losses, self.began = [], now
-        left = int((self.steps - step) / speed)
-        return loss, speed * self.batch, f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
-
-
-def descend(loss, parameters, optimizer, config, run, stage, step):
-    """Backward, clip, step; returns the gradient norm. Raises ValueError if that is not finite."""
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip).item()
-    if not math.isfinite(norm):  # the same in all processes: gradients are averaged
-        raise ValueError(f"loss {loss.item():.4g} and gradient norm {norm} in step {step + 1} of "
-                         f"the {stage}; the last good checkpoint in {run.folder} is kept. Try a "
-                         f"lower learning rate or --precision fp32")
-    optimizer.step()
-    return norm
-
-
-def train_first_stage(run, dataset, model, checkpoint):
-    """Stage 1: images -> latent -> images. Leaves model.first_stage trained and frozen."""
-    config, machine, stage = run.config, run.machine, "first stage"
-    loss_of = vq.FirstStageLoss(model.first_stage, config.vq_squared,
-                                vq.PatchDiscriminator() if config.gan else None)
-    loss_of.to(machine.device).requires_grad_(True).train()
-    encoder = list(model.first_stage.encoder.parameters())
-    others = [p for name, p in loss_of.named_parameters() if ".encoder." not in name]
-    optimizer = torch.optim.AdamW([{"params": encoder}, {"params": others}], config.vq_lr,
-                                  betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
-    start = 0
-    if checkpoint:
-        restore(loss_of, checkpoint["model"], run.folder)
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        start = checkpoint["step"]
-    else:
-        run.save(stage, 0, loss_of, optimizer)
-    network, parameters = machine.parallel(loss_of), list(loss_of.parameters())
-    progress, counts = Progress(config.vq_steps, config.vq_batch), 0
-    for step in range(start, config.vq_steps):
-        seed_step(config, stage, step)
-        indices = torch.randint(len(dataset), (config.vq_batch,))
-        images = to_float(dataset.images(machine.share(indices)).to(machine.device))
-        lr = set_lr(optimizer, config.vq_lr, step, config.vq_steps, 100, 0.6)
-        if 0 < config.vq_encoder_steps <= step:
-            optimizer.param_groups[0]["lr"] = 0.0  # the latent stays, the decoder goes on
-        if step == config.vq_warmup:  # from the whole batch, so that all processes agree
-            with torch.no_grad():
-                whole = to_float(dataset.images(indices).to(machine.device))
-                model.first_stage.quantizer.initialise(model.first_stage.encode(whole))
-        with machine.autocast(config):
-            loss, reconstruction, codes = network(images)
-        norm = descend(loss, parameters, optimizer, config, run, stage, step)
-        counts = counts + torch.bincount(codes.flatten(), minlength=config.codebook_size)
-        progress.losses.append(loss.item())
-        if (step + 1) % config.log_every == 0 or step + 1 == config.vq_steps:
-            mean, speed, left = progress.line(step + 1, machine)
-            used, perplexity = vq.codebook_usage(counts)
-            mse, counts = F.mse_loss(reconstruction, images).item(), 0
-            run.log(stage=stage, step=step + 1, loss=mean, lr=lr, grad_norm=norm,
-                    images_per_second=speed, mse=mse, codes_used=used, perplexity=perplexity)
-            run.print(f"first stage {step + 1}/{config.vq_steps}  loss {mean:.4f}  mse {mse:.5f}  "
-                      f"codes used {used:.0%}  {speed:.0f} img/s  left {left}")
-        run.checkpoint(stage, step + 1, loss_of, optimizer)
-    model.first_stage.requires_grad_(False).eval()
-
-
-def train_jointly(run, dataset, model, checkpoint):
-    """Stage 2: encoder, token maps and denoiser by eq. (3). Returns the averaged model."""
-    config, machine, stage = run.config, run.machine, "joint training"
-    model.to(machine.device).train()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay,
-                                  fused=True)
-    start = 0
-    if checkpoint:
-        restore(model, checkpoint["model"], run.folder)
-    else:
-        seed_step(config, stage, -1)
-        some = dataset.images(torch.randint(len(dataset), (1024,)))
-        model.measure_latents(to_float(some.to(machine.device)))
-    average = copy.deepcopy(model).requires_grad_(False).eval()
-    average.first_stage = model.first_stage  # frozen: one copy will do
-    if checkpoint:
-        restore(average, {**model.state_dict(), **checkpoint["ema"]}, run.folder)
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        start = checkpoint["step"]
-    else:
-        run.save(stage, 0, model, optimizer, average)
-    network, progress = machine.parallel(model), Progress(config.steps, config.batch)
-    for step in range(start, config.steps):
-        seed_step(config, stage, step)
-        indices = torch.randint(len(dataset), (config.batch,))
-        draws = 2 if step < config.low_noise_first * config.steps else 1
-        t = torch.randint(1, config.timesteps + 1, (draws, config.batch)).amin(0)
-        noise = torch.randn(config.batch, *model.latent_shape)
-        images = dataset.images(machine.share(indices)).to(machine.device)
-        t, noise = machine.share(t).to(machine.device), machine.share(noise).to(machine.device)
-        lr = set_lr(optimizer, config.lr, step, config.steps, config.lr_warmup, config.lr_decay)
-        with machine.autocast(config):
-            loss = network(to_float(images), t, noise)  # Eq. (3)
-        norm = descend(loss, parameters, optimizer, config, run, stage, step)
-        update_average(average, model, min(config.ema, (1 + step) / (10 + step)))
-        progress.losses.append(loss.item())
-        if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
-            mean, speed, left = progress.line(step + 1, machine)
-            run.log(stage=stage, step=step + 1, loss=mean, lr=lr, grad_norm=norm,
-                    images_per_second=speed)
-            run.print(f"step {step + 1}/{config.steps}  loss {mean:.4f}  lr {lr:.1e}  "
-                      f"{speed:.0f} img/s  left {left}")
-        if config.score_every and (step + 1) % config.score_every == 0 and step + 1 < config.steps:
-            quick_look(run, dataset, average, step + 1)
-        run.checkpoint(stage, step + 1, model, optimizer, average)
-    if start < config.steps:
-        run.save(stage, config.steps, model, optimizer, average)
-    return average
-
-
-def averaged(model):
-    """The part of the state that joint training changes: all but the first stage."""
-    return {k: v for k, v in model.state_dict().items() if not k.startswith("first_stage.")}
-
-
-@torch.no_grad()
-def update_average(average, model, decay):
-    """average <- decay * average + (1 - decay) * model, BatchNorm statistics included."""
-    pairs = zip(averaged(average).values(), averaged(model).values())
-    for old, new in pairs:
-        if old.is_floating_point():  # all but BatchNorm's counter of batches
-            old.lerp_(new, 1 - decay)
-
-
-# ---- What was reached ---------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def encode(model, dataset, indices, device):
-    """Codes (n, N) or (n, N, d) of the images at these indices, float32 on the CPU."""
-    return torch.cat([model.represent(to_float(dataset.images(some).to(device))).cpu()
-                      for some in indices.split(500)])
-
-
-@torch.no_grad()
-def score(run, dataset, model, train, test, mapped=False):
-    """All scores that the labels allow, DCI on train + test samples (fewer from a small dataset).
-
-    mapped: also score the tokens that the scalars are mapped to, through PCA (Table 9).
-    Returns a dict for metrics.json; where there is nothing to score, its "note" says why.
-    """
-    generator = torch.Generator().manual_seed(run.config.seed)
-    train, test = min(train, len(dataset) * 2 // 3), min(test, len(dataset) // 3)
-    # Without repetition: no image may be in DCI's training and test samples.
-    indices = torch.randperm(len(dataset), generator=generator)[:train + test]
-    if not dataset.factor_sizes and not dataset.attribute_names:
-        return {"note": "the dataset has no labels: FactorVAE score and DCI are skipped"}
-    codes = encode(model, dataset, indices, run.machine.device)
-    options = dict(seed=run.config.seed, dci_train=train, dci_test=test)
-    try:
-        if dataset.attribute_names:
-            note = "attributes are no factors: FactorVAE score and DCI are skipped, TAD is not"
-            return {"note": note, **metrics.tad(codes, dataset.attributes(indices))}
-        scores = metrics.evaluate(codes, dataset.factors(indices), **options)
-        if mapped and codes.ndim == 2:
-            tokens = model.tokens(codes.to(run.machine.device)).cpu()  # (n, N) -> (n, N, d)
-            more = metrics.evaluate(tokens, dataset.factors(indices), **options)
-            scores.update({f"mapped_{name}": more[name] for name in Run.SCORES})
-        return scores
-    except ValueError as error:  # too few samples, say: no reason to end a run without its pictures
-        return {"note": f"not scored: {error}"}
-
-
-@torch.no_grad()
-def pictures(run, dataset, model):
-    """samples.png: images, their first-stage reconstructions, samples from their tokens.
-    swap.png: source and target, then the source with one token after the other from the target."""
-    device, N = run.machine.device, run.config.num_tokens
-    generator = torch.Generator().manual_seed(run.config.seed)
-    indices = torch.randint(len(dataset), (8,), generator=generator)
-    images = to_float(dataset.images(indices).to(device))
-    noise = torch.randn(8, *model.latent_shape, generator=generator).to(device)
-    codes = model.represent(images)
-    samples = model.sample(model.tokens(codes), noise=noise)
-    run.png("samples.png", [images, model.first_stage(images)[0], samples])
-    swapped = codes[:1].repeat(N, *[1] * (codes.ndim - 1))  # N copies of the source's codes
-    swapped[range(N), range(N)] = codes[1]
-    swapped = model.sample(model.tokens(swapped), noise=noise[:1].repeat(N, 1, 1, 1))
-    row = list(images[:2]) + list(swapped)
-    row += [torch.ones_like(images[0])] * (-len(row) % 11)
-    run.png("swap.png", [row[i:i + 11] for i in range(0, len(row), 11)])
-
-
-def quick_look(run, dataset, average, step):
-    """Pictures, and scores from fewer samples, hence lower than those at the end."""
-    if run.machine.main:
-        scores = score(run, dataset, average, 4_000, 2_000)
-        pictures(run, dataset, average)
-        known = {k: v for k, v in scores.items() if k in Run.SCORES}
-        run.log(stage="joint training", step=step, **known)
-        run.print(f"  quick score at step {step}: {scores.get('note', '')}"
-                  + "  ".join(f"{k} {v:.3f}" for k, v in known.items()))
-    run.machine.wait()
 
 
 # ---- The command line ---------------------------------------------------------------------------
