@@ -103,8 +103,8 @@ class Config:
     regularizer: str = field("none", "constraint on the codes (Table 11)",
                              tuple(encdiff.REGULARIZERS))
     # Joint training
-    low_noise_first: float = field(0.0, "first share of the steps in which a timestep is the lower "
-                                        "of two draws; after it, and in the paper: uniform")
+    low_noise_first: float = field(0.0, "first share of the steps in which a timestep is the lowest "
+                                        "of three draws; after it, and in the paper: uniform")
     steps: int = field(7_500, "training steps of encoder and denoiser")
     batch: int = field(64, "images a step")
     lr: float = field(1e-4, "learning rate")
@@ -126,14 +126,14 @@ class Config:
 # channels), as 8x8 latents are much cheaper to denoise than 16x16. Its encoder is one convolution
 # and is trained briefly, as the factors fall apart sooner on such latents; its decoder goes on.
 # Less width, no attention among positions, the authors' lighter encoder, a higher learning rate
-# that decays. In the first half of the steps low noise is more frequent: there position and form
+# that decays. In the first third of the steps low noise is more frequent: there position and form
 # pay as well as colour, under strong noise hardly ever (README, "What we learned").
 SMALL = dict(vq_steps=6_000, vq_encoder_steps=1_500, vq_batch=16, vq_lr=2e-3, vq_squared=4.0,
              vq_channels=64, vq_multipliers=(1, 2), vq_blocks=1, vq_patch=4, vq_linear=True,
              latent_channels=4, encoder="cnn_bn", token_dim=16,
              channels=48, multipliers=(1, 2), blocks=1, attention=(1, 2), heads=4, dropout=0.0,
              self_attention=False,
-             low_noise_first=0.5, steps=6_000, lr=1e-3, lr_warmup=100, lr_decay=0.4, ema=0.999,
+             low_noise_first=1 / 3, steps=9_000, lr=1e-3, lr_warmup=100, lr_decay=0.4, ema=0.999,
              log_every=100, score_every=1_500)
 PRESETS = {"paper": {}, "small": SMALL}
 
@@ -330,7 +330,7 @@ def train_jointly(run, dataset, model, checkpoint):
     for step in range(start, config.steps):
         seed_step(config, stage, step)
         indices = torch.randint(len(dataset), (config.batch,))
-        draws = 2 if step < config.low_noise_first * config.steps else 1
+        draws = 3 if step < config.low_noise_first * config.steps else 1
         t = torch.randint(1, config.timesteps + 1, (draws, config.batch)).amin(0)
         noise = torch.randn(config.batch, *model.latent_shape)
         images = dataset.images(machine.share(indices)).to(machine.device)
