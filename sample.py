@@ -10,6 +10,7 @@ IDEA      How to read the pictures. All rows share their noise z_T: what differs
             attention  where in the image a token is listened to; each row has its own colours
             generate   every token from another image: each combination should be a good picture
             kl         how much z_{t-1} can say, in nats, so how many factors are worth a token
+            worth      which factors pay at which t: all of them under little noise, few under much
 DIFFERS   The paper draws with 200 steps of DDIM, we with 20 of DPM-Solver++. Compare them:
           python sample.py reconstruct RUN --sampler dpm ddim
           A sweep visits quantiles of the values seen, not equal distances: so it also works for
@@ -348,6 +349,40 @@ def kl(run, args):
     save(args, args.run or ".", plot(title, "timestep t", series))
 
 
+def worth(run, args):
+    """by how much the loss of eq. (3) rises at each t if one factor is wrong in the codes"""
+    sizes, T, model = run.dataset.factor_sizes, run.config.timesteps, run.model
+    train.need(sizes and math.prod(sizes) == len(run.dataset), "data", run.dataset.name,
+               "a dataset of all combinations of its factors: the rendered one, say")
+    train.need(run.config.decoder == "diffusion", "decoder", "direct here", "diffusion")
+    factors = run.dataset.factors(run.some(args.count)).numpy()  # (B, F)
+
+    def load(factors):
+        indices = np.ravel_multi_index(factors.T, sizes)  # the last factor turns fastest
+        return train.to_float(run.dataset.images(indices).to(run.device))
+
+    images, wrong = load(factors), []
+    for j, size in enumerate(sizes):  # the same images but for factor j
+        others, shift = factors.copy(), torch.randint(1, size, (args.count,)).numpy()
+        others[:, j] = (others[:, j] + shift) % size
+        wrong.append(model.tokens(run.codes(load(others))))
+    z0, own, noise = model.latents(images), model.tokens(run.codes(images)), run.noise(args.count)
+    some = torch.linspace(0.01 * T, T, 12).round().long().clamp(min=1).tolist()
+    loss_of = lambda z_t, t, tokens: F.mse_loss(batched(model.denoiser, z_t, t, tokens), noise)
+    rises = []
+    for time_step in some:
+        t = torch.full((args.count,), time_step, device=run.device)
+        z_t = model.add_noise(z0, t, noise)
+        loss = loss_of(z_t, t, own)
+        rises.append([(loss_of(z_t, t, tokens) - loss).item() for tokens in wrong])
+    print("t".ljust(14) + "".join(f" {t:8d}" for t in some))
+    series = []
+    for name, colour, rise in zip(run.dataset.factor_names, PALETTE * len(sizes), zip(*rises)):
+        print(f"{name:14s}" + "".join(f" {value:8.4f}" for value in rise))
+        series.append((name, colour, list(zip(some, rise))))
+    save(args, run.folder, plot("rise of the loss if this factor is wrong", "timestep t", series))
+
+
 def read_log(folder):
     """log.csv of a run as a list of dicts of strings, "" where nothing was logged."""
     path = Path(folder) / "log.csv"
@@ -432,6 +467,7 @@ VERBS = {  # how many runs (None: one), usual --count (None: all, 0: no such opt
     reconstruct: (None, 256, [*SAMPLING, "lpips"]), swap: (None, 8, [*SAMPLING, "tokens"]),
     traverse: (None, 9, [*SAMPLING, "tokens"]), attention: (None, 8, [*SAMPLING, "tokens", "per"]),
     generate: (None, 32, SAMPLING), encode: (None, None, ["data"]), kl: ("?", 256, []),
+    worth: (None, 256, []),
     curves: ("+", 0, []), complexity: (None, 0, SAMPLING)}
 OPTIONS = {
     "sampler": dict(choices=tuple(encdiff.SAMPLERS), help="default: dpm; complexity: all"),

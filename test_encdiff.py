@@ -12,6 +12,7 @@ TRY       python -m pytest -q                ->   every claim, in a few minutes
           python -m pytest -q -k eq_         ->   the equations alone, in seconds
           SLOW=1 python -m pytest -k killed  ->   a run killed twenty times, in minutes
 """
+import argparse
 import contextlib
 import copy
 import csv
@@ -24,6 +25,7 @@ import signal
 import struct
 import subprocess
 import sys
+import types
 import zlib
 from pathlib import Path
 
@@ -1460,6 +1462,29 @@ def test_kl_estimated_on_latents_agrees_with_the_closed_form(finished, capsys, t
     np.testing.assert_allclose(curves[:, 1], curves[:, 0], rtol=0.02)
 
 
+def test_worth_of_a_factor_is_its_share_of_the_latent_at_each_noise_level(tmp_path, capsys):
+    class Grid(Toy):  # the latent is the first factor alone, and the denoiser is exact
+        name, factor_names, factor_sizes = "toy", ("a", "b"), (2, 3)
+        factors = lambda self, indices: torch.stack([indices // 3, indices % 3], 1)
+        images = lambda self, indices: self.pixels[torch.as_tensor(indices)]
+
+    model = tiny_model(timesteps=100)
+    model.latents = lambda images: images[:, :1, :4, :4]  # -1 or 1
+    model.tokens = lambda codes: codes
+    model.denoiser.forward = lambda z_t, t, codes: (
+        (z_t - model.alpha_bar[t].sqrt()[:, None, None, None] * codes)
+        / (1 - model.alpha_bar[t]).sqrt()[:, None, None, None])
+    run = types.SimpleNamespace(
+        dataset=Grid(), config=train.Config(timesteps=100), model=model, device="cpu",
+        folder=tmp_path, codes=model.latents, some=lambda count: torch.arange(count),
+        noise=lambda count: torch.randn(count, 1, 4, 4))
+    sample.worth(run, argparse.Namespace(count=6, out=None, verb="worth"))
+    t, a, b = (line[14:].split() for line in capsys.readouterr().out.splitlines()[:3])
+    abar = model.alpha_bar[[int(time_step) for time_step in t]]
+    np.testing.assert_allclose(np.array(a, float), 4 * abar / (1 - abar), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(np.array(b, float), 0, atol=1e-4)
+
+
 def test_curves_of_several_runs_share_a_picture(finished):
     sample.main(["curves", str(finished / "run"), str(finished / "adagn")])
     assert Image.open(finished / "run" / "curves.png").size == (1520, 720)
@@ -1504,7 +1529,7 @@ def test_encode_writes_what_metrics_reads(finished, capsys):
 def test_sample_without_a_verb_lists_the_verbs(capsys):
     sample.main([])
     listed = capsys.readouterr().out
-    assert all(f.__name__ in listed for f in sample.VERBS) and len(sample.VERBS) == 9
+    assert all(f.__name__ in listed for f in sample.VERBS) and len(sample.VERBS) == 10
 
 
 @pytest.fixture(scope="module")
@@ -1543,6 +1568,7 @@ def broken(finished):
     ("encode {0}/run --data {0}/nothing", "does not exist; expected a dataset"),
     ("attention {0}/run --per head", "invalid choice: 'head'"),
     ("attention {0}/adagn --count 1 --steps 1", "no cross-attention"),
+    ("worth {0}/run", "expected a dataset of all combinations"),
     ("curves {0}/nothing", "log.csv not found"),
     ("curves {0}/damaged", "is no log of this version")])
 def test_what_is_wrong_is_said_in_one_line_and_nothing_is_written(broken, capsys, words, said):

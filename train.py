@@ -103,8 +103,8 @@ class Config:
     regularizer: str = field("none", "constraint on the codes (Table 11)",
                              tuple(encdiff.REGULARIZERS))
     # Joint training
-    low_noise_first: float = field(0.0, "first share of the steps in which a timestep is the lowest "
-                                        "of three draws; after it, and in the paper: uniform")
+    low_noise_first: float = field(0.0, "first share of the steps, in which a timestep is the "
+                                        "lowest of three draws; later, and in the paper: uniform")
     steps: int = field(7_500, "training steps of encoder and denoiser")
     batch: int = field(64, "images a step")
     lr: float = field(1e-4, "learning rate")
