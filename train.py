@@ -304,33 +304,38 @@ def train_first_stage(run, dataset, model, checkpoint):
     model.first_stage.requires_grad_(False).eval()
 
 
-def train_jointly(run, dataset, model, checkpoint):
-    """Stage 2: encoder, token maps and denoiser by eq. (3). Returns the averaged model."""
-    config, machine, stage = run.config, run.machine, "joint training"
-    model.to(machine.device).train()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay,
-                                  fused=True)
-    start = 0
+def begin_jointly(run, dataset, model, checkpoint):
+    """What stage 2 starts from: averaged model, optimizer and step, of the checkpoint if any."""
+    config, device = run.config, run.machine.device
+    model.to(device).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], config.lr,
+                                  weight_decay=config.weight_decay, fused=True)
     if checkpoint:
         restore(model, checkpoint["model"], run.folder)
+        optimizer.load_state_dict(checkpoint["optimizer"])
     else:
-        seed_step(config, stage, -1)
+        seed_step(config, "joint training", -1)
         some = dataset.images(torch.randint(len(dataset), (1024,)))
-        model.measure_latents(to_float(some.to(machine.device)))
+        model.measure_latents(to_float(some.to(device)))
     average = copy.deepcopy(model).requires_grad_(False).eval()
     average.first_stage = model.first_stage  # frozen: one copy will do
     if checkpoint:
         restore(average, {**model.state_dict(), **checkpoint["ema"]}, run.folder)
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        start = checkpoint["step"]
-    else:
-        run.save(stage, 0, model, optimizer, average)
+        return average, optimizer, checkpoint["step"]
+    run.save("joint training", 0, model, optimizer, average)
+    return average, optimizer, 0
+
+
+def train_jointly(run, dataset, model, checkpoint):
+    """Stage 2: encoder, token maps and denoiser by eq. (3). Returns the averaged model."""
+    config, machine, stage = run.config, run.machine, "joint training"
+    average, optimizer, start = begin_jointly(run, dataset, model, checkpoint)
+    parameters = optimizer.param_groups[0]["params"]
     network, progress = machine.parallel(model), Progress(config.steps, config.batch)
     for step in range(start, config.steps):
         seed_step(config, stage, step)
         indices = torch.randint(len(dataset), (config.batch,))
-        draws = 3 if step < config.low_noise_first * config.steps else 1
+        draws = 3 if step < config.low_noise_first * config.steps else 1  # 1: t ~ U{1..T}
         t = torch.randint(1, config.timesteps + 1, (draws, config.batch)).amin(0)
         noise = torch.randn(config.batch, *model.latent_shape)
         images = dataset.images(machine.share(indices)).to(machine.device)
