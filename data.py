@@ -114,13 +114,13 @@ def object_normal(shape, scale, p):
     """The outward unit normal (3, N) at points p on the object."""
     r, high = RADIUS[shape] * scale, TALL[shape] * scale
     if shape == CUBE:                       # the face whose axis is furthest out
-        out = np.stack([p[0] / r, p[1] / high * 2 - 1, p[2] / r])
+        out = np.stack([p[0] / r, p[1] / high * 2 - 1, p[2] / r])       # (3, N)
         return np.sign(out) * (np.abs(out) == np.abs(out).max(0))
     if shape == CYLINDER:
         lid = p[1] > high * (1 - 1e-6)
         return np.stack([np.where(lid, 0, p[0] / r), lid * 1.0, np.where(lid, 0, p[2] / r)])
     axis = np.clip(p[1], r, high - r)       # nearest point of the axis, of a sphere the centre
-    return np.stack([p[0], p[1] - axis, p[2]]) / r
+    return np.stack([p[0], p[1] - axis, p[2]]) / r              # 3 (N,) -> (3, N)
 
 
 def texture(u, v):
@@ -163,7 +163,7 @@ def light_planes(shape, scale, eye, rays, room):
     seen = np.flatnonzero(t < t_room)                           # rays that end on the object
     normal = object_normal(shape, scale, eye[:, None] + t[seen] * rays[:, seen])
     facing = np.maximum(-(normal * rays[:, seen]).sum(0), 0)    # a light that rides on the camera
-    above = GLOSS @ normal                                      # and one high on the left
+    above = GLOSS @ normal                      # (3,) @ (3, N) -> (N,): one high on the left
     planes[:, seen] = 0
     planes[2, seen] = OBJECT[0] + OBJECT[1] * facing + OBJECT[2] * np.maximum(above, 0)
     planes[3:, seen] = OBJECT[3] * np.clip(GLOSS_EDGE[0] * above - GLOSS_EDGE[1], 0, 1)
@@ -530,7 +530,7 @@ def found_pictures(path, size, files):
 def shrink(block, size, how=Image.LANCZOS):
     """(b, h, w) or (b, h, w, 1 or 3) uint8 -> (b, 3, size, size), of each the middle square."""
     count, h, w = block.shape[:3]
-    block = np.broadcast_to(block.reshape(count, h, w, -1), (count, h, w, 3))
+    block = np.broadcast_to(block.reshape(count, h, w, -1), (count, h, w, 3))   # grey -> (.., 3)
     side, top, left = min(h, w), max(h - w, 0) // 2, max(w - h, 0) // 2
     block = block[:, top:top + side, left:left + side]
     if side != size:

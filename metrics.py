@@ -337,7 +337,7 @@ def ssim(x, y):
     bell = torch.exp(-torch.arange(-5, 6, dtype=x.dtype, device=x.device) ** 2 / (2 * 1.5 ** 2))
     window = torch.outer(bell, bell) / bell.sum() ** 2               # (11, 11), sums to 1
     channels = x.shape[1]
-    window = window.expand(channels, 1, 11, 11)                      # each channel on its own
+    window = window.expand(channels, 1, 11, 11)        # (11, 11) ->; each channel on its own
 
     def blur(image):
         return F.conv2d(image, window, padding=5, groups=channels)
@@ -380,8 +380,8 @@ def lpips(x, y, weights):
     over layers. 0 for equal images; no upper end, most pairs under 1. 32 x 32 pixels or more.
     """
     check_pair(x, y)
-    shift = x.new_tensor((-0.030, -0.088, -0.188)).view(3, 1, 1)     # of ImageNet, for [-1, 1]
-    scale = x.new_tensor((0.458, 0.448, 0.450)).view(3, 1, 1)
+    shift = x.new_tensor((-0.030, -0.088, -0.188)).view(3, 1, 1)     # (3,) ->; of ImageNet, for
+    scale = x.new_tensor((0.458, 0.448, 0.450)).view(3, 1, 1)        # (3,) ->; images in [-1, 1]
     both = (2 * torch.cat([x, y]) - 1 - shift) / scale               # (2B, 3, H, W)
     total = 0
     for level, (index, stride, padding, pool) in enumerate(ALEXNET):
@@ -493,7 +493,7 @@ def fit_trees(codes, labels, rounds=100, rate=0.1, depth=3, seed=0):
         slope = torch.bincount(leaf, r, minlength=T * 2 ** depth)
         curve = torch.bincount(leaf, r.abs() * (1 - r.abs()), minlength=T * 2 ** depth)
         step = rate * newton * torch.where(curve > 1e-150, slope / curve, 0.0)     # 0: empty leaf
-        scores = scores + look_up(step, leaf).view(T, n)
+        scores = scores + look_up(step, leaf).view(T, n)             # (T * n,) -> (T, n)
         done.append((levels, step))
         used = used + gain
     importance = used / used.sum() if used.sum() > 0 else used
@@ -505,7 +505,7 @@ def predict(trees, codes):
     codes, T = torch.as_tensor(codes, dtype=torch.float64), len(trees.start)
     scores = trees.start                                             # (T, 1), then (T, n)
     for levels, step in trees.rounds:
-        at = torch.arange(T).expand(len(codes), T)
+        at = torch.arange(T).expand(len(codes), T)                   # (T,) -> (n, T)
         for code, c in levels:
             at = descend(codes, at, code, c)
         scores = scores + look_up(step, at).T                        # (n, T) -> (T, n)
@@ -518,12 +518,12 @@ def grow(residual, codes, order, generator, depth):
     returns levels [(code, c) of each node], leaf of each sample (n, T), gain of each code (N,)
     """
     T, n = residual.shape
-    at, levels = torch.arange(T).expand(n, T), []
+    at, levels = torch.arange(T).expand(n, T), []                    # (T,) -> (n, T)
     used = torch.zeros(codes.shape[1], dtype=torch.float64)
     for level in range(depth):
         C = T * 2 ** level                                           # nodes of all trees
         table = torch.zeros(n + 1, 2 * C)
-        table[:n].scatter_(1, at, residual.T).scatter_(1, C + at, 1.0)
+        table[:n].scatter_(1, at, residual.T).scatter_(1, C + at, 1.0)     # (n, T) -> (n, 2C)
         gain, code, c = best_splits(table, order, generator)
         used.index_add_(0, code, gain.clamp(min=0).double())
         at = descend(codes, at, code, c)
@@ -539,7 +539,7 @@ def descend(codes, at, code, c):
 
 def look_up(table, index):
     """table[index] for a flat table; index_select is the fastest way to it."""
-    return table.index_select(0, index.flatten()).view(index.shape)
+    return table.index_select(0, index.flatten()).view(index.shape)  # (M,) -> (index.shape)
 
 
 def gains(left_sum, left_count, total, count):
@@ -611,6 +611,7 @@ def best_splits(table, order, generator):
     last = (count - left_count).clamp(max=1).sum(1).long() - 1
     window = torch.stack([edge - 1, edge, first, last]).clamp(min=0)                # (4, N, C)
     place = edges[code, window] + torch.arange(width).view(-1, 1, 1, 1)           # (width, 4, N, C)
+    # Below all is (width, 4, N, C): samples of a window, windows, codes, nodes.
     entry = look_up(rows.flatten(), P * code + place) * (2 * C) + node
     fine_sum = left_sum[code, window, node] + look_up(table.flatten(), entry).cumsum(0)
     fine_count = left_count[code, window, node] + look_up(table.flatten(), entry + C).cumsum(0)

@@ -258,7 +258,7 @@ def traverse(run, args):
     image, noise = run.images(1), run.noise(1).repeat(K + 1, 1, 1, 1)
     own, rows = run.codes(image), []
     for i in tokens:
-        swept = torch.cat([own] * (K + 1))
+        swept = torch.cat([own] * (K + 1))  # (1, N) -> (K + 1, N)
         swept[1:, i] = seen[chosen[:, i], i]
         rows.append(torch.cat([image, run.draw(swept, noise)]))
     headings = ["input", "redrawn", *(f"{share:.0%}" for share in shares)]
@@ -280,7 +280,7 @@ def attention_maps(records, per, config):
         return torch.cat(maps), sides
     times = encdiff.timesteps_down(config.timesteps, calls)
     headings = [f"t = {times[call]}" for call in shown] if per == "timestep" else ()
-    return torch.stack(maps).mean(0), headings
+    return torch.stack(maps).mean(0), headings  # layers (columns, N, S, S) -> (columns, N, S, S)
 
 
 def heat(images, maps):
@@ -358,7 +358,7 @@ def worth(run, args):
     factors = run.dataset.factors(run.some(args.count)).numpy()  # (B, F)
 
     def load(factors):
-        indices = np.ravel_multi_index(factors.T, sizes)  # the last factor turns fastest
+        indices = np.ravel_multi_index(factors.T, sizes)  # (B, F) -> (B,); the last turns fastest
         return train.to_float(run.dataset.images(indices).to(run.device))
 
     images, wrong = load(factors), []

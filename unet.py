@@ -290,11 +290,12 @@ class AdaGNBlock(ResidualBlock):
 
     def forward(self, x, emb, tokens):
         condition = F.silu(self.narrow(tokens.flatten(1)))  # (B, N, d) -> (B, N*d) -> (B, E/4)
+        # (B, E/4) -> (B, 2c, 1, 1) -> 2x (B, c, 1, 1), to be broadcast over the places
         scale1, shift1 = self.condition1(condition)[:, :, None, None].chunk(2, dim=1)
         scale2, shift2 = self.condition2(condition)[:, :, None, None].chunk(2, dim=1)
         h = F.silu(self.norm1(x) * (1 + scale1) + shift1)
         h = self.conv1(self.resize(h))  # (B, c_in, h, w) -> (B, c_out, h', w')
-        scale, shift = self.emb(F.silu(emb))[:, :, None, None].chunk(2, dim=1)
+        scale, shift = self.emb(F.silu(emb))[:, :, None, None].chunk(2, dim=1)  # (B, c_out, 1, 1)
         h = (self.norm2(h) * (1 + scale) + shift) * (1 + scale2) + shift2
         return self.skip(self.resize(x)) + self.conv2(self.dropout(F.silu(h)))
 

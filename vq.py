@@ -113,7 +113,7 @@ class Quantizer(nn.Module):
         z_q = rounded.view(B, h, w, C).permute(0, 3, 1, 2)  # (B*h*w, C) -> (B, C, h, w)
         # contiguous: the decoder would inherit the permuted layout, and GroupNorm is slow in it.
         z_q = z_q.contiguous()
-        return z_q, loss, indices.view(B, h, w)
+        return z_q, loss, indices.view(B, h, w)  # (B*h*w,) -> (B, h, w)
 
 
 class VQAutoencoder(nn.Module):
