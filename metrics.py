@@ -337,7 +337,7 @@ def ssim(x, y):
     bell = torch.exp(-torch.arange(-5, 6, dtype=x.dtype, device=x.device) ** 2 / (2 * 1.5 ** 2))
     window = torch.outer(bell, bell) / bell.sum() ** 2               # (11, 11), sums to 1
     channels = x.shape[1]
-    window = window.expand(channels, 1, 11, 11)        # (11, 11) ->; each channel on its own
+    window = window.expand(channels, 1, 11, 11)                      # each channel on its own
 
     def blur(image):
         return F.conv2d(image, window, padding=5, groups=channels)
@@ -380,8 +380,9 @@ def lpips(x, y, weights):
     over layers. 0 for equal images; no upper end, most pairs under 1. 32 x 32 pixels or more.
     """
     check_pair(x, y)
-    shift = x.new_tensor((-0.030, -0.088, -0.188)).view(3, 1, 1)     # (3,) ->; of ImageNet, for
-    scale = x.new_tensor((0.458, 0.448, 0.450)).view(3, 1, 1)        # (3,) ->; images in [-1, 1]
+    # ImageNet's channels, for images in [-1, 1]: (3,) -> (3, 1, 1) each
+    shift = x.new_tensor((-0.030, -0.088, -0.188)).view(3, 1, 1)
+    scale = x.new_tensor((0.458, 0.448, 0.450)).view(3, 1, 1)
     both = (2 * torch.cat([x, y]) - 1 - shift) / scale               # (2B, 3, H, W)
     total = 0
     for level, (index, stride, padding, pool) in enumerate(ALEXNET):
