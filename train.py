@@ -770,18 +770,19 @@ def main(arguments=None):
     if not checkpoint and (folder / "checkpoint.pt").exists():
         raise ValueError(f"{folder} already holds a run; expected a new folder with --out, "
                          f"or --resume {folder}")
-    with contextlib.closing(Run(folder, config, machine)) as run:
-        work(run, checkpoint)
-
-
-def work(run, checkpoint):
-    """All of a run from its checkpoint, or from nothing, to the scores."""
-    began, config, machine = time.monotonic(), run.config, run.machine
+    began = time.monotonic()
     if not machine.main:
         machine.wait()  # for the main process to convert the dataset
     dataset = data.open_dataset(config.data or None, config.size, config.cache or None)
     if machine.main:
         machine.wait()
+    with contextlib.closing(Run(folder, config, machine)) as run:
+        work(run, dataset, checkpoint, began)
+
+
+def work(run, dataset, checkpoint, began):
+    """All of a run from its checkpoint, or from nothing, to the scores."""
+    config, machine = run.config, run.machine
     torch.manual_seed(config.seed)
     model = build_model(config)
     run.print(f"{dataset}\n{machine.kind}, {config.precision}, {torch.get_num_threads()} threads, "
