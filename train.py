@@ -27,6 +27,7 @@ import os
 import random
 import signal
 import sqlite3
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -580,6 +581,14 @@ def borrow_first_stage(config, model):
     restore(model.first_stage, lender.first_stage.state_dict(), config.first_stage)
 
 
+def commit():
+    """The commit of this code, with -dirty if it was changed since; "" outside a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    with contextlib.suppress(OSError):  # there is no git
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return ""
+
+
 class Run:
     """A run folder that only this process writes.
 
@@ -594,7 +603,7 @@ class Run:
     def __init__(self, folder, config, machine):
         self.folder, self.config, self.machine = Path(folder), config, machine
         self.stop = False  # set by Ctrl-C and SIGTERM; the step under way is finished first
-        self.saved = time.monotonic()
+        self.saved, self.commit = time.monotonic(), commit()
         if machine.main:
             self.folder.mkdir(parents=True, exist_ok=True)
             # A database lock goes with its process, however that ends, on every system.
@@ -624,8 +633,8 @@ class Run:
         if self.machine.main:
             buffer = io.BytesIO()
             torch.save({"format": FORMAT, "config": dataclasses.asdict(self.config),
-                        "stage": stage, "step": step, "model": model.state_dict(),
-                        "optimizer": optimizer.state_dict(),
+                        "commit": self.commit, "stage": stage, "step": step,
+                        "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                         "ema": {} if ema is None else averaged(ema)}, buffer)
             self.write("checkpoint.pt", buffer.getbuffer())
         self.saved = time.monotonic()
@@ -803,7 +812,8 @@ def work(run, dataset, checkpoint, began):
     if machine.main:
         scores = score(run, dataset, average, 10_000, 5_000, mapped=True)
         pictures(run, dataset, average)
-        run.write_json("metrics.json", {"config": dataclasses.asdict(config), **scores})
+        run.write_json("metrics.json", {"config": dataclasses.asdict(config), "commit": run.commit,
+                                        **scores})
         print(scores.get("note", ""))
         for name, value in scores.items():
             if isinstance(value, float):
