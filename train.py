@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import copy
 import csv
+import ctypes
 import dataclasses
 import io
 import json
@@ -456,6 +457,18 @@ def devices():
     return [kind for kind, there in found.items() if there]
 
 
+def keep_memory():
+    """Make glibc keep the memory that tensors leave; where there is another libc, do nothing.
+
+    By default it maps each large tensor anew and gives it back at once, and the system then hands
+    out zeroed pages of 4 kB one by one: a quarter of the time of a step of the paper's size.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        for option in ((-4, 0), (-1, -1), (-8, 1)):  # no mmap, no trimming, one heap: see malloc.h
+            mallopt(*option)
+
+
 class Machine:
     """Device, precision and, under torchrun, this process's share of the work."""
 
@@ -464,6 +477,8 @@ class Machine:
         self.kind = device or devices()[0]
         self.world, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
         self.device = torch.device(self.kind)
+        if self.kind == "cpu":
+            keep_memory()
         if self.world > 1:
             if self.kind == "cuda":
                 self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
