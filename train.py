@@ -130,7 +130,7 @@ class Config:
 # Less width, no attention among positions, the authors' lighter encoder, a higher learning rate
 # that decays. In the first third of the steps low noise is more frequent: there position and form
 # pay as well as colour, under strong noise hardly ever (README, "What we learned").
-SMALL = dict(vq_steps=6_000, vq_encoder_steps=1_500, vq_batch=16, vq_lr=2e-3, vq_squared=4.0,
+SMALL = dict(vq_steps=8_000, vq_encoder_steps=1_500, vq_batch=16, vq_lr=2e-3, vq_squared=4.0,
              vq_channels=64, vq_multipliers=(1, 2), vq_blocks=1, vq_patch=4, vq_linear=True,
              latent_channels=4, encoder="cnn_bn", token_dim=16,
              channels=48, multipliers=(1, 2), blocks=1, attention=(1, 2), heads=4, dropout=0.0,
