@@ -540,6 +540,14 @@ def test_a_foreign_checkpoint_is_refused_and_nothing_in_it_executed(toy, whole, 
     assert not Path("trapped").exists()
 
 
+def test_ctrl_c_before_there_is_anything_to_save_is_one_line(toy, folder, capsys, monkeypatch):
+    monkeypatch.setattr(data, "open_dataset", lambda *a: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(SystemExit) as ended, train.one_line_errors():
+        make_run("run")
+    assert ended.value.code == 130 and capsys.readouterr().err.count("\n") == 1
+    assert not Path("run").exists()
+
+
 def test_a_full_disk_keeps_the_last_good_checkpoint(toy, whole, folder, capsys, monkeypatch):
     Path("run").mkdir()
     kept = (whole / "checkpoint.pt").read_bytes()

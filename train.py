@@ -732,6 +732,9 @@ def one_line_errors():
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:  # where no run is there yet to be saved: see Run.checkpoint
+        print("interrupted; nothing half-written is left", file=sys.stderr)
+        sys.exit(130)
 
 
 def parse(arguments):
