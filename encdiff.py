@@ -60,7 +60,7 @@ class CNNBatchNormEncoder(nn.Module):
         super().__init__()
         layers, c = [], 3
         for _ in range(4):
-            layers += [nn.Conv2d(c, width, 4, 2, 1), nn.BatchNorm2d(width), nn.ReLU()]
+            layers += [nn.Conv2d(c, width, 4, 2, 1), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
             c = width
         self.down = nn.Sequential(*layers)
         self.residual = nn.ModuleList(

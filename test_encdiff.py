@@ -83,17 +83,19 @@ def test_the_unet_has_the_papers_size_and_the_transformer_encoder_that_of_the_cn
     assert count(encdiff.TransformerEncoder(20)) == pytest.approx(cnn, rel=0.1)
 
 
-def test_attention_and_the_record_of_its_maps_are_what_torch_computes():
+@pytest.mark.parametrize("P, M", [(9, 5), (1100, 1000)])  # the larger is computed in slices
+def test_attention_and_the_record_of_its_maps_are_what_torch_computes(P, M):
     torch.manual_seed(0)
     block = unet.SpatialTransformer(32, heads=4, token_width=12)
-    layer, x, tokens = block.cross_attention, torch.randn(2, 9, 32), torch.randn(2, 5, 12)
-    with unet.record_attention(block) as maps:
-        out = layer(x, tokens)
-    layer(x, tokens)
+    layer, x, tokens = block.cross_attention, torch.randn(2, P, 32), torch.randn(2, M, 12)
     q, k, v = (linear(y).view(2, -1, 4, 8).transpose(1, 2) for linear, y in
                [(layer.to_q, x), (layer.to_k, tokens), (layer.to_v, tokens)])
-    heads = F.scaled_dot_product_attention(q, k, v)  # (2, 4, 9, 8)
-    assert_close(out, layer.to_out(heads.transpose(1, 2).reshape(2, 9, 32)))
+    heads = F.scaled_dot_product_attention(q, k, v)  # (2, 4, P, 8)
+    expected = layer.to_out(heads.transpose(1, 2).reshape(2, P, 32))
+    assert_close(layer(x, tokens), expected)
+    with unet.record_attention(block) as maps:
+        assert_close(layer(x, tokens), expected)
+    layer(x, tokens)
     (weights,), = maps  # one layer, and of it the call inside `with` alone
     assert_close(weights, (q @ k.mT / 8**0.5).softmax(-1).mean(1))
 

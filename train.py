@@ -46,7 +46,7 @@ import metrics
 import unet
 import vq
 
-FORMAT = 2  # of checkpoint.pt; to be raised when its contents change
+FORMAT = 3  # of checkpoint.pt; to be raised when its contents change
 CHECKPOINT_SECONDS = 120
 
 # ---- What can be set ----------------------------------------------------------------------------

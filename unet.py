@@ -94,18 +94,29 @@ class Attention(nn.Module):
 
     def forward(self, x, context):
         B, P, c = x.shape
-        H, e = self.heads, c // self.heads
-        q = self.to_q(x).view(B, P, H, e).transpose(1, 2)  # (B, P, c) -> (B, H, P, e)
-        k = self.to_k(context).view(B, -1, H, e).transpose(1, 2)  # (B, M, k) -> (B, H, M, e)
-        v = self.to_v(context).view(B, -1, H, e).transpose(1, 2)  # (B, M, k) -> (B, H, M, e)
+        M, H, e = context.shape[1], self.heads, c // self.heads
+        # Places come last: on a CPU the softmax over a few tokens is slow along rows of a few.
+        heads = lambda y: y.transpose(1, 2).reshape(B, H, e, -1)  # (B, P, c) -> (B, H, e, P)
+        # Dividing q by sqrt(e), not the products, is the same and touches far fewer numbers.
+        q, k = heads(self.to_q(x) * e**-0.5), heads(self.to_k(context))
+        v = heads(self.to_v(context))
+        # Attention among 256 places makes 256^2 weights a head. A CPU works faster on slices of the
+        # batch whose weights (8 MB in bfloat16) stay in its cache.
+        sliced = x.device.type == "cpu" and self.record is None
+        n = max(1, 2**22 // (H * M * P)) if sliced else B
+        y = [self.attend(*qkv) for qkv in zip(q.split(n), k.split(n), v.split(n))]
+        y = torch.cat(y).view(B, c, P).transpose(1, 2)  # (B, H, e, P) -> (B, P, c)
+        return self.to_out(y)
+
+    def attend(self, q, k, v):
+        """q (B, H, e, P), k and v (B, H, e, M) -> (B, H, e, P)."""
         # The softmax runs over the context: the weights of one position sum to 1. Tokens carry no
         # position of their own, so their order cannot matter.
-        # Dividing q by sqrt(e), not the products, is the same and touches far fewer numbers.
-        weights = (q * e**-0.5 @ k.transpose(-1, -2)).softmax(dim=-1)  # (B, H, P, M)
+        weights = (k.transpose(-1, -2) @ q).softmax(dim=-2)  # (B, H, M, P)
         if self.record is not None:
-            self.record.append(weights.detach().float().mean(dim=1))  # (B, H, P, M) -> (B, P, M)
-        y = (weights @ v).transpose(1, 2).reshape(B, P, c)  # (B, H, P, e) -> (B, P, c)
-        return self.to_out(y)
+            maps = weights.detach().float().mean(dim=1).transpose(1, 2)  # (B, H, M, P) -> (B, P, M)
+            self.record.append(maps)
+        return v @ weights
 
 
 class GEGLU(nn.Module):
@@ -113,12 +124,12 @@ class GEGLU(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.to_hidden = nn.Linear(channels, 8 * channels)
+        self.to_value = nn.Linear(channels, 4 * channels)
+        self.to_gate = nn.Linear(channels, 4 * channels)
         self.to_out = nn.Linear(4 * channels, channels)
 
     def forward(self, x):
-        value, gate = self.to_hidden(x).chunk(2, dim=-1)  # (B, P, 8c) -> 2x (B, P, 4c)
-        return self.to_out(value * F.gelu(gate))
+        return self.to_out(self.to_value(x) * F.gelu(self.to_gate(x)))
 
 
 class SpatialTransformer(nn.Module):
@@ -131,7 +142,7 @@ class SpatialTransformer(nn.Module):
     def __init__(self, channels, heads, token_width, self_attention=True):
         super().__init__()
         self.norm = nn.GroupNorm(math.gcd(32, channels // 2), channels, eps=1e-6)
-        self.proj_in = nn.Conv2d(channels, channels, 1)
+        self.proj_in = nn.Linear(channels, channels)
         self.self_attention = self.cross_attention = None
         if self_attention:
             self.norm1 = nn.LayerNorm(channels)
@@ -140,19 +151,20 @@ class SpatialTransformer(nn.Module):
             self.norm2 = nn.LayerNorm(channels)
             self.cross_attention = Attention(channels, token_width, heads)
         self.norm3, self.feed_forward = nn.LayerNorm(channels), GEGLU(channels)
-        self.proj_out = zero(nn.Conv2d(channels, channels, 1))
+        self.proj_out = zero(nn.Linear(channels, channels))
 
     def forward(self, x, emb, tokens):
         B, c, h, w = x.shape
-        y = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)  # (B, c, h, w) -> (B, P, c)
+        y = self.norm(x).flatten(2).transpose(1, 2)  # (B, c, h, w) -> (B, P, c)
+        y = self.proj_in(y)
         if self.self_attention is not None:
             y_norm = self.norm1(y)
             y = y + self.self_attention(y_norm, y_norm)
         if self.cross_attention is not None:
             y = y + self.cross_attention(self.norm2(y), tokens)
         y = y + self.feed_forward(self.norm3(y))
-        y = y.transpose(1, 2).reshape(B, c, h, w)  # (B, P, c) -> (B, c, h, w)
-        return x + self.proj_out(y)
+        y = self.proj_out(y).transpose(1, 2).reshape(B, c, h, w)  # (B, P, c) -> (B, c, h, w)
+        return x + y
 
 
 class Stage(nn.ModuleList):
