@@ -542,12 +542,14 @@ def test_a_foreign_checkpoint_is_refused_and_nothing_in_it_executed(toy, whole, 
     assert not Path("trapped").exists()
 
 
-def test_ctrl_c_before_there_is_anything_to_save_is_one_line(toy, folder, capsys, monkeypatch):
-    monkeypatch.setattr(data, "open_dataset", lambda *a: signal.raise_signal(signal.SIGINT))
+@pytest.mark.parametrize("module, moment", [(data, "open_dataset"), (train, "score")])
+def test_ctrl_c_before_there_is_anything_to_save_or_after_all_is_saved_is_one_line(
+        module, moment, toy, folder, capsys, monkeypatch):
+    monkeypatch.setattr(module, moment, lambda *a, **k: signal.raise_signal(signal.SIGINT))
     with pytest.raises(SystemExit) as ended, train.one_line_errors():
         make_run("run")
     assert ended.value.code == 130 and capsys.readouterr().err.count("\n") == 1
-    assert not Path("run").exists()
+    assert Path("run/checkpoint.pt").exists() == (moment == "score")
 
 
 def test_a_full_disk_keeps_the_last_good_checkpoint(toy, whole, folder, capsys, monkeypatch):

@@ -631,9 +631,13 @@ class Run:
         self.handlers = {number: signal.signal(number, lambda *_: setattr(self, "stop", True))
                          for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def close(self):
+    def release_signals(self):
+        """From here on Ctrl-C ends the program at once."""
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+
+    def close(self):
+        self.release_signals()
         if self.machine.main:
             self.lock.close()
 
@@ -827,6 +831,7 @@ def work(run, dataset, checkpoint, began):
         train_first_stage(run, dataset, model, checkpoint)
         checkpoint = None
     average = train_jointly(run, dataset, model, checkpoint)
+    run.release_signals()  # all that was trained is saved, and --resume scores it
     if machine.main:
         scores = score(run, dataset, average, 10_000, 5_000, mapped=True)
         pictures(run, dataset, average)
