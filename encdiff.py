@@ -37,12 +37,13 @@ class CNNEncoder(nn.Module):
 
     def __init__(self, outputs, size=64, width=64):
         super().__init__()
-        layers = [nn.Conv2d(3, width, 7, padding=3), nn.ReLU()]
+        layers = [nn.Conv2d(3, width, 7, padding=3), nn.ReLU(inplace=True)]
         for c_in, c_out in [(1, 2), (2, 4), (4, 4), (4, 4)]:  # each halves the resolution
-            layers += [nn.Conv2d(c_in * width, c_out * width, 4, stride=2, padding=1), nn.ReLU()]
+            layers += [nn.Conv2d(c_in * width, c_out * width, 4, stride=2, padding=1),
+                       nn.ReLU(inplace=True)]
         features = 4 * width * (size // 16) ** 2  # 4096 at the paper's size
-        layers += [nn.Flatten(), nn.Linear(features, 256), nn.ReLU(),
-                   nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, outputs)]
+        layers += [nn.Flatten(), nn.Linear(features, 256), nn.ReLU(inplace=True),
+                   nn.Linear(256, 256), nn.ReLU(inplace=True), nn.Linear(256, outputs)]
         self.layers = nn.Sequential(*layers)
 
     def forward(self, images):
@@ -273,7 +274,7 @@ class EncDiff(nn.Module):
     @torch.no_grad()
     def measure_latents(self, images):
         """Set the unit of the latent space to the std of these images' latents, and its bounds."""
-        z = self.first_stage.encode(images).float()
+        z = torch.cat([self.first_stage.encode(some).float() for some in images.split(64)])
         self.latent_std.copy_(z.std())
         self.latent_limit.copy_(z.square().mean((1, 2, 3)).max().sqrt() / z.std())
 

@@ -19,7 +19,6 @@ TRY       python sample.py      ->   the verbs
           python sample.py kl   ->   kl.png, the bottleneck of the four schedules
 """
 import csv
-import io
 import json
 import math
 import time
@@ -112,9 +111,8 @@ def plot(title, x_title, series, size=(900, 520), logarithmic=False):
 
 def save(args, folder, picture):
     """Write a picture to --out or into the run's folder, and say so."""
-    path, buffer = Path(args.out or f"{folder}/{args.verb}.png"), io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
-    train.write_atomically(path, buffer.getbuffer())
+    path = Path(args.out or f"{folder}/{args.verb}.png")
+    train.write_atomically(path, lambda file: picture.save(file, "PNG", optimize=True))
     print(f"wrote {path}, {picture.width} x {picture.height} pixels")
 
 
@@ -454,9 +452,8 @@ def encode(run, args):
     arrays = {"codes": codes.numpy(), "indices": indices.numpy()}
     if run.dataset.factor_names:
         arrays["factors"] = run.dataset.factors(indices).numpy()
-    path, buffer = Path(args.out or run.folder / "codes.npz"), io.BytesIO()
-    np.savez(buffer, **arrays)
-    train.write_atomically(path, buffer.getbuffer())
+    path = Path(args.out or run.folder / "codes.npz")
+    train.write_atomically(path, lambda file: np.savez(file, **arrays))
     print(f"wrote {path}: " + ", ".join(f"{name} {a.shape}" for name, a in arrays.items()))
 
 

@@ -552,7 +552,9 @@ def test_ctrl_c_before_there_is_anything_to_save_or_after_all_is_saved_is_one_li
     assert Path("run/checkpoint.pt").exists() == (moment == "score")
 
 
-def test_a_full_disk_keeps_the_last_good_checkpoint(toy, whole, folder, capsys, monkeypatch):
+@pytest.mark.parametrize("moment", ["write", "fsync"])
+def test_a_full_disk_keeps_the_last_good_checkpoint(
+        moment, toy, whole, folder, capsys, monkeypatch):
     Path("run").mkdir()
     kept = (whole / "checkpoint.pt").read_bytes()
     Path("run", "checkpoint.pt").write_bytes(kept)
@@ -561,7 +563,12 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(toy, whole, folder, capsys, 
         if os.fstat(file).st_size > 50_000:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full)
+    if moment == "fsync":
+        monkeypatch.setattr(os, "fsync", full)
+    elif Path("/dev/full").exists():
+        Path("run", "checkpoint.pt.tmp").symlink_to("/dev/full")
+    else:
+        pytest.skip("needs Linux's /dev/full")
     refused(capsys, "No space left", "--resume", "run", "--steps", 20)
     assert Path("run", "checkpoint.pt").read_bytes() == kept
     assert not list(Path("run").glob("*.tmp"))

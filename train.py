@@ -248,7 +248,6 @@ class Progress:
 
 def descend(loss, parameters, optimizer, config, run, stage, step):
     """Backward, clip, step; returns the gradient norm. Raises ValueError if that is not finite."""
-    optimizer.zero_grad(set_to_none=True)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip).item()
     if not math.isfinite(norm):  # the same in all processes: gradients are averaged
@@ -256,6 +255,7 @@ def descend(loss, parameters, optimizer, config, run, stage, step):
                          f"the {stage}; the last good checkpoint in {run.folder} is kept. Try a "
                          f"lower learning rate or --precision fp32")
     optimizer.step()
+    optimizer.zero_grad()  # now, not before `backward`: the next step's activations need the room
     return norm
 
 
@@ -313,7 +313,7 @@ def begin_jointly(run, dataset, model, checkpoint):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], config.lr,
                                   weight_decay=config.weight_decay, fused=True)
     if checkpoint:
-        restore(model, checkpoint["model"], run.folder)
+        restore(model, checkpoint.pop("model"), run.folder)  # pop: to hold the weights but once
         optimizer.load_state_dict(checkpoint["optimizer"])
     else:
         seed_step(config, "joint training", -1)
@@ -322,7 +322,7 @@ def begin_jointly(run, dataset, model, checkpoint):
     average = copy.deepcopy(model).requires_grad_(False).eval()
     average.first_stage = model.first_stage  # frozen: one copy will do
     if checkpoint:
-        restore(average, {**model.state_dict(), **checkpoint["ema"]}, run.folder)
+        restore(average, {**model.state_dict(), **checkpoint.pop("ema")}, run.folder)
         return average, optimizer, checkpoint["step"]
     run.save("joint training", 0, model, optimizer, average)
     return average, optimizer, 0
@@ -381,9 +381,12 @@ def update_average(average, model, decay):
 
 @torch.no_grad()
 def encode(model, dataset, indices, device):
-    """Codes (n, N) or (n, N, d) of the images at these indices, float32 on the CPU."""
+    """Codes (n, N) or (n, N, d) of the images at these indices, float32 on the CPU.
+
+    In small parts: on a CPU a larger one would take more memory than a training step.
+    """
     return torch.cat([model.represent(to_float(dataset.images(some).to(device))).cpu()
-                      for some in indices.split(500)])
+                      for some in indices.split(32)])
 
 
 @torch.no_grad()
@@ -526,8 +529,8 @@ class Machine:
 # ---- The run folder: one place for atomic writing, checkpoints, the log -------------------------
 
 
-def write_atomically(path, content):
-    """Write bytes to a temporary name, then rename: the file is the old or the new one, never half.
+def write_atomically(path, save):
+    """save(file) to a temporary name, then rename: the file is the old or the new one, never half.
 
     Raises OSError with one line if the disk is full or the folder is not writable.
     """
@@ -535,14 +538,18 @@ def write_atomically(path, content):
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(content)
+            save(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise OSError(f"cannot write {path}: {error.strerror or error}; what was there before is "
+        # torch.save meets a failed write with a RuntimeError of its own, about positions.
+        reason = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(reason, OSError):
+            raise
+        raise OSError(f"cannot write {path}: {reason.strerror or reason}; what was there before is "
                       "untouched. Free space or make the folder writable, then resume") from None
 
 
@@ -641,21 +648,19 @@ class Run:
         if self.machine.main:
             self.lock.close()
 
-    def write(self, name, content):
+    def write(self, name, save):
         if self.machine.main:
-            write_atomically(self.folder / name, content)
+            write_atomically(self.folder / name, save)
 
     def write_json(self, name, content):
-        self.write(name, (json.dumps(content, indent=1) + "\n").encode())
+        self.write(name, lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))
 
     def save(self, stage, step, model, optimizer, ema=None):
-        if self.machine.main:
-            buffer = io.BytesIO()
-            torch.save({"format": FORMAT, "config": dataclasses.asdict(self.config),
-                        "commit": self.commit, "stage": stage, "step": step,
-                        "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                        "ema": {} if ema is None else averaged(ema)}, buffer)
-            self.write("checkpoint.pt", buffer.getbuffer())
+        state = {"format": FORMAT, "config": dataclasses.asdict(self.config),
+                 "commit": self.commit, "stage": stage, "step": step,
+                 "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                 "ema": {} if ema is None else averaged(ema)}
+        self.write("checkpoint.pt", lambda file: torch.save(state, file))
         self.saved = time.monotonic()
 
     def checkpoint(self, stage, step, *state):
@@ -681,7 +686,7 @@ class Run:
         writer = csv.DictWriter(text, self.COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-        self.write("log.csv", text.getvalue().encode())
+        self.write("log.csv", lambda file: file.write(text.getvalue().encode()))
 
     def log(self, **row):
         if self.machine.main:
@@ -703,9 +708,7 @@ class Run:
         if self.machine.main:
             wide = [torch.cat(list(row), dim=2) for row in rows]  # (K, 3, S, S) -> (3, S, K*S)
             picture = to_bytes(torch.cat(wide, dim=1)).permute(1, 2, 0)  # -> (rows*S, K*S, 3)
-            buffer = io.BytesIO()
-            Image.fromarray(picture.numpy()).save(buffer, "PNG")
-            self.write(name, buffer.getbuffer())
+            self.write(name, lambda file: Image.fromarray(picture.numpy()).save(file, "PNG"))
 
 
 def to_float(images):
