@@ -464,7 +464,7 @@ def keep_memory():
     """Make glibc keep the memory that tensors leave; where there is another libc, do nothing.
 
     By default it maps each large tensor anew and gives it back at once, and the system then hands
-    out zeroed pages of 4 kB one by one, which large steps, as of the preset paper, pay for dearly.
+    out zeroed pages of 4 kB one by one, in every step again.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
