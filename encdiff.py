@@ -84,7 +84,6 @@ class ScalarTokens(nn.Module):
 
     def __init__(self, num_tokens, token_dim, width_in=1):
         super().__init__()
-        self.outputs = num_tokens  # what the encoder has to deliver
         widths = (width_in, 64, 128, token_dim)
         # One weight tensor a layer holds that layer of all N MLPs, so that a layer is one batched
         # matrix product instead of N small ones. Initialised as nn.Linear does.
@@ -94,22 +93,11 @@ class ScalarTokens(nn.Module):
             self.weights.append(nn.Parameter(weight.uniform_(-(c_in**-0.5), c_in**-0.5)))
             self.biases.append(nn.Parameter(bias.uniform_(-(c_in**-0.5), c_in**-0.5)))
 
-    def codes(self, features):
-        """The encoder's outputs (B, N) are the codes."""
-        return features
-
-    def spread(self, codes):
-        return codes.t()[:, :, None]  # (B, N) -> (N, B, 1)
-
     def forward(self, codes):
-        x = self.spread(codes)
+        x = codes.reshape(*codes.shape[:2], -1).transpose(0, 1)  # (B, N) -> (B, N, 1) -> (N, B, 1)
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
             x = torch.baddbmm(bias, F.elu(x) if i else x, weight)  # (N, B, c_in) -> (N, B, c_out)
         return x.transpose(0, 1)  # (N, B, d) -> (B, N, d)
-
-    def penalty(self, codes):
-        """What a constraint on the codes adds to eq. (3): nothing, but for a variant below."""
-        return 0.0
 
 
 # ---- The noise: schedules, eq. (1)-(2), and the bottleneck, eq. (4)-(5) -------------------------
@@ -182,7 +170,7 @@ def kl_bottleneck(betas, second_moment=1.0):
 
 
 def noise_from(z_t, z0, abar):
-    """Eq. (2) solved for eps. If z_0 was shortened, the noise that agrees with that."""
+    """Eq. (2) solved for eps: the noise that agrees with z_t and this estimate of z_0."""
     return (z_t - abar.sqrt() * z0) / (1 - abar).sqrt()
 
 
@@ -249,9 +237,9 @@ class EncDiff(nn.Module):
     """Encoder, token maps and denoiser around a frozen first stage.
 
     first_stage  encode(images) -> latent, decode(latent) -> images (vq.VQAutoencoder); frozen here
-    encoder      images (B, 3, S, S) -> (B, N), or (B, N*d) for vector-valued tokens
+    encoder      images (B, 3, S, S) -> codes (B, N)
     token_map    codes -> tokens (B, N, d)
-    denoiser     (z_t, t, tokens) -> noise (unet.UNet), or tokens -> latent (unet.DirectDecoder)
+    denoiser     (z_t, t, tokens) -> noise (unet.UNet)
     latent_shape (C, h, w)
     schedule     name for beta_schedule; timesteps  T
     """
@@ -264,7 +252,7 @@ class EncDiff(nn.Module):
         self.latent_shape = latent_shape
         self.register_buffer("alpha_bar", cumulative(beta_schedule(schedule, timesteps)).float())
         self.register_buffer("latent_std", torch.ones(()))
-        self.register_buffer("latent_limit", torch.tensor(math.inf))
+        self.register_buffer("largest_rms", torch.tensor(math.inf))  # see `sample`
 
     def train(self, mode=True):
         super().train(mode)
@@ -273,10 +261,13 @@ class EncDiff(nn.Module):
 
     @torch.no_grad()
     def measure_latents(self, images):
-        """Set the unit of the latent space to the std of these images' latents, and its bounds."""
+        """Set the latents' unit to the std of these images' latents; note the largest rms of one.
+
+        images (B, 3, S, S) in [-1, 1]; to be called once, before training.
+        """
         z = torch.cat([self.first_stage.encode(some).float() for some in images.split(64)])
         self.latent_std.copy_(z.std())
-        self.latent_limit.copy_(z.square().mean((1, 2, 3)).max().sqrt() / z.std())
+        self.largest_rms.copy_(z.square().mean((1, 2, 3)).max().sqrt() / z.std())
 
     @torch.no_grad()
     def latents(self, images):
@@ -285,7 +276,7 @@ class EncDiff(nn.Module):
 
     def represent(self, images):
         """images (B, 3, S, S) in [-1, 1] -> codes (B, N), or (B, N, d) for vector-valued tokens."""
-        return self.token_map.codes(self.encoder(images))
+        return self.encoder(images)
 
     def tokens(self, codes):
         """codes as from `represent` -> concept tokens (B, N, d)."""
@@ -306,12 +297,14 @@ class EncDiff(nn.Module):
             t = torch.randint(1, len(self.alpha_bar), (len(z0),), device=z0.device)  # t ~ U{1..T}
         if noise is None:
             noise = torch.randn_like(z0)
-        codes = self.represent(images)  # the only way from the image to the denoiser
-        z_t = self.add_noise(z0, t, noise)
-        error = F.mse_loss(self.denoiser(z_t, t, self.tokens(codes)).float(), noise)  # Eq. (3)
-        return error + self.token_map.penalty(codes)
+        codes = self.encoder(images)  # (B, N): the only way from the image to the denoiser
+        tokens = self.token_map(codes)  # (B, N) -> (B, N, d)
+        z_t = self.add_noise(z0, t, noise)  # Eq. (2)
+        return F.mse_loss(self.denoiser(z_t, t, tokens).float(), noise)  # Eq. (3)
 
-    forward = loss  # what DistributedDataParallel calls
+    def forward(self, *args):
+        """The loss, under the name that DistributedDataParallel calls."""
+        return self.loss(*args)
 
     @torch.no_grad()
     def sample(self, tokens, steps=20, sampler="dpm", noise=None, **options):
@@ -324,11 +317,12 @@ class EncDiff(nn.Module):
             eps = self.denoiser(z_t, times, tokens).float()
             abar = self.alpha_bar[t]
             z0 = (z_t - (1 - abar).sqrt() * eps) / abar.sqrt()  # Eq. (2) solved for z_0
-            # Where abar_t is near 0 a small error in the noise is a huge one in z_0, at t = T a
-            # thousandfold: shorten the estimate to a length (rms) that real latents have. Clamping
-            # each number would leave noise of the largest size.
-            length = z0.square().mean((1, 2, 3), keepdim=True).sqrt()
-            return z0 * (self.latent_limit / length).clamp(max=1)
+            # Near t = T we divide by almost nothing: sqrt(abar_T) of the cosine schedule is
+            # 1/20,291, so an error of 0.01 in the noise becomes 200 in z_0. So the estimate is
+            # scaled back to the largest root mean square that a real latent has. Clamping each
+            # number instead would leave noise at full size.
+            rms = z0.square().mean((1, 2, 3), keepdim=True).sqrt()
+            return z0 * (self.largest_rms / rms).clamp(max=1)
 
         if noise is None:
             noise = torch.randn(len(tokens), *self.latent_shape, device=tokens.device)
@@ -348,39 +342,28 @@ class EncDec(EncDiff):
     """EncDec w/o Diff (Table 3): a unet.DirectDecoder draws z_0 from the tokens at once."""
 
     def loss(self, images, t=None, noise=None):
-        codes = self.represent(images)
-        error = F.mse_loss(self.denoiser(self.tokens(codes)).float(), self.latents(images))
-        return error + self.token_map.penalty(codes)
-
-    forward = loss
+        return F.mse_loss(self.denoiser(self.token_map(self.encoder(images))).float(),
+                          self.latents(images))
 
     @torch.no_grad()
     def sample(self, tokens, steps=1, sampler="none", noise=None):
         return self.decode(self.denoiser(tokens).float())
 
 
-class VectorTokens(nn.Module):
-    """EncDiff-V (Table 5): the encoder's N*d outputs split into N tokens; no scalar in between."""
+def vector_valued(encoder, num_tokens, token_dim):
+    """EncDiff-V (Table 5): the encoder's N*d outputs are the N tokens; no scalar in between.
 
-    def __init__(self, num_tokens, token_dim):
-        super().__init__()
-        self.outputs, self.token_dim = num_tokens * token_dim, token_dim
-
-    def codes(self, features):
-        return features.view(len(features), -1, self.token_dim)  # (B, N*d) -> (B, N, d)
-
-    def forward(self, codes):
-        return codes
-
-    def penalty(self, codes):
-        return 0.0
+    encoder: images -> (B, N*d). Returns the encoder and the token map that EncDiff needs.
+    """
+    split = nn.Unflatten(1, (num_tokens, token_dim))  # (B, N*d) -> (B, N, d)
+    return nn.Sequential(encoder, split), nn.Identity()
 
 
 class EulerTokens(ScalarTokens):
     """Table 11, after Cha & Thiyagalingam 2023: each scalar is an angle, and enters as (cos, sin).
 
-    theta_i = gamma_i 2 pi (a_i - min_i) / (max_i - min_i) + beta_i with running minimum and
-    maximum; gamma (from 0.01) and beta (from pi) are learned.
+    theta_i = gamma_i 2 pi (a_i - low_i) / (high_i - low_i) + beta_i. low and high are moving
+    averages of each batch's minimum and maximum; gamma (from 0.01) and beta (from pi) are learned.
     """
 
     def __init__(self, num_tokens, token_dim):
@@ -390,46 +373,46 @@ class EulerTokens(ScalarTokens):
         self.register_buffer("low", torch.full((num_tokens,), -1.0))
         self.register_buffer("high", torch.full((num_tokens,), 1.0))
 
-    def codes(self, features):
+    def forward(self, codes):
         if self.training:
-            with torch.no_grad():
-                self.low.lerp_(features.float().amin(0), 0.01)
-                self.high.lerp_(features.float().amax(0), 0.01)
-        return features
-
-    def spread(self, codes):
+            self.low.lerp_(codes.detach().float().amin(0), 0.01)
+            self.high.lerp_(codes.detach().float().amax(0), 0.01)
         share = (codes - self.low) / (self.high - self.low).clamp(min=1e-4)
-        theta = (self.gamma * 2 * math.pi * share + self.beta).t()  # (B, N) -> (N, B)
-        return torch.stack([theta.cos(), theta.sin()], dim=-1)  # (N, B, 2)
+        theta = self.gamma * 2 * math.pi * share + self.beta  # (B, N)
+        return super().forward(torch.stack([theta.cos(), theta.sin()], dim=-1))  # of (B, N, 2)
 
 
-class SparseTokens(ScalarTokens):
+class SparseEncDiff(EncDiff):
     """Table 11, after Fumero et al. 2023: few codes active at once.
 
     The penalty is the entropy of |a_i| / sum |a_j|, in units of its maximum log N. An L1 norm alone
     could be evaded: the encoder would shrink the codes and the token maps stretch them again.
     """
 
-    def penalty(self, codes, weight=0.01):
-        share = codes.float().abs() + 1e-6
+    def loss(self, images, t=None, noise=None, weight=0.01):
+        codes = []  # what the encoder returns inside of `loss`
+        with self.encoder.register_forward_hook(lambda module, inputs, out: codes.append(out)):
+            error = super().loss(images, t, noise)
+        share = codes[0].float().abs() + 1e-6
         share = share / share.sum(1, keepdim=True)
-        return weight * -(share * share.log()).sum(1).mean() / math.log(codes.shape[1])
+        entropy = -(share * share.log()).sum(1).mean()
+        return error + weight * entropy / math.log(share.shape[1])
 
 
-class OrthogonalTokens(ScalarTokens):
+class OrthogonalTokens(nn.Module):
     """Table 11, after Yang et al. 2023c: token i is scalar i times row i of an orthogonal matrix.
 
     The matrix is exp(A - A^T), orthogonal for every A. Wants N <= d.
     """
 
     def __init__(self, num_tokens, token_dim):
-        nn.Module.__init__(self)  # without the MLPs
-        self.outputs = num_tokens
+        super().__init__()
+        self.num_tokens = num_tokens
         self.A = nn.Parameter(0.1 * torch.randn(token_dim, token_dim))
 
     def forward(self, codes):
         with torch.autocast(codes.device.type, enabled=False):
-            rows = torch.linalg.matrix_exp(self.A - self.A.t())[:self.outputs]  # (N, d)
+            rows = torch.linalg.matrix_exp(self.A - self.A.t())[:self.num_tokens]  # (N, d)
         return codes[:, :, None] * rows  # (B, N, 1) * (N, d) -> (B, N, d)
 
 
@@ -463,8 +446,8 @@ class TransformerEncoder(nn.Module):
 
 
 ENCODERS = {"cnn": CNNEncoder, "cnn_bn": CNNBatchNormEncoder, "transformer": TransformerEncoder}
-REGULARIZERS = {"none": ScalarTokens, "euler": EulerTokens, "sparse": SparseTokens,
-                "orthogonal": OrthogonalTokens}
+REGULARIZERS = {"none": (EncDiff, ScalarTokens), "euler": (EncDiff, EulerTokens),
+                "sparse": (SparseEncDiff, ScalarTokens), "orthogonal": (EncDiff, OrthogonalTokens)}
 
 
 if __name__ == "__main__":

@@ -83,7 +83,6 @@ class Config:
     latent_channels: int = field(3, "channels of the latent")
     codebook_size: int = field(2048, "entries of the codebook")
     commitment: float = field(0.25, "weight of the commitment loss")
-    gan: bool = field(False, "add the patch discriminator to the first stage's loss")
     # The encoder and the tokens (encdiff.py)
     encoder: str = field("cnn", "image encoder", tuple(encdiff.ENCODERS))
     encoder_width: int = field(64, "its width")
@@ -180,6 +179,8 @@ def check(config):
          f"more than vq_warmup = {c.vq_warmup}, or the codebook is never set")
     need(c.conditioning == "cross" or c.decoder == "diffusion", "decoder", c.decoder,
          "diffusion with --conditioning adagn: the paper's direct decoder attends to the tokens")
+    need(c.regularizer != "sparse" or c.decoder == "diffusion", "regularizer", c.regularizer,
+         "another one with --decoder direct: its penalty is added to the diffusion loss")
     need(c.regularizer == "none" or c.tokens == "scalar", "regularizer", c.regularizer,
          "none with --tokens vector: the constraints are on scalars")
     need(c.regularizer != "orthogonal" or c.num_tokens <= c.token_dim, "num_tokens", c.num_tokens,
@@ -198,10 +199,13 @@ def build_model(config):
     first_stage = vq.VQAutoencoder(c.vq_channels, c.vq_multipliers, c.vq_blocks, c.latent_channels,
                                    c.codebook_size, c.commitment, c.vq_patch, c.vq_linear)
     side = c.size // first_stage.factor
-    maps = encdiff.REGULARIZERS[c.regularizer] if c.tokens == "scalar" else encdiff.VectorTokens
+    method, maps = encdiff.REGULARIZERS[c.regularizer]
     token_map = maps(c.num_tokens, c.token_dim)
+    outputs = c.num_tokens * (c.token_dim if c.tokens == "vector" else 1)
     more = {"queries": c.num_tokens} if c.encoder == "transformer" else {}
-    encoder = encdiff.ENCODERS[c.encoder](token_map.outputs, c.size, c.encoder_width, **more)
+    encoder = encdiff.ENCODERS[c.encoder](outputs, c.size, c.encoder_width, **more)
+    if c.tokens == "vector":
+        encoder, token_map = encdiff.vector_valued(encoder, c.num_tokens, c.token_dim)
     names = ("latent_channels", "channels", "multipliers", "blocks", "attention", "heads",
              "token_dim", "dropout", "self_attention", "conditioning", "num_tokens")
     options = {name: getattr(c, name) for name in names}
@@ -209,7 +213,7 @@ def build_model(config):
     rest = [(c.latent_channels, side, side), c.schedule, c.timesteps]
     if c.decoder == "direct":
         return encdiff.EncDec(*parts, unet.DirectDecoder(side, **options), *rest)
-    return encdiff.EncDiff(*parts, unet.UNet(**options), *rest)
+    return method(*parts, unet.UNet(**options), *rest)
 
 
 # ---- The two stages -----------------------------------------------------------------------------
@@ -262,8 +266,7 @@ def descend(loss, parameters, optimizer, config, run, stage, step):
 def train_first_stage(run, dataset, model, checkpoint):
     """Stage 1: images -> latent -> images. Leaves model.first_stage trained and frozen."""
     config, machine, stage = run.config, run.machine, "first stage"
-    loss_of = vq.FirstStageLoss(model.first_stage, config.vq_squared,
-                                vq.PatchDiscriminator() if config.gan else None)
+    loss_of = vq.FirstStageLoss(model.first_stage, config.vq_squared)
     loss_of.to(machine.device).requires_grad_(True).train()
     encoder = list(model.first_stage.encoder.parameters())
     others = [p for name, p in loss_of.named_parameters() if ".encoder." not in name]

@@ -2,7 +2,7 @@
 
 WHERE     Read after unet.py, before metrics.py. Imports torch only; copy it freely.
 PAPER     arXiv 2402.09712, Sec. 4.1 ("VQ-reg") after latent diffusion (Rombach et al. 2022);
-          VQ-VAE: van den Oord et al. 2017; adversarial loss: VQGAN (Esser et al. 2021).
+          VQ-VAE: van den Oord et al. 2017.
 SHAPES    B batch, image (B, 3, S, S) in [-1, 1], latent (B, C, S/f, S/f), K codebook entries.
 IDEA      Each of the (S/f)^2 latent vectors is replaced by the nearest of K codebook vectors, and
           the decoder sees only those. Rounding has no gradient, so the decoder's gradient is copied
@@ -13,11 +13,11 @@ IDEA      Each of the (S/f)^2 latent vectors is replaced by the nearest of K cod
           the latent BEFORE quantisation, and `decode` quantises first: the codebook bounds the
           latent space and cleans up what sampling gets slightly wrong. Once trained, the first
           stage is frozen: the second stage must not be able to make its own task easy.
-DIFFERS   From the authors' code: L1 reconstruction alone by default. LPIPS needs weights that we
-          cannot ship; the patch discriminator is optional (train.py --gan). `patch` > 1 folds
-          pixels into channels at the input, which saves the expensive full-resolution layers.
-          `linear` makes the encoder one convolution, which costs next to nothing in every step of
-          joint training, and reconstructs as well: the decoder alone has to be clever.
+DIFFERS   From the authors' code: reconstruction is judged by L1 alone, without LPIPS (it needs
+          weights that we cannot ship) and without a patch discriminator. `patch` > 1 folds pixels
+          into channels at the input, which saves the expensive full-resolution layers. `linear`
+          makes the encoder one convolution, which costs next to nothing in every step of joint
+          training, and reconstructs as well: the decoder alone has to be clever.
 TRY       python vq.py   ->   shapes, rounding against brute force, the straight-through gradient
 """
 import torch
@@ -65,14 +65,19 @@ class Quantizer(nn.Module):
     """Nearest-neighbour rounding to a learned codebook (van den Oord et al. 2017, eq. 1-3).
 
     forward(z (B, C, h, w)) -> z_q of z's shape, loss (scalar), indices (B, h, w) int64.
-    Until `initialise` has been called z passes through unchanged, with loss 0 and indices 0.
+
+    The first `warmup` training batches pass through UNROUNDED, with loss 0 and indices 0, until the
+    encoder gives sensible latents; the codebook then starts from those of the next batch. To choose
+    the moment yourself call `initialise(z)`: needed where several processes train together, which
+    must all start from the same z.
     """
 
-    def __init__(self, size, channels, commitment):
+    def __init__(self, size, channels, commitment=0.25, warmup=200):
         super().__init__()
-        self.commitment = commitment
+        self.commitment, self.warmup = commitment, warmup
         self.codebook = nn.Parameter(torch.randn(size, channels))  # (K, C)
-        self.register_buffer("ready", torch.tensor(False))
+        self.register_buffer("ready", torch.tensor(False))  # False: z passes through
+        self.register_buffer("batches", torch.tensor(0))  # passed through in training
 
     @torch.no_grad()
     def initialise(self, z):
@@ -85,16 +90,21 @@ class Quantizer(nn.Module):
         self.codebook.copy_(chosen + 0.02 * vectors.std() * torch.randn_like(chosen))
         self.ready.fill_(True)
 
+    @torch.no_grad()
     def nearest(self, vectors):
         """(M, C) -> (M,) indices of the nearest codebook entries."""
-        # |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 is the same for all entries. The two terms
-        # left are one matrix product, (z, 1) . (-2e, |e|^2).
+        # |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 is the same for all entries. The two other
+        # terms are one matrix product, (z, 1) . (-2e, |e|^2).
         z_1 = F.pad(vectors, (0, 1), value=1.0)  # (M, C) -> (M, C + 1)
         squares = self.codebook.pow(2).sum(1, keepdim=True)  # (K, 1)
         e = torch.cat([-2 * self.codebook, squares], 1)  # (K, C + 1)
         return (z_1 @ e.t()).argmin(1)  # (M, K) -> (M,)
 
     def forward(self, z):
+        if self.training and not self.ready:
+            self.batches += 1
+            if self.batches > self.warmup:
+                self.initialise(z)
         if not self.ready:
             # The codebook stays in the graph (times 0): data-parallel training wants all gradients.
             return z, 0 * self.codebook.sum(), torch.zeros_like(z[:, 0], dtype=torch.long)
@@ -102,17 +112,15 @@ class Quantizer(nn.Module):
         # Distances in float32: in bfloat16 many entries would tie.
         with torch.autocast(z.device.type, enabled=False):
             vectors = z.float().permute(0, 2, 3, 1).reshape(-1, C)  # (B, C, h, w) -> (B*h*w, C)
-            with torch.no_grad():
-                indices = self.nearest(vectors)
+            indices = self.nearest(vectors)
             entries = F.embedding(indices, self.codebook)  # (B*h*w, C)
             # The codebook moves to the encoder's outputs; the encoder commits to its entries.
             loss = (F.mse_loss(entries, vectors.detach())
                     + self.commitment * F.mse_loss(vectors, entries.detach()))
             # Straight-through: the value of the entry, the gradient of the unrounded vector.
             rounded = vectors + (entries - vectors).detach()
-        z_q = rounded.view(B, h, w, C).permute(0, 3, 1, 2)  # (B*h*w, C) -> (B, C, h, w)
         # contiguous: the decoder would inherit the permuted layout, and GroupNorm is slow in it.
-        z_q = z_q.contiguous()
+        z_q = rounded.view(B, h, w, C).permute(0, 3, 1, 2).contiguous()  # -> (B, C, h, w)
         return z_q, loss, indices.view(B, h, w)  # (B*h*w,) -> (B, h, w)
 
 
@@ -125,7 +133,7 @@ class VQAutoencoder(nn.Module):
     codebook_size           K
     commitment              weight of the commitment loss
     patch                   pixels folded into channels at the input: level 1 works at S/patch
-    linear                  the encoder is one convolution over blocks of f x f pixels instead
+    linear                  the encoder is one 3 x 3 convolution over blocks of f x f pixels
     The downsampling factor f is patch * 2^(levels - 1).
     """
 
@@ -134,23 +142,24 @@ class VQAutoencoder(nn.Module):
         super().__init__()
         self.factor = patch * 2 ** (len(multipliers) - 1)
         widths = [channels * m for m in multipliers]
-        top = widths[-1]
+        c, top, pixels = widths[0], widths[-1], 3 * patch**2
         middle = lambda: [ResidualBlock(top, top), PositionAttention(top), ResidualBlock(top, top)]
-        pixels, c = 3 * patch**2, widths[0]
-        down = [nn.PixelUnshuffle(patch), nn.Conv2d(pixels, c, 3, padding=1)]
-        for level, width in enumerate(widths):
-            if level > 0:
-                down.append(nn.Conv2d(c, c, 3, stride=2, padding=1))
-            for _ in range(blocks):
-                down.append(ResidualBlock(c, width))
-                c = width
-        down += [*middle(), group_norm(c), nn.SiLU(), nn.Conv2d(c, latent_channels, 3, padding=1)]
-        if linear:  # each latent number is a weighted sum of the pixels around its place
+        if linear:  # each latent number is a weighted sum of the pixels around its position
             down = [nn.PixelUnshuffle(self.factor),
                     nn.Conv2d(3 * self.factor**2, latent_channels, 3, padding=1)]
+        else:
+            down = [nn.PixelUnshuffle(patch), nn.Conv2d(pixels, c, 3, padding=1)]
+            for level, width in enumerate(widths):
+                if level > 0:
+                    down.append(nn.Conv2d(c, c, 3, stride=2, padding=1))
+                for _ in range(blocks):
+                    down.append(ResidualBlock(c, width))
+                    c = width
+            down += [*middle(), group_norm(top), nn.SiLU(),
+                     nn.Conv2d(top, latent_channels, 3, padding=1)]
         self.encoder = nn.Sequential(*down)
         self.quantizer = Quantizer(codebook_size, latent_channels, commitment)
-        up = [nn.Conv2d(latent_channels, c, 3, padding=1), *middle()]
+        up, c = [nn.Conv2d(latent_channels, top, 3, padding=1), *middle()], top
         for level, width in reversed(list(enumerate(widths))):
             for _ in range(blocks + 1):
                 up.append(ResidualBlock(c, width))
@@ -190,60 +199,27 @@ def codebook_usage(counts):
 
 
 class FirstStageLoss(nn.Module):
-    """L1 + squared * L2 + codebook loss, plus the adversarial loss if there is a discriminator.
+    """L1 + squared * L2 + codebook loss: what the first stage is trained with.
 
     forward(images (B, 3, S, S) in [-1, 1]) -> loss (scalar), reconstruction, indices
     """
 
-    def __init__(self, autoencoder, squared=0.0, discriminator=None):
+    def __init__(self, autoencoder, squared=0.0):
         super().__init__()
-        self.autoencoder, self.squared, self.discriminator = autoencoder, squared, discriminator
+        self.autoencoder, self.squared = autoencoder, squared
 
     def forward(self, images):
         reconstruction, codebook_loss, indices = self.autoencoder(images)
         reconstruction = reconstruction.float()
-        difference = F.l1_loss(reconstruction, images)
-        loss = difference + self.squared * F.mse_loss(reconstruction, images) + codebook_loss
-        if self.discriminator is not None:
-            last_weight = self.autoencoder.decoder[-2].weight
-            loss = loss + adversarial_loss(self.discriminator, images, reconstruction, difference,
-                                           last_weight)
+        squared = self.squared * F.mse_loss(reconstruction, images)
+        loss = F.l1_loss(reconstruction, images) + squared + codebook_loss
         return loss, reconstruction, indices
 
 
-# ---- Optional: the adversarial loss of VQGAN (train.py --gan). Skip on first reading. -----------
-
-
-class PatchDiscriminator(nn.Module):
-    """PatchGAN (Isola et al. 2017): real or fake? A logit a patch, (B, 3, S, S) -> (B, 1, ., .)."""
-
-    def __init__(self, channels=64):
-        super().__init__()
-        layers, c_in = [], 3
-        for c_out, stride in [(channels, 2), (2 * channels, 2), (4 * channels, 1)]:
-            layers += [nn.Conv2d(c_in, c_out, 4, stride, 1), nn.GroupNorm(8, c_out),
-                       nn.LeakyReLU(0.2)]
-            c_in = c_out
-        self.body = nn.Sequential(*layers, nn.Conv2d(c_in, 1, 4, 1, 1))
-
-    def forward(self, x):
-        return self.body(x)
-
-
-def adversarial_loss(discriminator, real, fake, difference, last_weight, weight=0.75):
-    """Both players' losses as one scalar, for one backward pass (Esser et al. 2021, eq. 3, 6, 7).
-
-    Each player's term is cut off from the other's weights. The generator's term is scaled so that
-    its gradient at the decoder's last layer is `weight` times that of the reconstruction loss.
-    """
-    constant = {name: p.detach() for name, p in discriminator.named_parameters()}
-    generator = -torch.func.functional_call(discriminator, constant, fake).float().mean()
-    norm = lambda loss: torch.autograd.grad(loss, last_weight, retain_graph=True)[0].norm()
-    balance = (norm(difference) / (norm(generator) + 1e-4)).clamp(max=1e4).detach()
-    # Hinge: real patches above 1, fake ones below -1.
-    judge = (F.relu(1 - discriminator(real).float()).mean()
-             + F.relu(1 + discriminator(fake.detach()).float()).mean()) / 2
-    return weight * balance * generator + judge
+# Sizes that train.py --autoencoder names: the paper's, and the one of the preset `small`.
+KINDS = {"deep": dict(channels=32, multipliers=(1, 2, 4), blocks=2, latent_channels=3),
+         "linear": dict(channels=64, multipliers=(1, 2), blocks=1, latent_channels=4, patch=4,
+                        linear=True)}
 
 
 if __name__ == "__main__":
