@@ -1,6 +1,7 @@
 """EncDiff: an image becomes N scalars, the scalars tokens, and a diffusion model draws from them.
 
-WHERE     Read first; then unet.py (the denoiser) and vq.py (the latent space). Imports only those.
+WHERE     Read first; then unet.py (the denoiser) and vq.py (the latent space). Imports torch only:
+          encoder, first stage and denoiser are handed to EncDiff, so this file can be copied alone.
 PAPER     arXiv 2402.09712, Sec. 3 and Appendices B-D. Equation numbers are the paper's.
 SHAPES    B batch, N tokens, d token width, (C, h, w) latent, n = C*h*w, T timesteps.
 SYMBOLS   z_0        z0                (B, C, h, w)  latent of the image, divided by its std
@@ -10,16 +11,24 @@ SYMBOLS   z_0        z0                (B, C, h, w)  latent of the image, divide
           abar_t     alpha_bar[t]      (T + 1,)      share of signal variance left; alpha_bar[0] = 1
           S          tokens            (B, N, d)     concept tokens
 IDEA      Nothing in the loss asks for disentanglement: encoder and denoiser are trained together to
-          predict noise, eq. (3). Two things outside the loss do the work. First, the noise is an
-          information bottleneck that opens as t falls, eq. (5): at large t only what matters most
-          for the picture pays, so factors enter the codes one by one. Second, cross-attention lets
-          each place choose among the tokens, so a token gains by meaning one thing. Each token is a
-          function of ONE scalar: a token cannot hide a second factor in a second dimension.
+          predict noise, eq. (3). What separates the factors is the way in. Cross-attention lets
+          each position choose among the tokens, so a token gains by meaning one thing; and each
+          token is a function of ONE scalar, so it cannot hide a second factor in a second
+          dimension. The paper adds the noise as an information bottleneck that opens as t falls,
+          eq. (5). Two things about it are easily misread. t is not training time: every step draws
+          all t, so a whole range of bottlenecks acts at once, where AnnealVAE opens a single one
+          while it trains. And C_t depends on the schedule and the latent's second moment alone, and
+          much of what it counts is in z_t already: it cannot tell which factor pays at which noise.
+          The tokens' worth at each t can (python sample.py worth), and it matters which noise comes
+          first: a lightly noised picture shows where things are, so the token of a place pays under
+          strong noise alone, as the toy below shows.
 DIFFERS   Eq. (3) is printed without the square; Table 7 says MSE, and so do we. Eq. (5) is printed
           with -beta~_t where the KL of two Gaussians has +beta~_t; we compute the KL.
-TRY       python encdiff.py   ->   the four schedules, their bottleneck, one loss, samplers
+TRY       python encdiff.py   ->   the whole method on 8x8 pictures while you watch, in a minute
 """
+import argparse
 import math
+import time
 
 import torch
 import torch.nn as nn
@@ -51,10 +60,10 @@ class CNNEncoder(nn.Module):
 
 
 class CNNBatchNormEncoder(nn.Module):
-    """The authors' lighter encoder: images (B, 3, S, S) in [-1, 1] -> codes (B, outputs).
+    """The encoder of the authors' code: images (B, 3, S, S) in [-1, 1] -> codes (B, outputs).
 
     Four strided convolutions with BatchNorm, two residual blocks, one linear layer. The released
-    width is 128.
+    width is 128; our preset `small` takes half of it.
     """
 
     def __init__(self, outputs, size=64, width=128):
@@ -450,19 +459,116 @@ REGULARIZERS = {"none": (EncDiff, ScalarTokens), "euler": (EncDiff, EulerTokens)
                 "sparse": (SparseEncDiff, ScalarTokens), "orthogonal": (EncDiff, OrthogonalTokens)}
 
 
+# ---- The whole method on one screen: python encdiff.py ------------------------------------------
+# The latent is the picture itself, 8 x 8 pixels, so there is no first stage to train.
+
+
+def room(factors):
+    """factors (B, 4) in 0..4: brightness of wall, floor and block, block's place -> (B, 3, 8, 8)."""
+    wall, floor, block = (factors[:, :3] / 2 - 1).T[:, :, None, None]  # 3x (B, 1, 1) in [-1, 1]
+    x = torch.empty(len(factors), 3, 8, 8)
+    x[:, 0, :4], x[:, 1, :4], x[:, 2, :4] = wall, -wall, 0.5
+    x[:, 0, 4:], x[:, 1, 4:], x[:, 2, 4:] = -0.5, floor, -floor
+    column, left = torch.arange(8), factors[:, 3:]
+    inside = (column >= left) & (column < left + 4)  # (B, 8)
+    x[:, :, 2:6] = torch.where(inside[:, None, None], 1 + block[:, None], x[:, :, 2:6])
+    return x
+
+
+class ToyDenoiser(nn.Module):
+    """One layer of cross-attention and an MLP at each of the 64 positions, each for itself."""
+
+    def __init__(self, attention, c=32, d=16):
+        super().__init__()
+        self.attention, self.position = attention, nn.Parameter(0.3 * torch.randn(64, c))
+        self.pixel, self.time, self.norm = nn.Linear(3, c), nn.Linear(32, c), nn.LayerNorm(c)
+        self.q, self.k, self.v = nn.Linear(c, c), nn.Linear(d, c), nn.Linear(d, c)
+        self.out = nn.Linear(c, c)
+        self.mlp = nn.Sequential(nn.LayerNorm(c), nn.Linear(c, 2 * c), nn.GELU(),
+                                 nn.Linear(2 * c, c))
+        self.noise = nn.Linear(c, 3)
+
+    def forward(self, z_t, t, tokens):
+        angles = t[:, None] * 1000 ** (-torch.arange(16) / 16)  # (B, 16)
+        when = self.time(torch.cat([angles.cos(), angles.sin()], 1))[:, None]  # (B, 1, c)
+        x = self.pixel(z_t.flatten(2).mT) + self.position + when  # (B, 3, 8, 8) -> (B, 64, c)
+        q, k, v = self.q(self.norm(x)), self.k(tokens), self.v(tokens)  # (B, 64 or N, c)
+        weights = (q @ k.mT * k.shape[2] ** -0.5).softmax(-1)  # (B, 64, N): the concepts compete
+        if not self.attention:  # every position gets the average of the tokens
+            weights = torch.full_like(weights, 1 / weights.shape[-1])
+        x = x + self.out(weights @ v)
+        return self.noise(x + self.mlp(x)).mT.reshape(z_t.shape)  # (B, 64, c) -> (B, 3, 8, 8)
+
+
+def draw_factors(count, places):
+    """Random factors (count, 4); the block stays in the middle unless `places`."""
+    factors = torch.randint(5, (count, 4))
+    factors[:, 3] = factors[:, 3] if places else 2
+    return factors
+
+
+def toy(attention=True, noise="uniform", places=False, steps=700, codes=6, every=5.0):
+    """Train encoder, token maps and denoiser together; returns the encoder, images -> (B, codes).
+
+    noise: how t is drawn, "uniform" or "strong-first"; "none" draws z_0 from the tokens alone.
+    """
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(192, 128), nn.ReLU(), nn.Linear(128, 128),
+                            nn.ReLU(), nn.Linear(128, codes))
+    token_map, denoiser = ScalarTokens(codes, 16), ToyDenoiser(attention)
+    parameters = [p for part in (encoder, token_map, denoiser) for p in part.parameters()]
+    optimizer = torch.optim.AdamW(parameters, fused=True)
+    alpha_bar, shown = cumulative(beta_schedule("cosine")).float(), 0.0
+    for step in range(steps):
+        z0 = room(draw_factors(64, places))
+        eps = torch.randn_like(z0)
+        draws = 4 if noise == "strong-first" and step < 0.6 * steps else 1
+        t = torch.randint(1, 1001, (draws, 64)).amax(0)  # (64,): the largest of 4 draws, or U{1..T}
+        abar = alpha_bar[t][:, None, None, None]
+        z_t = abar.sqrt() * z0 + (1 - abar).sqrt() * eps  # Eq. (2)
+        if noise == "none":  # no noise and no timestep: draw the picture from its tokens
+            z_t, t, eps = torch.zeros_like(z0), 0 * t, z0
+        tokens = token_map(encoder(z0))  # picture -> 6 scalars -> 6 tokens
+        loss = F.mse_loss(denoiser(z_t, t, tokens), eps)  # Eq. (3)
+        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 50, 2.5 * (1 - step / steps))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if time.monotonic() - shown > every or step + 1 == steps:
+            print(f"step {step + 1}/{steps}  loss {loss.item():.3f}  " + who_moves(encoder, places))
+            shown = time.monotonic()
+    return encoder
+
+
+@torch.no_grad()
+def who_moves(encoder, places):
+    """A line a factor, a character a code: how far the code moves when that factor alone changes."""
+    before, after = draw_factors(500, places), draw_factors(500, places)
+    codes, lines = encoder(room(before)), []
+    for i, name in enumerate(("wall", "floor", "block", "place")[:3 + places]):
+        changed = before.clone()
+        changed[:, i] = after[:, i]
+        moved = (encoder(room(changed)) - codes).abs().mean(0) / codes.std(0)  # (N,) about 0 to 1
+        lines.append(f"{name:>7} " + "".join(" .:+*#@"[int(6 * m)] for m in moved.clamp(max=1)))
+    return "\n".join(["", *lines])
 if __name__ == "__main__":
-    torch.manual_seed(0)
-    shown = (2, 100, 500, 900, 1000)
-    print("eq. (5) in nats, t =" + "".join(f"{t:7d}" for t in shown))
-    for name in SCHEDULES:
-        curve = kl_bottleneck(beta_schedule(name))
-        print(f"  {name:18s}" + "".join(f"{curve[t - 1]:7.2f}" for t in shown))
-    # A world of one latent value, 0.5: the best estimate is known, and all samplers must find it.
-    alpha_bar = cumulative(beta_schedule("cosine"))
-    z = torch.randn(1, 1, 1, 1, dtype=torch.float64)
-    for name, sampler in SAMPLERS.items():
-        found = sampler(lambda z_t, t: torch.full_like(z_t, 0.5), alpha_bar, z, 20)
-        print(f"sampler {name:5s} finds {found.item():.4f} (expected 0.5000)")
-    codes, maps = torch.randn(1, 4), ScalarTokens(4, 8)
-    moved = (maps(codes + torch.tensor([0.0, 0.0, 1.0, 0.0])) - maps(codes)).abs().amax((0, 2)) > 0
-    print(f"tokens moved by scalar 2: {moved.nonzero().flatten().tolist()} (expected [2])")
+    parser = argparse.ArgumentParser(description="the whole method on 8 x 8 pictures, in a minute")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-attention", action="store_true",
+                        help="every position gets the average of the tokens")
+    parser.add_argument("--no-noise", action="store_true",
+                        help="the denoiser draws z_0 from the tokens alone")
+    parser.add_argument("--noise", choices=("uniform", "strong-first"),
+                        help="let the block move, and draw t so")
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+    places, noise = args.noise is not None, "none" if args.no_noise else args.noise or "uniform"
+    encoder = toy(not args.no_attention, noise, places, 1500 if places else 700)
+    try:
+        import metrics  # the rest of this file needs torch alone
+    except ImportError:
+        raise SystemExit("without metrics.py beside this file there are no scores")
+    factors = draw_factors(4000, places)
+    codes, factors = encoder(room(factors)).detach(), factors[:, :3 + places]
+    scores = metrics.dci(codes[:3000], factors[:3000], codes[3000:], factors[3000:])
+    print("disentanglement {disentanglement:.3f}  completeness {completeness:.3f}  "
+          "informativeness {informativeness_test:.3f}".format(**scores))
