@@ -28,7 +28,6 @@ TRY       python encdiff.py   ->   the whole method on 8x8 pictures while you wa
 """
 import argparse
 import math
-import time
 
 import torch
 import torch.nn as nn
@@ -464,50 +463,41 @@ REGULARIZERS = {"none": (EncDiff, ScalarTokens), "euler": (EncDiff, EulerTokens)
 
 
 def room(factors):
-    """factors (B, 4) in 0..4: brightness of wall, floor and block, block's place -> (B, 3, 8, 8)."""
+    """factors (B, 3 or 4) in 0..4: brightness of wall, floor, block; its place -> (B, 3, 8, 8)."""
     wall, floor, block = (factors[:, :3] / 2 - 1).T[:, :, None, None]  # 3x (B, 1, 1) in [-1, 1]
     x = torch.empty(len(factors), 3, 8, 8)
     x[:, 0, :4], x[:, 1, :4], x[:, 2, :4] = wall, -wall, 0.5
     x[:, 0, 4:], x[:, 1, 4:], x[:, 2, 4:] = -0.5, floor, -floor
-    column, left = torch.arange(8), factors[:, 3:]
-    inside = (column >= left) & (column < left + 4)  # (B, 8)
-    x[:, :, 2:6] = torch.where(inside[:, None, None], 1 + block[:, None], x[:, :, 2:6])
+    left = F.pad(factors, (0, 1), value=2)[:, 3:4]  # of three factors, none is the place: always 2
+    inside = (torch.arange(8) >= left) & (torch.arange(8) < left + 4)  # (B, 8): four columns
+    x[:, :, 2:6] = torch.where(inside[:, None, None], 3 + block[:, None], x[:, :, 2:6])
     return x
 
 
 class ToyDenoiser(nn.Module):
-    """One layer of cross-attention and an MLP at each of the 64 positions, each for itself."""
+    """One layer of cross-attention and an MLP; each of the 64 positions works for itself."""
 
     def __init__(self, attention, c=32, d=16):
         super().__init__()
         self.attention, self.position = attention, nn.Parameter(0.3 * torch.randn(64, c))
         self.pixel, self.time, self.norm = nn.Linear(3, c), nn.Linear(32, c), nn.LayerNorm(c)
         self.q, self.k, self.v = nn.Linear(c, c), nn.Linear(d, c), nn.Linear(d, c)
-        self.out = nn.Linear(c, c)
-        self.mlp = nn.Sequential(nn.LayerNorm(c), nn.Linear(c, 2 * c), nn.GELU(),
-                                 nn.Linear(2 * c, c))
-        self.noise = nn.Linear(c, 3)
+        self.mix, self.noise = nn.Linear(c, c), nn.Linear(c, 3)
+        self.mlp = nn.Sequential(nn.LayerNorm(c), nn.Linear(c, 64), nn.GELU(), nn.Linear(64, c))
 
     def forward(self, z_t, t, tokens):
         angles = t[:, None] * 1000 ** (-torch.arange(16) / 16)  # (B, 16)
-        when = self.time(torch.cat([angles.cos(), angles.sin()], 1))[:, None]  # (B, 1, c)
-        x = self.pixel(z_t.flatten(2).mT) + self.position + when  # (B, 3, 8, 8) -> (B, 64, c)
+        time = self.time(torch.cat([angles.cos(), angles.sin()], 1))[:, None]  # (B, 1, c)
+        x = self.pixel(z_t.flatten(2).mT) + self.position + time  # (B, 3, 8, 8) -> (B, 64, c)
         q, k, v = self.q(self.norm(x)), self.k(tokens), self.v(tokens)  # (B, 64 or N, c)
         weights = (q @ k.mT * k.shape[2] ** -0.5).softmax(-1)  # (B, 64, N): the concepts compete
-        if not self.attention:  # every position gets the average of the tokens
-            weights = torch.full_like(weights, 1 / weights.shape[-1])
-        x = x + self.out(weights @ v)
+        if not self.attention:  # no competition: every position gets the average of the tokens
+            weights = torch.full_like(weights, 1 / weights.shape[2])
+        x = x + self.mix(weights @ v)
         return self.noise(x + self.mlp(x)).mT.reshape(z_t.shape)  # (B, 64, c) -> (B, 3, 8, 8)
 
 
-def draw_factors(count, places):
-    """Random factors (count, 4); the block stays in the middle unless `places`."""
-    factors = torch.randint(5, (count, 4))
-    factors[:, 3] = factors[:, 3] if places else 2
-    return factors
-
-
-def toy(attention=True, noise="uniform", places=False, steps=700, codes=6, every=5.0):
+def toy(factors=3, attention=True, noise="uniform", steps=700, codes=6):
     """Train encoder, token maps and denoiser together; returns the encoder, images -> (B, codes).
 
     noise: how t is drawn, "uniform" or "strong-first"; "none" draws z_0 from the tokens alone.
@@ -517,39 +507,39 @@ def toy(attention=True, noise="uniform", places=False, steps=700, codes=6, every
     token_map, denoiser = ScalarTokens(codes, 16), ToyDenoiser(attention)
     parameters = [p for part in (encoder, token_map, denoiser) for p in part.parameters()]
     optimizer = torch.optim.AdamW(parameters, fused=True)
-    alpha_bar, shown = cumulative(beta_schedule("cosine")).float(), 0.0
+    alpha_bar = cumulative(beta_schedule("cosine")).float()
     for step in range(steps):
-        z0 = room(draw_factors(64, places))
+        z0 = room(torch.randint(5, (64, factors)))
         eps = torch.randn_like(z0)
         draws = 4 if noise == "strong-first" and step < 0.6 * steps else 1
-        t = torch.randint(1, 1001, (draws, 64)).amax(0)  # (64,): the largest of 4 draws, or U{1..T}
+        t = torch.randint(1, 1001, (draws, 64)).amax(0)  # (64,); of one draw: t ~ U{1..T}
         abar = alpha_bar[t][:, None, None, None]
         z_t = abar.sqrt() * z0 + (1 - abar).sqrt() * eps  # Eq. (2)
         if noise == "none":  # no noise and no timestep: draw the picture from its tokens
             z_t, t, eps = torch.zeros_like(z0), 0 * t, z0
-        tokens = token_map(encoder(z0))  # picture -> 6 scalars -> 6 tokens
+        tokens = token_map(encoder(z0))  # picture -> scalars (64, codes) -> tokens (64, codes, 16)
         loss = F.mse_loss(denoiser(z_t, t, tokens), eps)  # Eq. (3)
         optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 50, 2.5 * (1 - step / steps))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if time.monotonic() - shown > every or step + 1 == steps:
-            print(f"step {step + 1}/{steps}  loss {loss.item():.3f}  " + who_moves(encoder, places))
-            shown = time.monotonic()
+        if (step + 1) % (steps // 10) == 0:
+            print(f"step {step + 1}/{steps}  loss {loss.item():.3f}", *who_moves(encoder, factors),
+                  sep="\n")
     return encoder
 
 
 @torch.no_grad()
-def who_moves(encoder, places):
-    """A line a factor, a character a code: how far the code moves when that factor alone changes."""
-    before, after = draw_factors(500, places), draw_factors(500, places)
-    codes, lines = encoder(room(before)), []
-    for i, name in enumerate(("wall", "floor", "block", "place")[:3 + places]):
-        changed = before.clone()
-        changed[:, i] = after[:, i]
+def who_moves(encoder, factors):
+    """A line a factor, a character a code: how far it moves when that factor alone changes."""
+    before, after = torch.randint(5, (2, 500, factors))
+    codes = encoder(room(before))
+    for i, name in enumerate(("wall", "floor", "block", "place")[:factors]):
+        changed = torch.cat([before[:, :i], after[:, i:i + 1], before[:, i + 1:]], 1)
         moved = (encoder(room(changed)) - codes).abs().mean(0) / codes.std(0)  # (N,) about 0 to 1
-        lines.append(f"{name:>7} " + "".join(" .:+*#@"[int(6 * m)] for m in moved.clamp(max=1)))
-    return "\n".join(["", *lines])
+        yield f"{name:>7} " + "".join(" .:+*#@"[int(6 * m)] for m in moved.clamp(max=1))
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="the whole method on 8 x 8 pictures, in a minute")
     parser.add_argument("--seed", type=int, default=0)
@@ -558,17 +548,15 @@ if __name__ == "__main__":
     parser.add_argument("--no-noise", action="store_true",
                         help="the denoiser draws z_0 from the tokens alone")
     parser.add_argument("--noise", choices=("uniform", "strong-first"),
-                        help="let the block move, and draw t so")
+                        help="the block moves as well; how the timesteps are drawn")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
-    places, noise = args.noise is not None, "none" if args.no_noise else args.noise or "uniform"
-    encoder = toy(not args.no_attention, noise, places, 1500 if places else 700)
-    try:
-        import metrics  # the rest of this file needs torch alone
-    except ImportError:
-        raise SystemExit("without metrics.py beside this file there are no scores")
-    factors = draw_factors(4000, places)
-    codes, factors = encoder(room(factors)).detach(), factors[:, :3 + places]
-    scores = metrics.dci(codes[:3000], factors[:3000], codes[3000:], factors[3000:])
-    print("disentanglement {disentanglement:.3f}  completeness {completeness:.3f}  "
-          "informativeness {informativeness_test:.3f}".format(**scores))
+    factors, steps = (4, 1500) if args.noise else (3, 700)
+    noise = "none" if args.no_noise else args.noise or "uniform"
+    encoder = toy(factors, not args.no_attention, noise, steps)
+    f = torch.randint(5, (4000, factors))
+    codes = encoder(room(f)).detach()
+    import metrics  # only here: the rest of this file needs torch alone
+    scores = metrics.dci(codes[:3000], f[:3000], codes[3000:], f[3000:])
+    print(f"disentanglement {scores['disentanglement']:.3f}  completeness "
+          f"{scores['completeness']:.3f}  informativeness {scores['informativeness_test']:.3f}")

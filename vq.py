@@ -45,7 +45,7 @@ class ResidualBlock(nn.Module):
 
 
 class PositionAttention(nn.Module):
-    """One-head attention among all positions: lets far-apart places agree, (B, c, h, w) -> same."""
+    """One-head attention among all positions, so that far ones agree: (B, c, h, w) -> same."""
 
     def __init__(self, channels):
         super().__init__()
@@ -66,10 +66,9 @@ class Quantizer(nn.Module):
 
     forward(z (B, C, h, w)) -> z_q of z's shape, loss (scalar), indices (B, h, w) int64.
 
-    The first `warmup` training batches pass through UNROUNDED, with loss 0 and indices 0, until the
-    encoder gives sensible latents; the codebook then starts from those of the next batch. To choose
-    the moment yourself call `initialise(z)`: needed where several processes train together, which
-    must all start from the same z.
+    The first `warmup` training batches pass UNROUNDED, with loss 0 and indices 0, so that the
+    codebook can start from the latents of a sensible encoder: those of the next batch. Several
+    processes that train together must call `initialise` themselves, all with the same z.
     """
 
     def __init__(self, size, channels, commitment=0.25, warmup=200):
@@ -81,24 +80,19 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def initialise(self, z):
-        """Set the codebook to random latent vectors of z (B, C, h, w) plus a little noise.
-
-        The noise tells entries apart that come from equal places, such as the sky of two images.
-        """
+        """Set the codebook to random latent vectors of z (B, C, h, w)."""
         vectors = z.float().permute(0, 2, 3, 1).flatten(0, 2)  # (B, C, h, w) -> (B*h*w, C)
         chosen = vectors[torch.randint(len(vectors), (len(self.codebook),), device=z.device)]
+        # A little noise tells entries apart that come from equal patches, such as two pure skies.
         self.codebook.copy_(chosen + 0.02 * vectors.std() * torch.randn_like(chosen))
         self.ready.fill_(True)
 
     @torch.no_grad()
     def nearest(self, vectors):
         """(M, C) -> (M,) indices of the nearest codebook entries."""
-        # |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 is the same for all entries. The two other
-        # terms are one matrix product, (z, 1) . (-2e, |e|^2).
-        z_1 = F.pad(vectors, (0, 1), value=1.0)  # (M, C) -> (M, C + 1)
-        squares = self.codebook.pow(2).sum(1, keepdim=True)  # (K, 1)
-        e = torch.cat([-2 * self.codebook, squares], 1)  # (K, C + 1)
-        return (z_1 @ e.t()).argmin(1)  # (M, K) -> (M,)
+        # |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 is the same for all entries.
+        squares = self.codebook.pow(2).sum(1)  # (K,)
+        return torch.addmm(squares, vectors, self.codebook.t(), alpha=-2).argmin(1)  # (M, K)
 
     def forward(self, z):
         if self.training and not self.ready:
@@ -118,8 +112,8 @@ class Quantizer(nn.Module):
             loss = (F.mse_loss(entries, vectors.detach())
                     + self.commitment * F.mse_loss(vectors, entries.detach()))
             # Straight-through: the value of the entry, the gradient of the unrounded vector.
-            rounded = vectors + (entries - vectors).detach()
-        # contiguous: the decoder would inherit the permuted layout, and GroupNorm is slow in it.
+            rounded = vectors + (entries - vectors).detach()  # (B*h*w, C)
+        # contiguous, as GroupNorm, which follows in the decoder, is slow in the permuted layout
         z_q = rounded.view(B, h, w, C).permute(0, 3, 1, 2).contiguous()  # -> (B, C, h, w)
         return z_q, loss, indices.view(B, h, w)  # (B*h*w,) -> (B, h, w)
 
@@ -129,9 +123,7 @@ class VQAutoencoder(nn.Module):
 
     channels, multipliers   width at each level; each further level halves the resolution
     blocks                  residual blocks a level (one more in the decoder)
-    latent_channels         C
-    codebook_size           K
-    commitment              weight of the commitment loss
+    latent_channels         C; codebook_size: K; commitment: weight of the commitment loss
     patch                   pixels folded into channels at the input: level 1 works at S/patch
     linear                  the encoder is one 3 x 3 convolution over blocks of f x f pixels
     The downsampling factor f is patch * 2^(levels - 1).
@@ -188,10 +180,9 @@ class VQAutoencoder(nn.Module):
 
 
 def codebook_usage(counts):
-    """How a codebook is used: counts (K,) -> (share of entries used, perplexity in [1, K]).
+    """How a codebook is used: counts (K,) -> share of entries used, perplexity in [1, K].
 
-    Perplexity is the number of equally used entries that would have the same entropy. Both are
-    bounded by the number of vectors counted, so count over many batches.
+    Perplexity: how many equally used entries have the same entropy. Count over many batches.
     """
     p = counts.double() / counts.sum().clamp(min=1)
     entropy = -(p * p.clamp(min=1e-12).log()).sum()
@@ -217,9 +208,10 @@ class FirstStageLoss(nn.Module):
 
 
 # Sizes that train.py --autoencoder names: the paper's, and the one of the preset `small`.
-KINDS = {"deep": dict(channels=32, multipliers=(1, 2, 4), blocks=2, latent_channels=3),
-         "linear": dict(channels=64, multipliers=(1, 2), blocks=1, latent_channels=4, patch=4,
-                        linear=True)}
+KINDS = {
+    "deep": dict(channels=32, multipliers=(1, 2, 4), blocks=2, latent_channels=3),
+    "linear": dict(channels=64, multipliers=(1, 2), blocks=1, latent_channels=4, patch=4,
+                   linear=True)}
 
 
 if __name__ == "__main__":
@@ -229,15 +221,11 @@ if __name__ == "__main__":
     z = model.encode(x).detach().requires_grad_()
     model.quantizer.initialise(z)
     z_q, loss, indices = model.quantize(z)
-    count = sum(p.numel() for p in model.parameters())
-    print(f"image {tuple(x.shape)} -> latent {tuple(z.shape)} -> image "
-          f"{tuple(model.decode(z).shape)}; {count:,} parameters")
+    print(f"image {tuple(x.shape)} -> latent {tuple(z.shape)} -> rounded {tuple(z_q.shape)}, "
+          f"{sum(p.numel() for p in model.parameters()):,} parameters")
     vectors = z.permute(0, 2, 3, 1).reshape(-1, 1, 3)
     brute = (vectors - model.quantizer.codebook).pow(2).sum(-1).argmin(-1)  # (512, 2048) -> (512,)
     equal = (brute == indices.flatten()).float().mean()
     print(f"nearest entries equal to brute force: {equal:.1%} (expected 100.0%)")
     z_q.sum().backward()
     print(f"gradient through rounding: {z.grad.unique().tolist()} (expected [1.0])")
-    used, perplexity = codebook_usage(torch.bincount(indices.flatten(), minlength=2048))
-    print(f"{used:.1%} of the entries used by these 512 vectors (at most {512 / 2048:.0%}), "
-          f"perplexity {perplexity:.0f}")
