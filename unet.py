@@ -30,18 +30,15 @@ import torch.nn.functional as F
 def timestep_embedding(t, width):
     """Sinusoids of t, as in "Attention Is All You Need": t (B,) -> (B, width) float32."""
     half = width // 2
-    # Wavelengths from 2 pi to nearly 2 pi * 10,000: the short ones tell near timesteps apart, the
-    # long ones far timesteps.
+    # Wavelengths from 2 pi to (width 64) 2 pi * 7,499: near timesteps and far ones are told apart.
     frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device) / half)
     angles = t[:, None].float() * frequencies  # (B,) -> (B, half)
     return torch.cat([angles.cos(), angles.sin()], dim=1)  # (B, width)
 
 
 def group_norm(channels, eps=1e-5):
-    """GroupNorm of at most 32 groups (48 channels give 8), with at least two channels in each.
-
-    Where a group is a single channel, the norm takes away what that channel says on average.
-    """
+    """GroupNorm of at most 32 groups, each of at least two channels: 48 channels give 8 groups."""
+    # The norm takes each group's mean away; a channel alone could say nothing of the whole image.
     return nn.GroupNorm(math.gcd(32, channels // 2), channels, eps=eps)
 
 
@@ -115,8 +112,7 @@ class GEGLU(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.to_value = nn.Linear(channels, 4 * channels)
-        self.to_gate = nn.Linear(channels, 4 * channels)
+        self.to_value, self.to_gate = (nn.Linear(channels, 4 * channels) for _ in range(2))
         self.to_out = nn.Linear(4 * channels, channels)
 
     def forward(self, x):
@@ -146,8 +142,7 @@ class SpatialTransformer(nn.Module):
 
     def forward(self, x, emb, tokens):
         B, c, h, w = x.shape
-        y = self.norm(x).flatten(2).transpose(1, 2)  # (B, c, h, w) -> (B, P, c)
-        y = self.proj_in(y)
+        y = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))  # (B, c, h, w) -> (B, P, c)
         if self.self_attention is not None:
             y = y + self.self_attention(self.norm1(y))
         if self.cross_attention is not None:
@@ -255,9 +250,8 @@ class UNet(nn.Module):
 def record_attention(model):
     """`with record_attention(unet) as maps:` collects the cross-attention of every call inside.
 
-    maps is a list with one entry a layer, in the order in which they run; an entry is a list of
-    tensors (B, P, N), one a call, averaged over the heads, float32, rows summing to 1. Outside the
-    block nothing is kept.
+    maps has one entry a layer, in the order in which they run: a list of tensors (B, P, N), one a
+    call, averaged over the heads, float32, rows summing to 1. Outside the block nothing is kept.
     """
     layers = [m.cross_attention for m in model.modules()
               if isinstance(m, SpatialTransformer) and m.cross_attention is not None]
@@ -290,7 +284,7 @@ class SelfAttention(Attention):
 class AdaGNBlock(ResidualBlock):
     """EncDiff w/ AdaGN: both norms are also scaled and shifted by the concatenated tokens.
 
-    As in Diff-AE (Preechakul et al. 2022) the tokens act everywhere alike, not at chosen positions.
+    As in Diff-AE (Preechakul et al. 2022) the tokens act at all positions alike.
     """
 
     def __init__(self, c_in, c_out, emb_width, dropout, condition_width, resample=None):
@@ -330,9 +324,8 @@ class DirectDecoder(UNet):
         self.up = self.way_up(c, [0] * len(self.up))
 
     def forward(self, tokens):
-        B = tokens.shape[0]
-        emb = self.emb.expand(B, -1)  # (1, E) -> (B, E)
-        x = self.middle(self.start.expand(B, -1, -1, -1), emb, tokens)  # (B, c, low, low)
+        emb = self.emb.expand(len(tokens), -1)  # (1, E) -> (B, E)
+        x = self.middle(self.start.expand(len(tokens), -1, -1, -1), emb, tokens)
         for block in self.up:
             x = block(x, emb, tokens)
         return self.conv_out(F.silu(self.norm_out(x)))
@@ -343,11 +336,9 @@ if __name__ == "__main__":
     unet = UNet(token_dim=16).eval()
     count = sum(p.numel() for p in unet.parameters())
     print(f"paper's size, token width 16: {count:,} parameters (expected 37,469,635)")
-    z_t, t, tokens = torch.randn(2, 3, 16, 16), torch.tensor([1, 1000]), torch.randn(2, 20, 16)
     with record_attention(unet) as maps, torch.no_grad():
-        noise = unet(z_t, t, tokens)
-    print(f"z_t {tuple(z_t.shape)}, tokens {tuple(tokens.shape)} -> noise {tuple(noise.shape)}, "
-          f"largest {noise.abs().max():.0f} (expected 0 before training)")
-    first = maps[0][0]
+        noise = unet(torch.randn(2, 3, 16, 16), torch.tensor([1, 1000]), torch.randn(2, 20, 16))
+    print(f"noise {tuple(noise.shape)}, largest {noise.abs().max():.0f} (expected 0, untrained)")
+    first, rows = maps[0][0], maps[0][0].sum(-1)
     print(f"{len(maps)} cross-attention layers (expected 16); first map {tuple(first.shape)}; "
-          f"its rows sum to {first.sum(-1).min():.3f} .. {first.sum(-1).max():.3f} (expected 1)")
+          f"its rows sum to {rows.min():.3f} .. {rows.max():.3f} (expected 1)")
