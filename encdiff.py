@@ -14,17 +14,16 @@ IDEA      Nothing in the loss asks for disentanglement: encoder and denoiser are
           predict noise, eq. (3). What separates the factors is the way in. Cross-attention lets
           each position choose among the tokens, so a token gains by meaning one thing; and each
           token is a function of ONE scalar, so it cannot hide a second factor in a second
-          dimension. The paper adds the noise as an information bottleneck that opens as t falls,
-          eq. (5). Two things about it are easily misread. t is not training time: every step draws
-          all t, so a whole range of bottlenecks acts at once, where AnnealVAE opens a single one
-          while it trains. And C_t depends on the schedule and the latent's second moment alone, and
-          much of what it counts is in z_t already: it cannot tell which factor pays at which noise.
-          The tokens' worth at each t can (python sample.py worth), and it matters which noise comes
-          first: a lightly noised picture shows where things are, so the token of a place pays under
-          strong noise alone, as the toy below shows.
+          dimension. The paper adds the noise: a bottleneck that opens as t falls, eq. (5). Every
+          training step draws all t, though, where AnnealVAE opens its bottleneck while it trains;
+          and C_t, which depends on the schedule and the latent's second moment alone, counts what
+          z_t shows anyway. Which factor pays at which noise can be measured (python sample.py
+          worth), and it matters which noise comes first: a lightly noised picture shows where
+          things are, so the token of a place pays under strong noise alone (the toy's --noise).
 DIFFERS   Eq. (3) is printed without the square; Table 7 says MSE, and so do we. Eq. (5) is printed
           with -beta~_t where the KL of two Gaussians has +beta~_t; we compute the KL.
 TRY       python encdiff.py   ->   the whole method on 8x8 pictures while you watch, in a minute
+FIGURES
 """
 import argparse
 import math
@@ -479,7 +478,7 @@ class ToyDenoiser(nn.Module):
 
     def __init__(self, attention, c=32, d=16):
         super().__init__()
-        self.attention, self.position = attention, nn.Parameter(0.3 * torch.randn(64, c))
+        self.attention, self.position = attention, nn.Parameter(0.6 * torch.randn(64, c))
         self.pixel, self.time, self.norm = nn.Linear(3, c), nn.Linear(32, c), nn.LayerNorm(c)
         self.q, self.k, self.v = nn.Linear(c, c), nn.Linear(d, c), nn.Linear(d, c)
         self.mix, self.noise = nn.Linear(c, c), nn.Linear(c, 3)
@@ -519,7 +518,8 @@ def toy(factors=3, attention=True, noise="uniform", steps=700, codes=6):
             z_t, t, eps = torch.zeros_like(z0), 0 * t, z0
         tokens = token_map(encoder(z0))  # picture -> scalars (64, codes) -> tokens (64, codes, 16)
         loss = F.mse_loss(denoiser(z_t, t, tokens), eps)  # Eq. (3)
-        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 50, 2.5 * (1 - step / steps))
+        lr = 3e-3 * min(1, (step + 1) / 50, 2.5 * (1 - step / steps))  # rises, stays, falls to 0
+        optimizer.param_groups[0]["lr"] = lr
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -543,12 +543,10 @@ def who_moves(encoder, factors):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="the whole method on 8 x 8 pictures, in a minute")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--no-attention", action="store_true",
-                        help="every position gets the average of the tokens")
-    parser.add_argument("--no-noise", action="store_true",
-                        help="the denoiser draws z_0 from the tokens alone")
+    parser.add_argument("--no-attention", action="store_true", help="average the tokens instead")
+    parser.add_argument("--no-noise", action="store_true", help="draw z_0 from the tokens alone")
     parser.add_argument("--noise", choices=("uniform", "strong-first"),
-                        help="the block moves as well; how the timesteps are drawn")
+                        help="four factors, as the block moves; how their timesteps are drawn")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     factors, steps = (4, 1500) if args.noise else (3, 700)
