@@ -44,7 +44,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.flop_counter import FlopCounterMode
@@ -71,59 +71,51 @@ class Config:
     cache: str = field("", "folder for the converted dataset; without it: beside the dataset")
     size: int = field(64, "side of the images in pixels", (32, 64, 128))
     seed: int = field(0, "number that fixes everything random in a run", "0 or more")
-    precision: str = field("auto", "arithmetic of the networks; auto: bf16 where the hardware is "
-                           "fast at it, else fp32", ("auto", "bf16", "fp32"))
+    precision: str = field("auto", "arithmetic; auto: bf16 where fast", ("auto", "bf16", "fp32"))
     # The first stage (vq.py)
     first_stage: str = field("", "run to copy the first stage from, instead of training one")
     vq_steps: int = field(10_000, "training steps of the first stage", "0 or more")
-    autoencoder: str = field("deep", "kind of first stage; deep: the paper's; linear: its encoder "
-                             "is one convolution", vq.KINDS)
+    autoencoder: str = field("deep", "first stage; linear: encoder of one convolution", vq.KINDS)
     # The encoder and the tokens (encdiff.py)
-    encoder: str = field("cnn", "image encoder; cnn: the paper's; cnn_bn: a lighter one with "
-                         "BatchNorm", tuple(encdiff.ENCODERS))
+    encoder: str = field("cnn", "image encoder; cnn_bn: lighter, with BatchNorm", encdiff.ENCODERS)
     tokens: str = field("scalar", "what a token is made of", ("scalar", "vector"))
     num_tokens: int = field(20, "number of concept tokens, N", "1 or more")
     token_dim: int = field(32, "width of a concept token, d", "1 or more")
     # The denoiser (unet.py)
     channels: int = field(64, "width of the U-Net's first level, a multiple of 4", "1 or more")
-    multipliers: tuple = field((1, 2, 4, 4), "width of each level of the U-Net, in units of "
-                               "--channels; each level after the first halves the side",
-                               "each 1 or more")
+    multipliers: tuple = field((1, 2, 4, 4), "widths of the U-Net's levels, each with half the "
+                               "side of the one before, in units of --channels", "each 1 or more")
     blocks: int = field(2, "residual blocks in each level of the U-Net", "1 or more")
     heads: int = field(8, "attention heads of the U-Net", "1 or more")
     dropout: float = field(0.1, "dropout in the residual blocks of the U-Net", "0 to below 1")
     self_attention: bool = field(True, "attention among positions, beside that to the tokens")
-    conditioning: str = field("cross", "how tokens reach the U-Net: cross-attention, or scale and "
-                              "shift of its group norms", ("cross", "adagn"))
-    decoder: str = field("diffusion", "what draws from the tokens; direct: without noise and "
-                         "timesteps (EncDec w/o Diff)", ("diffusion", "direct"))
+    conditioning: str = field("cross", "how tokens reach the U-Net: by cross-attention, or by "
+                              "scale and shift of its norms", ("cross", "adagn"))
+    decoder: str = field("diffusion", "what draws an image; direct: in one pass, without noise",
+                         ("diffusion", "direct"))
     schedule: str = field("cosine", "noise schedule", encdiff.SCHEDULES)
-    timesteps: int = field(1000, "diffusion timesteps, T", "2 or more")
-    regularizer: str = field("none", "constraint on the codes, paper's Table 11",
-                             tuple(encdiff.REGULARIZERS))
+    timesteps: int = field(1000, "diffusion timesteps, T", "1 or more")
+    regularizer: str = field("none", "constraint on the codes, Table 11", encdiff.REGULARIZERS)
     # Joint training
-    low_noise_first: float = field(0.0, "share of the joint steps, from the first, in which a "
-                                   "timestep is the lowest of three draws", "0 to below 1")
+    low_noise_first: float = field(0.0, "first share of the joint steps, in which a timestep is "
+                                   "the lowest of three draws", "0 to below 1")
     steps: int = field(75_000, "training steps of encoder and denoiser", "0 or more")
     batch: int = field(64, "images in a joint training step", "1 or more")
     lr: float = field(1e-4, "learning rate of joint training", "above 0")
-    lr_decay: float = field(0.0, "share of the joint steps, up to the last, in which the learning "
-                            "rate falls to 0", "0 to below 1")
-    ema: float = field(0.9999, "decay of the averaged weights a joint step", "0 to below 1")
-    score_every: int = field(7_500, "joint steps from one quick score with pictures to the next; "
-                             "0: none before the end", "0 or more")
+    lr_decay: float = field(0.0, "last share of the joint steps, in which the learning rate falls "
+                            "to 0", "0 to below 1")
+    ema: float = field(0.9999, "decay of the averaged weights in a joint step", "0 to below 1")
+    score_every: int = field(7_500, "joint steps between quick scores; 0: none", "0 or more")
 
     def __post_init__(self):
         self.multipliers = tuple(self.multipliers)  # JSON and argparse bring lists
 
 
-# `paper`: why 75,000 steps, when the paper gives no number? It says that a model takes a day on one
-# V100, where 7,500 steps of this network take minutes, and a public rerun of the authors'
-# configuration reports DCI .99 between 56 and 86 thousand steps of 64 images.
-# `small`, the default, is what two CPU cores can do. Its first stage halves the side of the latent
-# once more (f = 8), as 8x8 latents are much cheaper to denoise. Less width, no attention among
-# positions, a lighter encoder, a higher learning rate that decays. In the first third of the steps
-# low noise is more frequent: under it the object's form pays too (README, "What we learned").
+# `paper`: why 75,000 steps? The paper only says a day on one V100, where 7,500 steps take minutes;
+# a public rerun of the authors' configuration reaches DCI .99 between 56 and 86 thousand steps.
+# `small`, the default, is what two CPU cores can do. Its latents of 8x8 are much cheaper to denoise
+# than 16x16. Less width, no attention among positions, a lighter encoder, a higher learning rate
+# that decays. In the first third of the steps low noise is more frequent: there form pays too.
 SMALL = dict(vq_steps=8_000, autoencoder="linear", encoder="cnn_bn", token_dim=16, channels=48,
              multipliers=(1, 2), blocks=1, heads=4, dropout=0.0, self_attention=False,
              low_noise_first=1 / 3, steps=9_000, lr=1e-3, lr_decay=0.4, ema=0.999,
@@ -144,7 +136,7 @@ LOG_EVERY = 100  # steps between two lines of log.csv
 def build_model(config):
     """The untrained EncDiff of a config, on the CPU."""
     c, sizes = config, vq.KINDS[config.autoencoder]
-    first_stage = vq.VQAutoencoder(**sizes)
+    first_stage, latent_channels = vq.VQAutoencoder(**sizes), sizes["latent_channels"]
     side = c.size // first_stage.factor
     method, maps = encdiff.REGULARIZERS[c.regularizer]
     token_map = maps(c.num_tokens, c.token_dim)
@@ -153,12 +145,11 @@ def build_model(config):
     encoder = encdiff.ENCODERS[c.encoder](outputs, c.size, ENCODER_WIDTH, **more)
     if c.tokens == "vector":
         encoder, token_map = encdiff.vector_valued(encoder, c.num_tokens, c.token_dim)
-    options = dict(latent_channels=sizes["latent_channels"], channels=c.channels, blocks=c.blocks,
-                   multipliers=c.multipliers, heads=c.heads, dropout=c.dropout,
-                   self_attention=c.self_attention, conditioning=c.conditioning,
-                   token_dim=c.token_dim, num_tokens=c.num_tokens)
+    names = ("channels", "multipliers", "blocks", "heads", "token_dim", "dropout",
+             "self_attention", "conditioning", "num_tokens")
+    options = dict({name: getattr(c, name) for name in names}, latent_channels=latent_channels)
     parts = [first_stage, encoder, token_map]
-    rest = [(sizes["latent_channels"], side, side), c.schedule, c.timesteps]
+    rest = [(latent_channels, side, side), c.schedule, c.timesteps]
     if c.decoder == "direct":
         return encdiff.EncDec(*parts, unet.DirectDecoder(side, **options), *rest)
     return method(*parts, unet.UNet(**options), *rest)
@@ -188,8 +179,8 @@ def train_first_stage(run, dataset, model, checkpoint):
     recipe, steps = FIRST_STAGE[config.autoencoder], config.vq_steps
     warmup = min(200, steps // 2)  # steps without rounding, before there are latents to round to
     autoencoder, codebook = model.first_stage, model.first_stage.quantizer.codebook
-    loss_of = vq.FirstStageLoss(autoencoder, recipe["squared"])
-    loss_of.to(machine.device).requires_grad_(True).train()
+    loss_of = vq.FirstStageLoss(autoencoder, recipe["squared"]).to(machine.device)
+    loss_of.requires_grad_(True).train()
     encoder = list(autoencoder.encoder.parameters())
     others = [p for name, p in loss_of.named_parameters() if ".encoder." not in name]
     optimizer = torch.optim.AdamW([{"params": encoder}, {"params": others}], recipe["lr"],
@@ -276,7 +267,7 @@ def averaged(model):
 def update_average(average, model, decay):
     """average <- decay * average + (1 - decay) * model, BatchNorm statistics included."""
     for old, new in zip(averaged(average).values(), averaged(model).values()):
-        if old.is_floating_point():  # all but BatchNorm's counter of batches
+        if old.is_floating_point():  # BatchNorm also has a counter of batches
             old.lerp_(new, 1 - decay)
 
 
@@ -295,20 +286,20 @@ def encode(model, dataset, indices, device):
 def score(run, dataset, model, train, test, mapped=False):
     """All scores that the labels allow, DCI on train + test samples (fewer from a small dataset).
 
-    mapped: also score the tokens that the scalars are mapped to, through PCA (Table 9).
-    Returns a dict for metrics.json; its "note" says why a score is missing, if one is.
+    mapped: also score the tokens of the scalars, through PCA (Table 9). Returns a dict for
+    metrics.json; its "note" says why a score is missing, if one is.
     """
     generator = torch.Generator().manual_seed(run.config.seed)
     train, test = min(train, len(dataset) * 2 // 3), min(test, len(dataset) // 3)
     # Without repetition: no image may be in DCI's training and test samples.
     indices = torch.randperm(len(dataset), generator=generator)[:train + test]
-    if not dataset.factor_sizes and not dataset.attribute_names:
-        return {"note": "the dataset has no labels: nothing is scored"}
-    codes = encode(model, dataset, indices, run.machine.device)
     options = dict(seed=run.config.seed, dci_train=train, dci_test=test)
     try:
+        if not dataset.factor_sizes and not dataset.attribute_names:
+            return {"note": "the dataset has no labels: nothing is scored"}
+        codes = encode(model, dataset, indices, run.machine.device)
         if dataset.attribute_names:
-            note = "attributes are no factors: FactorVAE score and DCI are skipped, TAD is not"
+            note = "attributes are no factors: they are scored by TAD, not by FactorVAE and DCI"
             return {"note": note, **metrics.tad(codes, dataset.attributes(indices))}
         scores = metrics.evaluate(codes, dataset.factors(indices), **options)
         if mapped and codes.ndim == 2:
@@ -326,13 +317,14 @@ def work(run, dataset, checkpoint):
     torch.manual_seed(config.seed)
     model = build_model(config)
     run.introduce(dataset, model)
-    if config.first_stage and not checkpoint:
-        borrow_first_stage(config, model)
-    elif not checkpoint or checkpoint["stage"] == "first stage":
-        train_first_stage(run, dataset, model, checkpoint)
-        checkpoint = None
-    average = train_jointly(run, dataset, model, checkpoint)
-    run.release_signals()  # all that was trained is saved, and --resume scores it
+    with run.stoppable():
+        if config.first_stage and not checkpoint:  # ablations share one
+            lender, *_ = load_run(config.first_stage)
+            restore(model.first_stage, [lender.first_stage.state_dict()], config.first_stage)
+        elif not checkpoint or checkpoint["stage"] == "first stage":
+            train_first_stage(run, dataset, model, checkpoint)
+            checkpoint = None
+        average = train_jointly(run, dataset, model, checkpoint)
     if machine.main:
         scores = score(run, dataset, average, 10_000, 5_000, mapped=True)
         pictures(run, dataset, average, config.steps)
@@ -384,79 +376,67 @@ def step_flops(config):
     Counted by torch for one image, forward and backward, a multiply-add as two; times the batch.
     """
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
-        model, counts = build_model(config), {}
+        model, counts = build_model(config).train(), []
+        first = vq.FirstStageLoss(model.first_stage).requires_grad_(True)
         model.first_stage.quantizer.ready.fill_(True)
-        joint = (model.train(), config.batch)
-        first = (vq.FirstStageLoss(copy.deepcopy(model.first_stage)).requires_grad_(True).train(),
-                 FIRST_STAGE[config.autoencoder]["batch"])
-        for stage, (module, batch) in zip(Run.STAGES, (first, joint)):
+        for loss_of in (lambda images: first(images)[0], model):
             with FlopCounterMode(display=False) as counter:
-                loss = module(torch.zeros(1, 3, config.size, config.size))
-                (loss[0] if isinstance(loss, tuple) else loss).backward()
-            counts[stage] = counter.get_total_flops() * batch
-    return counts
+                loss_of(torch.zeros(1, 3, config.size, config.size)).backward()
+            counts.append(counter.get_total_flops())
+    return {"first stage": counts[0] * FIRST_STAGE[config.autoencoder]["batch"],
+            "joint training": counts[1] * config.batch}
 
 
 class Progress:
-    """Mean loss and speed since the last log line, and the time left, of one stage."""
+    """Mean loss and speed of a stage since its last log line, and the time left."""
 
     def __init__(self, run, stage, start, steps, batch):
-        self.run, self.stage, self.steps, self.batch = run, stage, steps, batch
-        self.start, self.began, self.losses = start, time.monotonic(), []
+        self.run, self.stage, self.start, self.steps, self.batch = run, stage, start, steps, batch
+        self.began, self.losses, self.norm = time.monotonic(), [], 0.0
 
     def add(self, step, loss, norm):
         """Note a step's loss. Raises ValueError if it or the gradient is not finite."""
         self.losses.append(loss)
+        self.norm = norm
         if not math.isfinite(norm):  # the same in all processes: gradients are averaged
-            config, folder = self.run.config, self.run.folder
-            advice = " --precision fp32" if config.precision == "bf16" else ""
-            if self.stage == "joint training":
-                advice += f" --lr {config.lr / 3:.1g}"
-            advice = (f"go on from the last good checkpoint: python train.py --resume {folder}"
-                      f"{advice}" if advice else "try another --seed or --autoencoder")
+            config = self.run.config
+            advice = " --precision fp32" * (config.precision == "bf16")
+            advice += f" --lr {config.lr / 3:.1g}" * (self.stage == "joint training")
+            advice = f"--resume {self.run.folder}{advice}" if advice else "--seed N, another one"
             raise ValueError(f"loss {loss:.4g} and gradient norm {norm} in step {step + 1} of the "
-                             f"{self.stage}; {advice}")
+                             f"{self.stage}; the last good checkpoint is kept. Try: "
+                             f"python train.py {advice}")
         if step - self.start == 19:
-            self.estimate()
-
-    def estimate(self):
-        """Say after some steps how long this will take here."""
-        each = (time.monotonic() - self.began) / len(self.losses)
-        said = f"the {self.stage} takes about {hours(each * self.steps)} (h:mm)"
-        tflop = self.run.tflop
-        if self.stage == "first stage" and tflop:  # the other stage at as many FLOP a second
-            whole = each * self.steps * sum(tflop.values()) / tflop[self.stage]
-            said += f" and the whole run about {hours(whole)}"
-        self.run.print(f"at this speed {said} here; Ctrl-C saves it, --resume goes on")
+            each, tflop = (time.monotonic() - self.began) / 20, self.run.tflop
+            said = f"the {self.stage} takes about {hours(each * self.steps)}"
+            if self.stage == "first stage" and tflop:  # the other at as many FLOP a second
+                whole = each * self.steps * sum(tflop.values()) / tflop[self.stage]
+                said += f" and the whole run about {hours(whole)}"
+            self.run.print(f"at this speed {said} hours here; Ctrl-C saves, --resume goes on")
 
     def due(self, step):
         return step % LOG_EVERY == 0 or step == self.steps
 
     def log(self, step, **row):
-        """A row of log.csv and a line on the terminal; means start anew."""
-        now, done = time.monotonic(), len(self.losses)
-        speed, loss = done / (now - self.began), self.run.machine.mean(float(np.mean(self.losses)))
-        self.losses, self.began = [], now
-        self.run.log(stage=self.stage, step=step, loss=loss, images_per_second=speed * self.batch,
-                     **row)
+        """A row of log.csv and a line on the terminal; then all means start anew."""
+        now, loss = time.monotonic(), self.run.machine.mean(float(np.mean(self.losses)))
+        speed = len(self.losses) / (now - self.began)  # steps a second
+        self.losses, self.began, rate = [], now, speed * self.batch
+        self.run.log(stage=self.stage, step=step, loss=loss, grad_norm=self.norm,
+                     images_per_second=rate, **row)
         more = "".join(f"  {name.replace('_', ' ')} {value:.3g}" for name, value in row.items())
         self.run.print(f"{self.stage} {step}/{self.steps}  loss {loss:.4f}{more}  "
-                       f"{speed * self.batch:.0f} img/s  left {hours((self.steps - step) / speed)}")
+                       f"{rate:.0f} img/s  left {hours((self.steps - step) / speed)}")
 
 
 def hours(seconds):
-    minutes = math.ceil(seconds / 60)
-    return f"{minutes // 60}:{minutes % 60:02d}"
-
-
-# The machine
+    return f"{math.ceil(seconds / 60) // 60}:{math.ceil(seconds / 60) % 60:02d}"
 
 
 def devices():
     """The kinds of device there are here, the best first."""
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-             "cpu": True}
-    return [kind for kind, there in found.items() if there]
+    there = (torch.cuda.is_available(), torch.backends.mps.is_available(), True)
+    return [kind for kind, found in zip(("cuda", "mps", "cpu"), there) if found]
 
 
 def keep_memory():
@@ -481,10 +461,10 @@ class Machine:
         self.device = torch.device(self.kind)
         if self.kind == "cpu":
             keep_memory()
+        if self.world > 1 and self.kind == "cuda":
+            self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(self.device)
         if self.world > 1 and not dist.is_initialized():
-            if self.kind == "cuda":
-                self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-                torch.cuda.set_device(self.device)
             # The usual ten minutes are too short: the others wait while the main process converts
             # a dataset or scores. If one process dies, torchrun itself ends the others.
             dist.init_process_group("nccl" if self.kind == "cuda" else "gloo",
@@ -511,10 +491,6 @@ class Machine:
         """The module, its gradients averaged over the processes if there are several."""
         return DistributedDataParallel(module) if self.world > 1 else module
 
-    def any(self, flag):
-        """Whether the flag is set in any process."""
-        return self.mean(float(flag)) > 0
-
     def mean(self, value):
         """The mean of a number over the processes."""
         if self.world == 1:
@@ -536,8 +512,6 @@ class Machine:
             self.wait()
         return result
 
-
-# Files: one place for atomic writing, checkpoints, the log
 
 FORMAT = 4  # of checkpoint.pt; to be raised when its contents change
 CHECKPOINT_SECONDS = 120
@@ -566,6 +540,7 @@ def write_atomically(path, save):
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             save(file)
             file.flush()
@@ -583,30 +558,28 @@ def write_atomically(path, save):
 
 
 def load_checkpoint(path):
-    """The checkpoint in a run folder, or in a file that sample.py exported, as a dict.
+    """The checkpoint in a run folder, or in a file of sample.py export, as a dict.
 
     Raises ValueError or OSError with one line. Nothing in the file is executed.
     """
-    path = Path(path)
-    path = path / "checkpoint.pt" if path.is_dir() else path
+    path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} not found; expected a folder written by train.py --out, "
                                 "or a file written by sample.py export")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        found = checkpoint["format"]
-        if found == FORMAT:
-            checkpoint["config"] = Config(**checkpoint["config"])
-            check(checkpoint["config"])
-            known = {"model", "ema", "commit", "data"} <= checkpoint.keys()
-            if not known or checkpoint["stage"] not in Run.STAGES or checkpoint["step"] < 0:
-                raise KeyError
+        if checkpoint["format"] != FORMAT:
+            raise ValueError(f"format {checkpoint['format']}; this version reads {FORMAT}")
+        checkpoint["config"] = Config(**checkpoint["config"])
+        check(checkpoint["config"])
+        known = {"model", "ema", "commit", "data"} <= checkpoint.keys()
+        if not known or checkpoint["stage"] not in Run.STAGES or checkpoint["step"] < 0:
+            raise KeyError
     except Exception as error:  # torch.load raises whatever a damaged or foreign file provokes
-        reason = getattr(error, "strerror", None) or type(error).__name__
-        raise ValueError(f"{path} is not a checkpoint of train.py ({reason}); expected format "
-                         f"{FORMAT}. Train a new run") from None
-    if found != FORMAT:
-        raise ValueError(f"{path} has format {found}; this version reads {FORMAT}. Train a new run")
+        reason = error if type(error) is ValueError else type(error).__name__
+        reason = getattr(error, "strerror", None) or reason
+        raise ValueError(f"{path} is not a checkpoint for train.py: {reason}. Train a new run"
+                         ) from None
     return checkpoint
 
 
@@ -614,45 +587,36 @@ def load_run(path, device="cpu"):
     """A trained run for use, from its folder or from a file of sample.py export.
 
     Returns an EncDiff with averaged weights in float32, in eval mode; its Config; and a dict:
-    scores (of metrics.json, or {}), step, commit, data (identity of the dataset) and folder (Path
+    scores (of metrics.json, or {}), step, commit, data (the dataset's identity) and folder (Path
     for pictures). Raises ValueError or OSError with one line if there is no trained model.
     """
-    checkpoint, folder = load_checkpoint(path), Path(path)
+    checkpoint, path = load_checkpoint(path), Path(path)
     if checkpoint["stage"] == "first stage":
         raise ValueError(f"{path} has not finished its first stage; "
                          f"go on with: python train.py --resume {path}")
     model = build_model(checkpoint["config"])
     # abar_T is too small for the half precision that a file may have: it comes from the config.
     known = {"alpha_bar": model.alpha_bar}
-    restore(model, {**checkpoint["model"], **checkpoint["ema"], **known}, path)
-    scores = checkpoint.get("scores", {})
-    if folder.is_file():
-        folder = Path()
-    elif (folder / "metrics.json").exists():
-        try:
-            scores = json.loads((folder / "metrics.json").read_text())
-        except ValueError:
-            raise ValueError(f"{folder / 'metrics.json'} is damaged; expected what train.py wrote. "
-                             f"Make it anew with: python train.py --resume {folder}") from None
+    restore(model, (checkpoint["model"], checkpoint["ema"], known), path)
     about = {name: checkpoint[name] for name in ("step", "commit", "data")}
-    about.update(scores=scores, folder=folder)
+    about.update(scores=checkpoint.get("scores", {}), folder=path if path.is_dir() else Path())
+    if (path / "metrics.json").is_file():
+        try:
+            about["scores"] = json.loads((path / "metrics.json").read_text())
+        except ValueError:
+            raise ValueError(f"{path / 'metrics.json'} is damaged; expected what train.py wrote. "
+                             f"Make it anew with: python train.py --resume {path}") from None
     return model.to(device).eval().requires_grad_(False), checkpoint["config"], about
 
 
-def restore(module, state, path):
-    """module.load_state_dict, with a ValueError of one line if names or shapes do not fit."""
+def restore(module, states, path):
+    """load_state_dict of these, joined; ValueError of one line if names or shapes do not fit."""
     try:
-        module.load_state_dict(state)
+        module.load_state_dict({k: v for state in states for k, v in state.items()})
     except Exception as error:  # whatever a foreign file provokes
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
         raise ValueError(f"the weights in {path} do not fit the config: {reason}. "
                          f"Train a new run") from None
-
-
-def borrow_first_stage(config, model):
-    """Copy the first stage of the run config.first_stage into the model: ablations share one."""
-    lender, *_ = load_run(config.first_stage)
-    restore(model.first_stage, lender.first_stage.state_dict(), config.first_stage)
 
 
 def commit():
@@ -684,62 +648,48 @@ class Run:
         self.identity, self.rows = identity or {}, list(rows)  # of the dataset; of log.csv
         self.stop = False  # set by a signal; the step under way is finished first
         self.began = self.saved = time.monotonic()
-        self.commit, self.tflop = commit(), {}
-        self.handlers, self.database = {}, None
+        self.commit, self.tflop, self.lock = commit(), {}, None
 
     def __enter__(self):
-        try:
-            if self.machine.main:
-                self.take_folder()
-            if threading.current_thread() is threading.main_thread():  # others get no signals
-                for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
-                    number = getattr(signal, name, None)
-                    if number and signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
-                        self.handlers[number] = signal.signal(number, self.ask_to_stop)
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *_):
-        self.release_signals()
-        if self.database:
-            self.database.close()
-
-    def take_folder(self):
-        """Make the folder and lock it. Raises OSError or ValueError if that cannot be."""
-        try:
+        """Take the folder, or raise ValueError (it is in use) or OSError (it cannot be written)."""
+        if not self.machine.main:
+            return self
+        with contextlib.suppress(OSError):  # why it cannot be made is said when we write below
             self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OSError(f"cannot make the run folder {self.folder}: {error.strerror}; "
-                          f"choose another --out") from None
-        note = ""
         try:  # a database's lock goes with its process, however that ends, on every system
-            self.database = sqlite3.connect(self.folder / "lock", timeout=0)
-            self.database.execute("BEGIN EXCLUSIVE")
+            self.lock = sqlite3.connect(self.folder / "lock", timeout=0)
+            self.lock.execute("BEGIN EXCLUSIVE")
         except sqlite3.Error as error:
             if "is locked" in str(error):
                 raise ValueError(f"{self.folder} is in use by another process; "
                                  f"wait for it or choose another --out") from None
-            note = (f"note: {self.folder} cannot be locked ({error}); see to it that no other "
-                    f"process writes there")
-        # If nothing can be written here, this is what says why.
-        self.write_json("config.json", dataclasses.asdict(self.config))
-        if note:
-            self.print(note)
+            self.write("lock.tmp", lambda file: None)  # says why if nothing can be written at all
+            (self.folder / "lock.tmp").unlink()  # some network file systems just have no locks
+            self.print(f"{self.folder} cannot be locked ({error}): nothing else may write there")
+        return self
 
-    def ask_to_stop(self, *_):
-        self.stop = True
+    def __exit__(self, *_):
+        if self.lock:
+            self.lock.close()
 
-    def release_signals(self):
-        """From here on Ctrl-C ends the program at once."""
-        while self.handlers:
-            number, handler = self.handlers.popitem()
-            signal.signal(number, handler or signal.SIG_DFL)
+    @contextlib.contextmanager
+    def stoppable(self):
+        """Within, a signal lets the step finish; then all is saved, and Stopped is raised."""
+        old, names = {}, ("SIGINT", "SIGTERM", "SIGHUP")  # Ctrl-C, kill, a closed terminal
+        if threading.current_thread() is threading.main_thread():  # other threads get no signals
+            for number in (getattr(signal, name) for name in names if hasattr(signal, name)):
+                if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                    old[number] = signal.signal(number, lambda *_: setattr(self, "stop", True))
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler or signal.SIG_DFL)
 
     def introduce(self, dataset, model):
         """Say what is trained with what, and count what that costs."""
         config, machine = self.config, self.machine
+        self.write_json("config.json", dataclasses.asdict(config))
         self.print(f"{dataset}\n{machine.kind}, {config.precision}, {torch.get_num_threads()} "
                    f"threads, {machine.world} process{'es' * (machine.world > 1)}")
         for name, part in [("first stage", model.first_stage), ("encoder", model.encoder),
@@ -756,10 +706,10 @@ class Run:
             self.save(stage, 0, module, optimizer, average)
             return 0
         self.print(f"resumed at step {checkpoint['step']} of the {stage}")
-        restore(module, checkpoint.pop("model"), self.folder)  # pop: to hold the weights but once
-        restore(optimizer, checkpoint.pop("optimizer"), self.folder)
+        restore(module, [checkpoint.pop("model")], self.folder)  # pop: to hold the weights but once
+        restore(optimizer, [checkpoint.pop("optimizer")], self.folder)
         if average is not None:
-            restore(average, {**module.state_dict(), **checkpoint.pop("ema")}, self.folder)
+            restore(average, [module.state_dict(), checkpoint.pop("ema")], self.folder)
         return checkpoint["step"]
 
     def write(self, name, save):
@@ -779,12 +729,12 @@ class Run:
 
     def checkpoint(self, stage, step, *state):
         """Save if it is time to. If asked to stop: save, and raise Stopped."""
-        stop = self.machine.any(self.stop)
+        stop = self.machine.mean(float(self.stop)) > 0  # in any process
         if stop or time.monotonic() - self.saved > CHECKPOINT_SECONDS:
             self.save(stage, step, *state)
         if stop:
             raise Stopped(f"stopped after step {step} of the {stage}; go on with: "
-                          f"python train.py --resume {self.folder}" * self.machine.main)
+                          f"python train.py --resume {self.folder}")
 
     def log(self, **row):
         """Add a row to log.csv. The rows are in the checkpoint too, so a resumed log has no gap."""
@@ -804,45 +754,41 @@ class Run:
         """rows: image tensors (K, 3, S, S) in [-1, 1] -> one PNG, a row of K images each."""
         wide = [torch.cat(list(row), dim=2) for row in rows]  # (K, 3, S, S) -> (3, S, K*S)
         picture = to_bytes(torch.cat(wide, dim=1)).permute(1, 2, 0)  # -> (rows*S, K*S, 3)
-        if self.machine.main:
-            (self.folder / name).parent.mkdir(exist_ok=True)
         self.write(name, lambda file: Image.fromarray(picture.numpy()).save(file, "PNG"))
 
     def gif(self):
-        """progress.gif: the swap pictures of all quick looks and of the end, one after the other."""
+        """progress.gif: the swap pictures of all quick looks and of the end, one after the other.
+        """
         frames = []
         for path in sorted((self.folder / "progress").glob("*.png")):
-            picture = Image.open(path).convert("RGB")
-            picture.thumbnail((704, 704))
-            frame = Image.new("RGB", (picture.width, picture.height + 14), "white")
-            frame.paste(picture, (0, 14))
+            frame = ImageOps.expand(Image.open(path), (0, 14, 0, 0), "white")  # room at the top
             ImageDraw.Draw(frame).text((3, 1), f"step {int(path.stem):,}", "black")
+            frame.thumbnail((704, 704))
             frames.append(frame)
-        if len(frames) < 2:  # without quick looks there is nothing to compare
-            return
-        # A GIF takes about a byte a pixel: fewer frames, evenly chosen, keep it below 2 MB.
-        most = max(2, 1_500_000 // (frames[0].width * frames[0].height))
-        if len(frames) > most:
-            frames = [frames[round(i)] for i in np.linspace(0, len(frames) - 1, most)]
-        times = [800] * (len(frames) - 1) + [2500]  # milliseconds
-        self.write("progress.gif", lambda file: frames[0].save(
-            file, "GIF", save_all=True, append_images=frames[1:], duration=times, loop=0))
+        # A GIF takes about a byte a pixel: where all frames exceed 1.5 MB, take every second, ...
+        pixels = sum(frame.width * frame.height for frame in frames)
+        frames = frames[::-(1 + pixels // 1_500_000)][::-1]  # always with the last
+        if len(frames) > 1:
+            options = dict(duration=[800] * (len(frames) - 1) + [2500], loop=0)  # milliseconds
+            self.write("progress.gif", lambda file: frames[0].save(
+                file, "GIF", save_all=True, append_images=frames[1:], **options))
 
     def finish(self, scores):
         """metrics.json, progress.gif and the last lines of a run."""
         self.gif()
         total = sum(self.tflop.values())
-        about = {"config": dataclasses.asdict(self.config), "commit": self.commit, "tflop": total}
-        self.write_json("metrics.json", {**about, **scores})
+        self.write_json("metrics.json", {"config": dataclasses.asdict(self.config),
+                                         "commit": self.commit, "tflop": total, **scores})
         for name, value in scores.items():
             if isinstance(value, float):
                 self.print(f"{name:24s} {value:.3f}")
-        if scores.get("note"):
-            self.print(scores["note"])
         parts = " + ".join(f"{tflop:,.1f} ({stage})" for stage, tflop in self.tflop.items())
-        self.print(f"compute: {total:,.1f} TFLOP = {parts}")
-        self.print(f"done in {(time.monotonic() - self.began) / 60:.0f} minutes; weights, scores "
-                   f"and pictures are in {self.folder}\nnext: python sample.py swap {self.folder}")
+        for text in (scores.get("note"), f"compute: {total:,.1f} TFLOP = {parts}",
+                     f"done in {(time.monotonic() - self.began) / 60:.0f} minutes; weights, scores "
+                     f"and pictures are in {self.folder}",
+                     f"next: python sample.py swap {self.folder}"):
+            if text:
+                self.print(text)
 
 
 def to_float(images):
@@ -855,10 +801,7 @@ def to_bytes(images):
     return ((images.cpu() + 1) * 127.5).round().clamp(0, 255).byte()
 
 
-# The command line
-
 RANGES = {"0 or more": lambda v: 0 <= v < math.inf, "1 or more": lambda v: 1 <= v < math.inf,
-          "2 or more": lambda v: 2 <= v < math.inf,
           "above 0": lambda v: 0 < v < math.inf, "0 to below 1": lambda v: 0 <= v < 1,
           "each 1 or more": lambda v: v and min(v) >= 1}
 
@@ -886,8 +829,9 @@ def check(config):
             (all(c.channels * m % c.heads == 0 for m in c.multipliers), "heads",
              f"a divisor of the widths {[c.channels * m for m in c.multipliers]}"),
             (c.size % (factor * 2 ** (levels - 1)) == 0, "multipliers",
-             f"{levels} levels to halve the latent's side of {c.size / factor:g} without remainder"),
-            (left > 0, "timesteps", f"fewer: {c.schedule} leaves no signal at the end"),
+             f"{levels} levels that halve the latent's side of {c.size / factor:g} evenly"),
+            (c.timesteps > 1 and left > 0, "timesteps",
+             f"2 or more, but so few that {c.schedule} leaves some signal at the end"),
             (c.vq_steps or c.first_stage, "vq_steps", "1 or more, or a run with --first-stage"),
             (c.conditioning == "cross" or c.decoder == "diffusion", "decoder",
              "diffusion with --conditioning adagn: the direct decoder attends to the tokens"),
@@ -917,50 +861,46 @@ def one_line_errors():
         text = "out of memory; try a smaller --batch" if memory else " ".join(str(error).split())
         say(f"error: {text}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt as stop:
-        stopped = isinstance(stop, Stopped)
-        text = str(stop) if stopped else "interrupted; nothing half-written is left"
-        if text:  # under torchrun the main process speaks for all
-            say(text, file=sys.stderr)
+    except Stopped as stop:
+        say(str(stop), file=sys.stderr)
         sys.exit(130)
+    except KeyboardInterrupt:
+        say("interrupted; nothing half-written is left", file=sys.stderr)
+        sys.exit(130)
+    finally:
+        say("", end="")  # flushes what argparse printed, also into a closed pipe
 
 
 def make_parser():
     parser = Parser("train.py", description="Train EncDiff: first stage, joint training, scores.")
-    parser.add_argument("--preset", choices=PRESETS, help="set of values for all other flags; "
+    parser.add_argument("--preset", choices=PRESETS, help="set of values for the flags below; "
                         "small (default): for two CPU cores; paper: the paper's, for a GPU")
-    parser.add_argument("--out", metavar="FOLDER",
-                        help="folder of a new run (default: runs/PRESET-SEED)")
-    parser.add_argument("--resume", metavar="FOLDER", help="go on with the run in this folder")
+    parser.add_argument("--out", help="folder of a new run (default: runs/PRESET-SEED)")
+    parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
     parser.add_argument("--device", choices=("cuda", "mps", "cpu"),
                         help="where to compute (default: the best that is here)")
+    show = lambda v: " ".join(map(str, v)) if isinstance(v, tuple) else (
+        f"{v:.4g}" if isinstance(v, float) else v)
     for f in dataclasses.fields(Config):
-        kind, allowed = type(f.default), f.metadata["allowed"]
-        text = f.metadata["help"] + (f", {allowed}" if isinstance(allowed, str) else "")
-        if f.name in SMALL:
-            text += f" (small {show(SMALL[f.name])}, paper {show(f.default)})"
-        elif f.default != "":
-            text += f" (default {show(f.default)})"
-        options = dict(dest=f.name, default=argparse.SUPPRESS, help=text.replace("%", "%%"))
+        kind, allowed, text = type(f.default), f.metadata["allowed"], f.metadata["help"]
+        options = dict(type=kind, metavar={str: "PATH", int: "N", float: "X"}.get(kind))
         if kind is bool:
-            options.update(action=argparse.BooleanOptionalAction)
+            options = dict(action=argparse.BooleanOptionalAction)
         elif kind is tuple:
-            options.update(type=int, nargs="+", metavar="N")
-        elif isinstance(allowed, (tuple, dict)):
-            options.update(type=kind, choices=tuple(allowed))
-        else:
-            options.update(type=kind, metavar={str: "PATH", int: "N", float: "X"}[kind])
-        parser.add_argument("--" + f.name.replace("_", "-"), **options)
+            options = dict(type=int, nargs="+", metavar="N")
+        elif allowed and allowed not in list(RANGES):
+            options = dict(type=kind, choices=tuple(allowed))
+        text += f", {allowed}" if isinstance(allowed, str) else ""
+        if f.name in SMALL:
+            text += f" (small: {show(SMALL[f.name])}, paper: {show(f.default)})"
+        elif f.default != "":
+            text += f" (default: {show(f.default)})"
+        parser.add_argument("--" + f.name.replace("_", "-"), dest=f.name, help=text,
+                            default=argparse.SUPPRESS, **options)
     return parser
 
 
-def show(value):
-    return {True: "on", False: "off"}[value] if isinstance(value, bool) else (
-        " ".join(map(str, value)) if isinstance(value, tuple) else
-        f"{value:.3g}" if isinstance(value, float) else str(value))
-
-
-# What may change when a run is resumed: it decides where and how well a run goes on, not what it is.
+# What may change when a run is resumed: where and how well it goes on, not what it is.
 CHANGEABLE = ("data", "cache", "precision", "steps", "lr", "lr_decay", "score_every")
 
 
@@ -968,18 +908,16 @@ def parse(arguments):
     """-> (Config, run folder, checkpoint to go on from or None, device or None)."""
     given = vars(make_parser().parse_args(arguments))
     preset, out, resume, device = (given.pop(k) for k in ("preset", "out", "resume", "device"))
-    for name in ("data", "cache", "first_stage"):  # to be found from any working directory
-        if given.get(name):
-            given[name] = os.path.abspath(os.path.expanduser(given[name]))
+    for name in {"data", "cache", "first_stage"} & given.keys():  # found from any working directory
+        given[name] = given[name] and os.path.abspath(os.path.expanduser(given[name]))
     if not resume:
         preset = preset or "small"
         config = Config(**{**PRESETS[preset], **given})
         check(config)
         say(f"preset {preset}")
         return config, Path(out or f"runs/{preset}-{config.seed}"), None, device
-    if out or preset or Path(resume).is_file():
-        raise ValueError("--resume takes folder and preset from the run; expected the run's "
-                         "folder, no --out and no --preset")
+    need(not (out or preset), "resume", resume, "no --out and no --preset beside it")
+    need(not Path(resume).is_file(), "resume", resume, "the folder of a run")
     checkpoint = load_checkpoint(resume)
     saved = dataclasses.asdict(checkpoint["config"])
     config = Config(**{**saved, **given})
@@ -987,28 +925,12 @@ def parse(arguments):
     wanted = dataclasses.asdict(config)
     changed = [f"{name} {saved[name]} -> {wanted[name]}" for name in given
                if wanted[name] != saved[name] and name not in CHANGEABLE]
-    if changed:
-        raise ValueError(f"{resume} was started with other values: {', '.join(changed)}; only "
-                         f"{', '.join(CHANGEABLE)} may change. Train a new run with --out")
-    if "steps" in given and checkpoint["stage"] == "joint training":
+    need(not changed, "resume", resume, f"no other values ({', '.join(changed)}): of all flags "
+         f"only {', '.join(CHANGEABLE)} may change. Train a new run with --out")
+    if checkpoint["stage"] == "joint training" and "steps" in given:
         need(config.steps >= checkpoint["step"], "steps", config.steps,
              f"{checkpoint['step']} or more, as many as {resume} has done")
     return config, Path(resume), checkpoint, device
-
-
-def same_data(dataset, config, checkpoint, folder):
-    """Raises ValueError unless the dataset is the one that the run was started with.
-
-    Its content decides, not its path: files are moved and renamed.
-    """
-    here, there = dict(dataset.identity), dict(checkpoint["data"])
-    if not config.data and not checkpoint["config"].data:  # rendered: last bits vary with machines
-        here.pop("digest", None), there.pop("digest", None)
-    other = [name for name in there if json.dumps(here.get(name)) != json.dumps(there[name])]
-    if other:
-        raise ValueError(f"{dataset.name} is not the dataset that {folder} was started with: "
-                         + ", ".join(f"{k} {here.get(k)} instead of {there[k]}" for k in other)
-                         + ". Give that one with --data")
 
 
 RUNNING = threading.Lock()  # torch has one random generator: two runs at once would share it
@@ -1024,6 +946,10 @@ def main(arguments=()):
         raise ValueError("train.main is at work in another thread; expected one run a process")
     try:
         config, folder, checkpoint, device = parse([str(word) for word in arguments])
+        if config.first_stage and not checkpoint:
+            kind = load_run(config.first_stage)[1].autoencoder
+            need(kind == config.autoencoder, "autoencoder", config.autoencoder,
+                 f"{kind}, the kind of {config.first_stage}")
         machine = Machine(device)
         if config.precision == "auto":
             config = dataclasses.replace(
@@ -1032,18 +958,16 @@ def main(arguments=()):
                             ("autoencoder", FIRST_STAGE[config.autoencoder]["batch"])]:
             need(batch % machine.world == 0, name, getattr(config, name),
                  f"images a step, here {batch}, that {machine.world} processes can share")
-        if not checkpoint and (folder / "checkpoint.pt").exists():
-            raise ValueError(f"{folder} already holds a run; expected a new folder with --out, "
-                             f"or --resume {folder}")
-        if checkpoint and config.data and not Path(config.data).exists():
-            raise FileNotFoundError(f"{config.data}, the dataset of {folder}, is not there; say "
-                                    f"with --data where it is now")
+        need(checkpoint or not (folder / "checkpoint.pt").exists(), "out", folder,
+             f"a folder that holds no run yet, or --resume {folder}")
+        need(not checkpoint or not config.data or Path(config.data).exists(), "data", config.data,
+             f"the place where the dataset of {folder} is now: nothing is found there")
         dataset = machine.main_first(
             lambda: data.open_dataset(config.data or None, config.size, config.cache or None))
-        if checkpoint:
-            same_data(dataset, config, checkpoint, folder)
-        rows = checkpoint["log"] if checkpoint else ()
-        with Run(folder, config, machine, dataset.identity, rows) as run:
+        here, there = dataset.identity, checkpoint["data"] if checkpoint else {}
+        other = [f"{k} {there[k]}, not {here.get(k)}" for k in there if there[k] != here.get(k)]
+        need(not other, "data", dataset.name, f"the dataset of {folder}: {'; '.join(other)}")
+        with Run(folder, config, machine, here, checkpoint["log"] if checkpoint else ()) as run:
             work(run, dataset, checkpoint)
     finally:
         RUNNING.release()
