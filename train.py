@@ -10,8 +10,7 @@ IDEA      Two stages. (1) The autoencoder of vq.py learns to compress images; it
           batch, its timesteps and its noise, so they do what one process would do up to the order
           of summation, but for dropout, which draws other masks, and BatchNorm, which sees a share.
           What is scored, drawn and shipped is the moving average (EMA) of the weights.
-DIFFERS   The paper's learning rate and batch are kept in the preset `paper`; how long its first
-          stage was trained is not said there: 10,000 steps are our choice. `small` is ours.
+DIFFERS   How long the first stage was trained the paper does not say: 10,000 steps are our choice.
           The moving average starts fast and slows down, so that a short run is not scored on its
           initialisation. The last weights are scored, never the best: labels would leak in.
 TRY       python train.py --steps 50 --vq-steps 250 --out runs/try   ->   a run in two minutes
@@ -91,8 +90,7 @@ class Config:
     self_attention: bool = field(True, "attention among positions, beside that to the tokens")
     conditioning: str = field("cross", "how tokens reach the U-Net: by cross-attention, or by "
                               "scale and shift of its norms", ("cross", "adagn"))
-    decoder: str = field("diffusion", "what draws an image; direct: in one pass, without noise",
-                         ("diffusion", "direct"))
+    decoder: str = field("diffusion", "direct: one pass without noise", ("diffusion", "direct"))
     schedule: str = field("cosine", "noise schedule", encdiff.SCHEDULES)
     timesteps: int = field(1000, "diffusion timesteps, T", "1 or more")
     regularizer: str = field("none", "constraint on the codes, Table 11", encdiff.REGULARIZERS)
@@ -117,9 +115,8 @@ class Config:
 # than 16x16. Less width, no attention among positions, a lighter encoder, a higher learning rate
 # that decays. In the first third of the steps low noise is more frequent: there form pays too.
 SMALL = dict(vq_steps=8_000, autoencoder="linear", encoder="cnn_bn", token_dim=16, channels=48,
-             multipliers=(1, 2), blocks=1, heads=4, dropout=0.0, self_attention=False,
-             low_noise_first=1 / 3, steps=9_000, lr=1e-3, lr_decay=0.4, ema=0.999,
-             score_every=1_500)
+             multipliers=(1, 2), blocks=1, heads=4, dropout=0.0, self_attention=False, ema=0.999,
+             low_noise_first=1 / 3, steps=9_000, lr=1e-3, lr_decay=0.4, score_every=1_500)
 PRESETS = {"small": SMALL, "paper": {}}
 
 # How each kind of vq.KINDS is trained: images a step, learning rate, weight of the squared error
@@ -130,7 +127,6 @@ FIRST_STAGE = {"deep": dict(batch=64, lr=1e-3, squared=0.0, encoder_steps=0),
 LR_WARMUP = 100  # steps in which a learning rate rises from 0, as Adam's averages are then young
 ENCODER_WIDTH = 64  # the paper's; the authors' code has 128 for the lighter encoder
 WEIGHT_DECAY, CLIP = 0.01, 1.0  # AdamW's default; the largest norm of a gradient
-LOG_EVERY = 100  # steps between two lines of log.csv
 
 
 def build_model(config):
@@ -289,8 +285,8 @@ def score(run, dataset, model, train, test, mapped=False):
     mapped: also score the tokens of the scalars, through PCA (Table 9). Returns a dict for
     metrics.json; its "note" says why a score is missing, if one is.
     """
-    generator = torch.Generator().manual_seed(run.config.seed)
     train, test = min(train, len(dataset) * 2 // 3), min(test, len(dataset) // 3)
+    generator = torch.Generator().manual_seed(run.config.seed)
     # Without repetition: no image may be in DCI's training and test samples.
     indices = torch.randperm(len(dataset), generator=generator)[:train + test]
     options = dict(seed=run.config.seed, dci_train=train, dci_test=test)
@@ -299,8 +295,8 @@ def score(run, dataset, model, train, test, mapped=False):
             return {"note": "the dataset has no labels: nothing is scored"}
         codes = encode(model, dataset, indices, run.machine.device)
         if dataset.attribute_names:
-            note = "attributes are no factors: they are scored by TAD, not by FactorVAE and DCI"
-            return {"note": note, **metrics.tad(codes, dataset.attributes(indices))}
+            return {"note": "attributes are scored by TAD, not by FactorVAE score and DCI",
+                    **metrics.tad(codes, dataset.attributes(indices))}
         scores = metrics.evaluate(codes, dataset.factors(indices), **options)
         if mapped and codes.ndim == 2:
             tokens = model.tokens(codes.to(run.machine.device)).cpu()  # (n, N) -> (n, N, d)
@@ -313,7 +309,7 @@ def score(run, dataset, model, train, test, mapped=False):
 
 def work(run, dataset, checkpoint):
     """All of a run from its checkpoint, or from nothing, to the scores."""
-    config, machine = run.config, run.machine
+    config = run.config
     torch.manual_seed(config.seed)
     model = build_model(config)
     run.introduce(dataset, model)
@@ -325,11 +321,11 @@ def work(run, dataset, checkpoint):
             train_first_stage(run, dataset, model, checkpoint)
             checkpoint = None
         average = train_jointly(run, dataset, model, checkpoint)
-    if machine.main:
+    if run.machine.main:
         scores = score(run, dataset, average, 10_000, 5_000, mapped=True)
         pictures(run, dataset, average, config.steps)
         run.finish(scores)
-    machine.wait()
+    run.machine.wait()
 
 
 # ---- Machinery: pictures, device, run folder, flags. Skip on first reading. ---------------------
@@ -363,18 +359,15 @@ def pictures(run, dataset, model, step):
     swapped = codes[:1].repeat(N, *[1] * (codes.ndim - 1))  # N copies of the source's codes
     swapped[range(N), range(N)] = codes[1]
     swapped = model.sample(model.tokens(swapped), noise=noise[:1].repeat(N, 1, 1, 1))
-    row = list(images[:2]) + list(swapped)
+    row = [*images[:2], *swapped]
     row += [torch.ones_like(images[0])] * (-len(row) % 11)
-    rows = [row[i:i + 11] for i in range(0, len(row), 11)]
     for name in ("swap.png", f"progress/{step:07d}.png"):
-        run.png(name, rows)
+        run.png(name, [row[i:i + 11] for i in range(0, len(row), 11)])
 
 
 def step_flops(config):
-    """{stage: floating-point operations of one of its steps}, all processes together.
-
-    Counted by torch for one image, forward and backward, a multiply-add as two; times the batch.
-    """
+    """{stage: floating-point operations of one of its steps}, all processes together: as torch
+    counts them for one image, forward and backward, a multiply-add as two, times the batch."""
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
         model, counts = build_model(config).train(), []
         first = vq.FirstStageLoss(model.first_stage).requires_grad_(True)
@@ -402,7 +395,7 @@ class Progress:
             config = self.run.config
             advice = " --precision fp32" * (config.precision == "bf16")
             advice += f" --lr {config.lr / 3:.1g}" * (self.stage == "joint training")
-            advice = f"--resume {self.run.folder}{advice}" if advice else "--seed N, another one"
+            advice = f"--resume {self.run.folder}{advice}" if advice else "--seed 1, or another"
             raise ValueError(f"loss {loss:.4g} and gradient norm {norm} in step {step + 1} of the "
                              f"{self.stage}; the last good checkpoint is kept. Try: "
                              f"python train.py {advice}")
@@ -440,11 +433,9 @@ def devices():
 
 
 def keep_memory():
-    """Make glibc keep the memory that tensors leave; where there is another libc, do nothing.
-
-    By default it maps each large tensor anew and gives it back at once, and the system then hands
-    out zeroed pages of 4 kB one by one, in every step again.
-    """
+    """Make glibc keep the memory that tensors leave; where there is another libc, do nothing."""
+    # By default it gives the memory of each large tensor back at once, and the system then hands
+    # out zeroed pages of 4 kB one by one, in every step again.
     with contextlib.suppress(AttributeError, OSError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
         for option in ((-4, 0), (-1, -1), (-8, 1)):  # no mmap, no trimming, one heap: see malloc.h
@@ -515,6 +506,7 @@ class Machine:
 
 FORMAT = 4  # of checkpoint.pt; to be raised when its contents change
 CHECKPOINT_SECONDS = 120
+LOG_EVERY = 100  # steps between two lines of log.csv
 
 
 def say(text, file=None, **options):
@@ -534,9 +526,7 @@ def say(text, file=None, **options):
 
 def write_atomically(path, save):
     """save(file) to a temporary name, then rename: the file is the old or the new one, never half.
-
-    Raises OSError with one line if the disk is full or the folder is not writable.
-    """
+    Raises OSError with one line if the disk is full or the folder is not writable."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -559,9 +549,7 @@ def write_atomically(path, save):
 
 def load_checkpoint(path):
     """The checkpoint in a run folder, or in a file of sample.py export, as a dict.
-
-    Raises ValueError or OSError with one line. Nothing in the file is executed.
-    """
+    Raises ValueError or OSError with one line. Nothing in the file is executed."""
     path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} not found; expected a folder written by train.py --out, "
@@ -632,11 +620,9 @@ class Stopped(KeyboardInterrupt):
 
 
 class Run:
-    """A run folder that only this process writes, to be used in a `with`.
-
-    config.json, checkpoint.pt (everything needed to go on), log.csv, metrics.json and pictures.
-    In processes other than the main one all writing methods do nothing.
-    """
+    """A run folder that only this process writes, to be used in a `with`: config.json,
+    checkpoint.pt (everything needed to go on), log.csv, metrics.json and pictures.
+    In processes other than the main one all writing methods do nothing."""
 
     STAGES = ("first stage", "joint training")
     SCORES = ("factor_vae", "disentanglement", "completeness", "informativeness_test")
@@ -776,19 +762,16 @@ class Run:
     def finish(self, scores):
         """metrics.json, progress.gif and the last lines of a run."""
         self.gif()
-        total = sum(self.tflop.values())
+        total, minutes = sum(self.tflop.values()), (time.monotonic() - self.began) / 60
         self.write_json("metrics.json", {"config": dataclasses.asdict(self.config),
                                          "commit": self.commit, "tflop": total, **scores})
-        for name, value in scores.items():
-            if isinstance(value, float):
-                self.print(f"{name:24s} {value:.3f}")
+        lines = [f"{k:24s} {v:.3f}" for k, v in scores.items() if isinstance(v, float)]
+        lines += [scores["note"]] if scores.get("note") else []
         parts = " + ".join(f"{tflop:,.1f} ({stage})" for stage, tflop in self.tflop.items())
-        for text in (scores.get("note"), f"compute: {total:,.1f} TFLOP = {parts}",
-                     f"done in {(time.monotonic() - self.began) / 60:.0f} minutes; weights, scores "
-                     f"and pictures are in {self.folder}",
-                     f"next: python sample.py swap {self.folder}"):
-            if text:
-                self.print(text)
+        lines += [f"compute: {total:,.1f} TFLOP = {parts}",
+                  f"done in {minutes:.0f} minutes; weights, scores, pictures are in {self.folder}",
+                  f"next: python sample.py swap {self.folder}"]
+        self.print("\n".join(lines))
 
 
 def to_float(images):
