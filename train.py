@@ -943,6 +943,8 @@ def main(arguments=()):
                  f"images a step, here {batch}, that {machine.world} processes can share")
         need(checkpoint or not (folder / "checkpoint.pt").exists(), "out", folder,
              f"a folder that holds no run yet, or --resume {folder}")
+        need(not checkpoint or {"optimizer", "log"} <= checkpoint.keys(), "resume", folder,
+             "the folder of a run: what sample.py exported cannot go on")
         need(not checkpoint or not config.data or Path(config.data).exists(), "data", config.data,
              f"the place where the dataset of {folder} is now: nothing is found there")
         dataset = machine.main_first(
