@@ -306,10 +306,12 @@ class Toy:
         return self.pixels[indices]
 
 
-def train_on_toy(patch):
-    """train.main on the toy dataset, without scores."""
+def train_on_toy(patch, draw=False):
+    """train.main on the toy dataset, without scores and, unless draw, without pictures."""
     patch.setattr(data, "open_dataset", lambda *a, **k: Toy())
     patch.setattr(train, "score", lambda *a, **k: {})
+    if not draw:
+        patch.setattr(train, "pictures", lambda *a: None)
 
 
 @pytest.fixture
@@ -340,7 +342,7 @@ def resume(folder, **changes):
 def whole(tmp_path_factory):
     """A finished run, never interrupted; its files are for reading only."""
     with pytest.MonkeyPatch.context() as patch:
-        train_on_toy(patch)
+        train_on_toy(patch, draw=True)
         return make_run(tmp_path_factory.mktemp("runs") / "whole", score_every=6)
 
 
@@ -372,7 +374,8 @@ def signals(patch, numbers):
     return done
 
 
-def test_five_interruptions_leave_the_same_bits(toy, whole, folder, monkeypatch):
+def test_five_interruptions_leave_the_same_bits(whole, folder, monkeypatch):
+    train_on_toy(monkeypatch, draw=True)
     # In warm-up, rounding, the last of stage 1, stage 2 twice; Ctrl-C, kill, a closed terminal.
     ask = {3: signal.SIGINT, 7: signal.SIGTERM, 12: signal.SIGHUP, 17: signal.SIGINT,
            23: signal.SIGHUP}
@@ -390,7 +393,8 @@ def test_five_interruptions_leave_the_same_bits(toy, whole, folder, monkeypatch)
 
 
 def test_a_moved_run_goes_on_with_moved_data(whole, folder, monkeypatch):
-    monkeypatch.setattr(train, "score", lambda *a, **k: {})
+    for name in ("score", "pictures"):
+        monkeypatch.setattr(train, name, lambda *a, **k: {})
     for name, pixels in [("toy", Toy.pixels), ("other", Toy.pixels.flip(1))]:
         np.savez(f"{name}.npz", images=pixels.permute(0, 2, 3, 1).numpy())
     signals(monkeypatch, {17: signal.SIGINT})
@@ -417,8 +421,6 @@ def test_a_first_stage_can_be_borrowed_and_a_seed_matters(toy, whole, folder):
 
 def test_the_first_stages_encoder_stops_its_decoder_goes_on(toy, folder, monkeypatch):
     monkeypatch.setitem(train.FIRST_STAGE["tiny"], "encoder_steps", 6)
-    monkeypatch.setattr(train, "pictures", lambda *a: None)
-    monkeypatch.setattr(train.Run, "gif", lambda self: None)
     for name, steps in [("short", 20), ("long", 40)]:  # their learning rates part after step 8
         make_run(name, vq_steps=steps, steps=0)
     short, long = (train.load_run(name)[0].first_stage for name in ("short", "long"))
