@@ -205,6 +205,14 @@ class Dataset:
     def __len__(self):
         return self.count
 
+    @property
+    def identity(self):
+        """Shim until the branch of the datasets is merged: take that one's."""
+        some = np.arange(self.count)[::max(1, self.count // 64)]
+        digest = zlib.crc32(self.images(some).numpy().tobytes())
+        return {"count": self.count, "size": self.size, "factor_names": list(self.factor_names),
+                "factor_sizes": list(self.factor_sizes), "digest": f"{digest:08x}"}
+
     def __str__(self):
         labels = ", ".join(f"{n} {k}" for n, k in zip(self.factor_names, self.factor_sizes))
         labels = f"factors {labels}" if labels else "no factors"

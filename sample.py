@@ -129,7 +129,7 @@ class Trained:
 
     def __init__(self, args):
         self.folder, self.device = Path(args.run), train.Machine(args.device).device
-        self.model, c = train.load_run(self.folder, self.device)
+        self.model, c, _ = train.load_run(self.folder, self.device)
         self.config, self.samplers = c, choose_samplers(args, c)
         self.dataset = data.open_dataset(args.data or c.data or None, c.size, c.cache or None)
         torch.manual_seed(args.seed)  # only now: a seed shows the same images for every run
