@@ -23,6 +23,8 @@ TRY       python metrics.py              the trees, worked step by step on six n
           python metrics.py codes.npz    all factor scores of your own `codes` and `factors`
 """
 import argparse
+import os
+import sys
 from typing import NamedTuple
 
 import numpy as np
@@ -30,16 +32,15 @@ import torch
 import torch.nn.functional as F
 
 
-# ---- All scores of a table of codes ---------------------------------------------------------------
+# ---- All scores at once --------------------------------------------------------------------------
 
 def evaluate(codes, factors, seed=0, dci_train=10_000, dci_test=5_000):
     """All factor scores of a table of codes, as a dict that json.dump accepts.
 
     codes (n, N) or (n, N, d) finite, factors (n, F) integers. FactorVAE score and MIG use all n
     samples, DCI random ones: dci_train + dci_test of them, or two thirds and one third of fewer.
-    A score that cannot be computed is absent, the others are not; "note" says in one line what is
-    missing and why, "" if nothing is. A factor with one value only is left out of all scores, and
-    its column of `importance` is 0. ValueError: codes or factors are no such tables.
+    A score that cannot be computed is absent and takes no other with it; "note" says in one line
+    what is missing and why, "" if nothing is. ValueError: codes or factors are no such tables.
     """
     codes = scalar_codes(codes)
     factors = check_factors(factors, len(codes))
@@ -49,32 +50,22 @@ def evaluate(codes, factors, seed=0, dci_train=10_000, dci_test=5_000):
         dci_train, dci_test = len(codes) * 2 // 3, len(codes) - len(codes) * 2 // 3
     order = np.random.default_rng(seed).permutation(len(codes))
     train, test = order[:dci_train], order[dci_train:dci_train + dci_test]
-    scores = {"active_dims": int(active_codes(codes).sum()), "samples": len(codes),
+    scores = {"active_dims": int((codes.std(0) >= ACTIVE).sum()), "samples": len(codes),
               "dci_train": dci_train, "dci_test": dci_test, "seed": seed}
-    notes, known = [], set()
-    for where, table in (("all samples", factors), ("the samples DCI learns from", factors[train])):
-        constant = set(range(factors.shape[1])) - set(varying(table).tolist()) - known
-        if constant:
-            notes.append(f"left out, with one value in {where}: factors {sorted(constant)}")
-        known |= constant
-    try:
-        votes = factor_vae_votes(codes, factors, seed=seed)
-        scores |= {"factor_vae": votes["score"], "factor_vae_train": votes["train_score"]}
-        notes += [votes["note"]] if votes["note"] else []
-    except ValueError as error:
-        notes.append(f"no FactorVAE score: {error}")
-    try:
-        trees = dci(codes[train], factors[train], codes[test], factors[test], seed=seed)
-        scores |= trees | {"importance": trees["importance"].tolist()}
-        notes += [f"no {key}: there is one {what} only" for key, what in
-                  (("disentanglement", "factor"), ("completeness", "code")) if key not in trees]
-    except ValueError as error:
-        notes.append(f"no DCI: {error}")
-    try:
-        scores["mig"] = mig(codes, factors)
-    except ValueError as error:
-        notes.append(f"no MIG: {error}")
-    return scores | {"note": "; ".join(notes)}
+    names, notes = {"score": "factor_vae", "train_score": "factor_vae_train"}, []
+    for name, compute in (
+            ("FactorVAE score", lambda: factor_vae_votes(codes, factors, seed=seed)),
+            ("DCI", lambda: dci(codes[train], factors[train], codes[test], factors[test], seed)),
+            ("MIG", lambda: {"mig": mig(codes, factors)})):
+        try:
+            found = compute()
+        except ValueError as error:
+            found = {"note": f"no {name}: {error}"}
+        notes.append(found.pop("note", ""))
+        scores |= {names.get(key, key): value for key, value in found.items()}
+    if "importance" in scores:
+        scores["importance"] = scores["importance"].tolist()
+    return scores | {"note": "; ".join(filter(None, notes))}
 
 
 def as_numbers(array, name, whole=False):
@@ -112,11 +103,6 @@ def check_factors(factors, samples, name="factors"):
     return factors
 
 
-def varying(factors):
-    """The columns of factors (n, F) that have two values or more; the others ask nothing."""
-    return np.flatnonzero((factors != factors[:1]).any(0))
-
-
 def pca_tokens(codes, fit_on=None):
     """Vector-valued codes (n, N, d) -> (n, N): each token along its first principal axis.
 
@@ -150,42 +136,39 @@ def dci(train_codes, train_factors, test_codes, test_factors, seed=0):
     For each factor, boosted trees learn to read it from the codes; importance[i, j] says how much
     those of factor j used code i. D and C: 0 to 1; one code a factor scores 1, codes that know
     nothing about 0, one code for two equal factors D = 1 - log 2 / log F. Informativeness is
-    accuracy averaged over factors; chance is the mean of the largest class shares. A factor with one
-    value in train_factors is left out. D of one factor, C of one code are 0 / 0, so they are absent.
+    accuracy averaged over factors; chance is the mean of the largest class shares.
+    A factor with one value in train_factors is left out, its importance 0. D of a single factor,
+    C of a single code are 0 / 0, so absent. "note" says what is missing.
     """
     train_codes = check_codes(train_codes, "train_codes")
     test_codes = check_codes(test_codes, "test_codes")
     train_factors = check_factors(train_factors, len(train_codes), "train_factors")
     test_factors = check_factors(test_factors, len(test_codes), "test_factors")
     shapes = [table.shape[1:] for table in (train_codes, test_codes, train_factors, test_factors)]
-    if shapes[0] != shapes[1] or shapes[2] != shapes[3]:
+    learnt = np.flatnonzero(np.ptp(train_factors, axis=0))
+    if shapes[0] != shapes[1] or shapes[2] != shapes[3] or not len(learnt):
         raise ValueError(f"train_codes, test_codes, train_factors, test_factors have rows of "
-                         f"{shapes}; expected the same in both")
+                         f"{shapes}; expected the same in both, and a factor that varies")
     if train_codes.ndim == 3:
         train_codes, test_codes = pca_tokens(train_codes), pca_tokens(test_codes, train_codes)
-    learnt, right = varying(train_factors), []
-    if not len(learnt):
-        raise ValueError(f"no factor varies in the {len(train_codes)} training samples")
-    importance = np.zeros((train_codes.shape[1], train_factors.shape[1]))           # (N, F)
-    # The trees take steps of 0.1 ms: threads gain little, and lose much if a core has another job.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        for factor in learnt:
-            trees = fit_trees(train_codes, train_factors[:, factor], seed=seed)
-            importance[:, factor] = trees.importance
-            right.append([(predict(trees, codes) == factors[:, factor]).mean() for codes, factors
-                          in ((train_codes, train_factors), (test_codes, test_factors))])
-    finally:
-        torch.set_num_threads(threads)
+    importance, right = np.zeros((train_codes.shape[1], train_factors.shape[1])), []      # (N, F)
+    for j in learnt:
+        trees = fit_trees(train_codes, train_factors[:, j], seed=seed)
+        importance[:, j] = trees.importance
+        right.append(((predict(trees, train_codes) == train_factors[:, j]).mean(),
+                      (predict(trees, test_codes) == test_factors[:, j]).mean()))
     right = np.mean(right, axis=0)                                   # (learnt, 2) -> (2,)
     scores = {"informativeness_train": float(right[0]), "informativeness_test": float(right[1]),
               "importance": importance}
-    for name, table in (("disentanglement", importance[:, learnt]),
-                        ("completeness", importance[:, learnt].T)):
-        if table.shape[1] > 1:                                       # `focus` divides by its log
-            scores[name] = focus(table)
-    return scores
+    missing = [f"DCI leaves out factor {j}, which has one value in the training samples"
+               for j in range(shapes[2][0]) if j not in learnt]
+    for key, table in (("disentanglement", importance[:, learnt]),
+                       ("completeness", importance[:, learnt].T)):
+        if table.shape[1] > 1:
+            scores[key] = focus(table)
+        else:
+            missing.append(f"no {key}: it takes 2 {'factors' if key[0] == 'd' else 'codes'}")
+    return scores | {"note": "; ".join(missing)}
 
 
 def focus(importance):
@@ -216,73 +199,60 @@ def factor_vae_score(represent, dataset, pool=50_000, seed=0, **votes):
     return factor_vae_votes(np.concatenate(codes), dataset.factors(rows), seed=seed, **votes)
 
 
-def active_codes(codes, threshold=0.05):
-    """(N,): which codes of (n, N) vary at all, their std being at least `threshold`?
-
-    A dead code hardly varies, in a batch or at large: a ratio of two rounding errors could win
-    every vote. The threshold is absolute; a living code of a tiny scale must be scaled up first.
-    """
-    return codes.std(0) >= threshold
+# A dead code hardly varies, in a batch or at large: a ratio of two rounding errors could win every
+# vote. So a code takes part from this std on, an absolute number, as in disentanglement_lib: a
+# living code of a tiny scale must be scaled up first.
+ACTIVE = 0.05
 
 
-def factor_vae_votes(codes, factors, train_votes=10_000, eval_votes=5_000, batch=64,
-                     threshold=0.05, seed=0):
+def factor_vae_votes(codes, factors, train_votes=10_000, eval_votes=5_000, batch=64, seed=0):
     """FactorVAE score (Kim & Mnih, ICML 2018) of a table of codes (n, N) and factors (n, F).
 
     A vote: hold one factor fixed, let the others vary; which code varies least, relative to its
     spread over everything? A code belongs to the factor it got most training votes for; the score
     is the share of fresh votes that go where they belong. 0 to 1; one code a factor scores 1, codes
-    that know nothing about 1/F. The original encodes 64 new images a vote. The rows of a random
-    table that share a value are just such images: drawing 64 of them (with replacement) is as good
-    if the supply is. So a value with fewer than `batch` rows is never held, and a factor that has
-    no other takes no part; "note" names such factors. ValueError: no code is active, or fewer than
-    two factors take part (one factor would own every code and score 1).
+    that know nothing about 1/F. The original encodes 64 new images a vote; we draw 64 rows of the
+    table that share a value, with replacement. A value with fewer than `batch` rows is never held;
+    a factor without another, or with one value only, is left out; "note" says so. ValueError: no
+    active code, or fewer than two factors left (a single one would own every code and score 1).
     """
     codes = scalar_codes(codes)
     factors = check_factors(factors, len(codes))
-    active = active_codes(codes, threshold)
+    std = codes.std(0)                                               # (N,)
+    active = std >= ACTIVE
     if not active.any():
-        raise ValueError(f"no active code: the largest std is {codes.std(0).max():.3g}, and a code "
-                         f"is active from {threshold} on")
-    common = np.stack([frequent(labels, batch) for labels in factors.T], axis=1)    # (n, F)
-    taken = np.intersect1d(varying(factors), np.flatnonzero(common.any(0)))
-    if len(taken) < 2:
-        raise ValueError(f"it takes 2 factors that vary and have a value in {batch} rows or more, "
-                         f"{len(taken)} of {factors.shape[1]} do")
-    rng = np.random.default_rng(seed)
-    scaled = codes[:, active] / codes[:, active].std(0)              # (n, active)
-    train, fresh = (count_votes(scaled, factors[:, taken], common[:, taken], votes, batch, rng)
-                    for votes in (train_votes, eval_votes))          # (taken, active) each
+        raise ValueError(f"no active code: the largest std is {std.max():.3g} < {ACTIVE}")
+    groups = [group(labels, batch) for labels in factors.T]
+    used = [j for j, (held, _, _, count) in enumerate(groups) if len(held) and len(count) > 1]
+    if len(used) < 2:
+        raise ValueError(f"it takes 2 factors that vary and have a value in {batch} rows or more; "
+                         f"{len(used)} of {len(groups)} do")
+    rng, scaled = np.random.default_rng(seed), codes[:, active] / std[active]
+    train, fresh = (count_votes(scaled, [groups[j] for j in used], votes, batch, rng)
+                    for votes in (train_votes, eval_votes))          # (used, active) each
     owner = train.argmax(0), np.arange(train.shape[1])               # the factor of each code
-    rare = [f"{'some' if factor in taken else 'all'} of factor {factor}"
-            for factor in varying(factors) if not common[:, factor].all()]
-    note = (f"FactorVAE votes hold no value with fewer than {batch} rows: {', '.join(rare)}"
-            if rare else "")
+    notes = [f"FactorVAE votes leave out {'rare values of ' if j in used else ''}factor {j}"
+             for j, (held, *_) in enumerate(groups) if j not in used or len(held) < len(codes)]
     return {"score": float(fresh[owner].sum() / eval_votes),
             "train_score": float(train[owner].sum() / train_votes),
-            "active_dims": int(active.sum()), "note": note}
+            "active_dims": int(active.sum()), "note": "; ".join(notes)}
 
 
-def frequent(labels, least):
-    """(n,): is the row's label shared by `least` rows or more?"""
-    _, of_row, count = np.unique(labels, return_inverse=True, return_counts=True)
-    return count[of_row] >= least
+def group(labels, batch):
+    """The values (as indices) that may be held, as often as they occur, and how to find their rows:
+    value v has the rows[start[v]:start[v] + count[v]]."""
+    _, value, count = np.unique(labels, return_inverse=True, return_counts=True)
+    rows, start = np.argsort(value, kind="stable"), np.cumsum(count) - count
+    return value[count[value] >= batch], rows, start, count
 
 
-def count_votes(scaled, factors, common, votes, batch, rng):
-    """(F, codes): while factor f was held fixed, how often did code i vary least?
-
-    common (n, F): the rows whose value of the factor may be held.
-    """
-    table = np.zeros((factors.shape[1], scaled.shape[1]), dtype=np.int64)
+def count_votes(scaled, groups, votes, batch, rng):
+    """(F, codes): while factor f was held fixed, how often did code i vary least?"""
+    table = np.zeros((len(groups), scaled.shape[1]), dtype=np.int64)
     share = np.bincount(rng.integers(len(table), size=votes), minlength=len(table))
-    for factor, labels in enumerate(factors.T):
-        _, of_row, count = np.unique(labels, return_inverse=True, return_counts=True)
-        rows, start = np.argsort(of_row, kind="stable"), np.cumsum(count) - count
-        # A random row gives the value to hold; in parts of 500 votes, so that memory stays small.
-        may = of_row[common[:, factor]]
-        held = may[rng.integers(len(may), size=(share[factor], 1))]
-        for part in np.array_split(held, 1 + len(held) // 500):
+    for factor, (held, rows, start, count) in enumerate(groups):
+        value = held[rng.integers(len(held), size=(share[factor], 1))]
+        for part in np.array_split(value, 1 + len(value) // 500):    # parts, to save memory
             pick = (rng.random((len(part), batch)) * count[part]).astype(np.int64)
             members = scaled[rows[start[part] + pick]]               # (votes, batch, codes)
             stillest = members.var(axis=1, ddof=1).argmin(1)         # -> (votes, codes) -> (votes,)
@@ -309,13 +279,14 @@ def mig(codes, factors, bins=20):
     codes = scalar_codes(codes)
     factors = check_factors(factors, len(codes))
     n, N = codes.shape
-    if N < 2 or not len(varying(factors)):
+    factors = factors[:, np.ptp(factors, axis=0) > 0]
+    if N < 2 or factors.size == 0:
         raise ValueError("it compares two codes, and needs a factor that varies")
     width = np.ptp(codes, axis=0)
     width[width == 0] = 1                                            # a constant code: one bin
     binned = ((codes - codes.min(0)) / width * bins).astype(np.int64).clip(max=bins - 1)   # (n, N)
     gaps = []
-    for labels in factors[:, varying(factors)].T:
+    for labels in factors.T:
         _, label, count = np.unique(labels, return_inverse=True, return_counts=True)
         K, prior = len(count), count / n
         cell = (np.arange(N) * bins + binned) * K + label[:, None]   # (n, N)
@@ -423,11 +394,17 @@ def load_lpips(alexnet_file, linear_file):
     linear = [f"lin{level}.model.1.weight" for level in range(len(ALEXNET))]
     weights = {}
     for path, keys in ((alexnet_file, convolutions), (linear_file, linear)):
-        stored = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            stored = torch.load(path, map_location="cpu", weights_only=True)
+        except OSError:
+            raise
+        except Exception:  # torch's words advise unsafe loading
+            raise ValueError(f"{path} is no file of weights: a git-lfs pointer, perhaps, or cut "
+                             f"short") from None
         missing = [key for key in keys if key not in stored]
         if missing:
-            raise ValueError(f"{path} has no {missing[0]}; expected first AlexNet, then the linear "
-                             f"weights: are the two files in this order?")
+            raise ValueError(f"{path} has no {missing[0]}; expected AlexNet's weights first, then "
+                             f"the linear ones: are the two files in this order?")
         weights |= {key: stored[key].float() for key in keys}
     return weights
 
@@ -476,24 +453,22 @@ def frechet_distance(feats_a, feats_b):
     return float((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
 
 
-def inception_features(images, inception_file, batch=64):
-    """uint8 images (n, 3, H, W) -> features (n, 2048), by the network of StyleGAN's metrics.
+def fid(images_a, images_b, inception_file, batch=64):
+    """FID (Heusel et al., NeurIPS 2017) of two sets of uint8 images (n, 3, H, W) and (m, 3, H, W).
 
     inception_file: NVIDIA's TorchScript inception-2015-12-05.pt, which resizes the images itself.
-    TorchScript is a program: run only a file you trust.
+    TorchScript is a program: run only a file you trust. The paper takes 10,000 images a side.
     """
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"images are {images.dtype} of shape {tuple(images.shape)}; "
-                         f"expected uint8 (n, 3, H, W)")
-    network = torch.jit.load(inception_file, map_location=images.device).eval()
-    with torch.no_grad():
-        return torch.cat([network(part, return_features=True) for part in images.split(batch)])
-
-
-def fid(images_a, images_b, inception_file):
-    """FID (Heusel et al., NeurIPS 2017) of two uint8 sets; the paper takes 10,000 images a side."""
-    return frechet_distance(inception_features(images_a, inception_file),
-                            inception_features(images_b, inception_file))
+    feats = []
+    for images in (images_a, images_b):
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images are {images.dtype} of shape {tuple(images.shape)}; "
+                             f"expected uint8 (n, 3, H, W)")
+        network = torch.jit.load(inception_file, map_location=images.device).eval()
+        with torch.no_grad():
+            feats.append(torch.cat([network(part, return_features=True)      # (batch, 2048)
+                                    for part in images.split(batch)]))
+    return frechet_distance(*feats)
 
 
 # ---- The trees behind DCI: gradient boosting, written out ----------------------------------------
@@ -524,139 +499,105 @@ def fid(images_a, images_b, inception_file):
 #
 # This is scikit-learn's GradientBoostingClassifier with its defaults (2 samples to split, 1 in a
 # leaf, all samples and codes for each tree, friedman_mse, c midway between two values, ties
-# between codes broken at random), but for step 3: of more than 1,000 values of a code we try
-# 1,000 cuts, as evenly filled as can be, as all histogram trees do (LightGBM tries 255).
+# between codes broken at random).
 
 
 class Trees(NamedTuple):
     """Fitted trees: what `predict` needs, and what each code was worth to them."""
     classes: np.ndarray           # (K,) the labels
-    start: torch.Tensor           # (trees, 1) first scores; K trees a round, or 1 if K = 2
-    rounds: list                  # for each round: levels [(code, c) of each node], leaves' steps
+    start: np.ndarray             # first scores: K of them, or 1 if K = 2
+    rounds: list                  # for each round one tree a score: (code, c, tree if <= c, tree if
+    #                               not), or at a leaf the step
     importance: np.ndarray        # (N,) sums to 1, or all 0 if no code could be split
 
 
-def fit_trees(codes, labels, rounds=100, rate=0.1, depth=3, bins=1000, seed=0):
+def fit_trees(codes, labels, rounds=100, rate=0.1, depth=3, seed=0):
     """Boosted trees that read labels (n,) from codes (n, N)."""
     classes, label = np.unique(labels, return_inverse=True)
-    n, K = len(codes), len(classes)
-    order, generator = sort_codes(codes, bins), torch.Generator().manual_seed(seed)
-    codes = torch.as_tensor(codes, dtype=torch.float64)
-    target = F.one_hot(torch.from_numpy(label), K).T.double()        # (n, K) -> (K, n)
-    start = target.mean(1, keepdim=True).log()
+    columns, K = np.ascontiguousarray(codes.T, dtype=np.float64), len(classes)      # (N, n)
+    order = columns.argsort(axis=1, kind="stable")                   # (N, n): samples by each code
+    # Two samples with equal codes cannot be parted. Most codes have none, which saves much time.
+    tied = np.flatnonzero([len(np.unique(column)) < len(column) for column in columns])
+    used, rng = np.zeros(len(columns)), np.random.default_rng(seed)  # used (N,): the gains so far
+
+    def grow(r, order, depth):
+        """The tree for some m samples; order (N, m) has them sorted by each of the codes."""
+        if depth and order.shape[1] > 1:
+            gain, code, c = best_split(r, order, columns, tied, rng)
+            if gain > 0:
+                used[code] += gain
+                if depth == 1:
+                    order = order[:1]                                # a leaf needs no sorting
+                left = (columns[code] <= c)[order]                   # keeps each row sorted
+                return (code, c, grow(r, order[left].reshape(len(order), -1), depth - 1),
+                        grow(r, order[~left].reshape(len(order), -1), depth - 1))
+        r = r[order[0]]
+        curve = (abs(r) * (1 - abs(r))).sum()
+        return newton * r.sum() / curve if curve > 1e-150 else 0.0
+
+    target = (label == np.arange(K)[:, None]).astype(np.float64)     # (K, n)
+    start = np.log(target.mean(1))
     if K == 2:
         target, start = target[1:], start[1:] - start[:1]            # one row: log odds of class 1
-    leaves, newton = len(start) * 2 ** depth, 1 if K == 2 else (K - 1) / K
-    scores, done, used = start, [], torch.zeros(codes.shape[1], dtype=torch.float64)
+    newton = rate * (1 if K == 2 else (K - 1) / K)
+    scores, done = np.repeat(start[:, None], len(codes), axis=1), []
     for _ in range(rounds):
-        residual = target - (scores.sigmoid() if K == 2 else scores.softmax(0))     # (trees, n)
-        levels, leaf = grow(residual.float(), codes, order, generator, depth, used)
-        leaf, r = leaf.T.flatten(), residual.flatten()               # (n, trees) -> (trees * n,)
-        slope = torch.bincount(leaf, r, minlength=leaves)
-        curve = torch.bincount(leaf, r.abs() * (1 - r.abs()), minlength=leaves)
-        step = rate * newton * torch.where(curve > 1e-150, slope / curve, 0.0)     # 0: empty leaf
-        scores = scores + look_up(step, leaf).view(-1, n)            # (trees * n,) -> (trees, n)
-        done.append((levels, step))
-    importance = used / used.sum() if used.sum() > 0 else used
-    return Trees(classes, start, done, importance.numpy())
+        residual = target - probabilities(scores)
+        done.append([grow(r, order, depth) for r in residual])
+        scores += [look_up(tree, columns) for tree in done[-1]]
+    return Trees(classes, start, done, used / used.sum() if used.sum() > 0 else used)
 
 
 def predict(trees, codes):
     """codes (n, N) -> the likeliest label of each sample (n,)."""
-    codes, scores = torch.as_tensor(codes, dtype=torch.float64), trees.start
-    roots = torch.arange(len(trees.start)).expand(len(codes), -1)    # (trees,) -> (n, trees)
-    for levels, step in trees.rounds:
-        at = roots
-        for code, c in levels:
-            at = children(codes, at, code, c)
-        scores = scores + look_up(step, at).T                        # (n, trees) -> (trees, n)
-    return trees.classes[(scores[0] > 0).long() if len(scores) == 1 else scores.argmax(0)]
+    columns = np.ascontiguousarray(codes.T)
+    scores = np.repeat(trees.start[:, None], len(codes), axis=1)
+    for forest in trees.rounds:
+        scores += [look_up(tree, columns) for tree in forest]
+    return trees.classes[scores.argmax(0) if len(scores) > 1 else (scores[0] > 0).astype(int)]
 
 
-def grow(residual, codes, order, generator, depth, used):
-    """One tree for each row of residual (trees, n), all at once, level by level.
+def probabilities(scores):
+    """Sigmoid of a single row of scores (1, n), softmax over the rows of several."""
+    if len(scores) == 1:
+        return np.exp(-np.logaddexp(0, -scores))                     # 1 / (1 + e^-score)
+    e = np.exp(scores - scores.max(0))
+    return e / e.sum(0)
 
-    returns levels [(code, c) of each node], leaf of each sample (n, trees); adds gains to used (N,)
+
+def look_up(tree, columns):
+    """The step that a tree gives each of the samples, columns (N, n)."""
+    if not isinstance(tree, tuple):
+        return np.full(columns.shape[1], tree)
+    code, c, low, high = tree
+    return np.where(columns[code] <= c, look_up(low, columns), look_up(high, columns))
+
+
+def best_split(r, order, columns, tied, rng):
+    """The best question of a node: its gain (-1: there is none), and code <= c.
+
+    r (n,) residuals; order (N, m) the node's samples sorted by each code. All m - 1 cuts of all N
+    codes are tried at once: the running sum of r is what lies left of a cut.
     """
-    trees, n = residual.shape
-    at, levels = torch.arange(trees).expand(n, trees), []            # (trees,) -> (n, trees)
-    for level in range(depth):
-        nodes = trees * 2 ** level
-        table = torch.zeros(n, 2 * nodes)                            # see best_splits
-        table.scatter_(1, at, residual.T).scatter_(1, nodes + at, 1.0)       # from (n, trees)
-        gain, code, c = best_splits(table, order, generator)
-        used.index_add_(0, code, gain.clamp(min=0).double())
-        at = children(codes, at, code, c)
-        levels.append((code, c))
-    return levels, at
-
-
-def children(codes, at, code, c):
-    """One level down. at (n, trees) is each sample's node, numbered tree after tree."""
-    right = codes.gather(1, look_up(code, at)) > look_up(c, at)      # (n, trees)
-    return 2 * at + right                                            # node i: 2i (<=), 2i + 1 (>)
-
-
-def look_up(table, index):
-    """table[index] for a flat table; index_select is the fastest way to it."""
-    return table.index_select(0, index.flatten()).view(index.shape)  # (M,) -> (index.shape)
-
-
-def sort_codes(codes, bins):
-    """codes (n, N) -> the cuts to try: order (N, n), starts (N, E), cuts (N, E), E bins at most.
-
-    order   the samples by increasing code
-    starts  where in this order each bin begins: from one cut to the next
-    cuts    the c of the question "is the code <= c?" at the end of each bin; infinity after the last
-    """
-    n, starts, cuts = len(codes), [], []
-    for column in codes.T:
-        values, count = np.unique(column, return_counts=True)
-        upto = np.cumsum(count)                                      # samples <= each value
-        # A cut follows each value, or, if there are more than `bins`, the value at which another
-        # n / bins samples are complete, and it goes before each value that fills a bin alone.
-        full = np.diff(upto * bins // n, prepend=0) > 0
-        full |= np.append(count[1:] > n / bins, False)
-        last = np.flatnonzero(full[:-1] | (len(values) <= bins))     # the last value of each bin
-        below, above = values[last], values[last + 1]
-        c = below / 2 + above / 2
-        c = np.where(c < above, c, below)                            # floats with none in between
-        starts.append(torch.from_numpy(np.append(0, upto[last])))
-        cuts.append(torch.from_numpy(np.append(c, np.inf)))
-    pad = torch.nn.utils.rnn.pad_sequence
-    return (torch.from_numpy(codes.argsort(axis=0, kind="stable").T.copy()),     # (n, N) -> (N, n)
-            pad(starts, True, padding_value=n), pad(cuts, True, padding_value=np.inf))
-
-
-def best_splits(table, order, generator):
-    """The best question of each node: its gain (-1: there is none), and code <= c.
-
-    table (n, 2 nodes), a row a sample: its residual in column j and a 1 in column nodes + j if it
-    is in node j, otherwise 0.
-    """
-    gain, cut = [], []
-    for rows, starts, cuts in zip(*order):                           # one code at a time
-        sums = F.embedding_bag(rows, table, starts, mode="sum")      # rows of a bin -> (E, 2 nodes)
-        left_sum, left_count = sums.cumsum(0).chunk(2, dim=1)        # what lies left of each cut
-        best, at = gains(left_sum, left_count, left_sum[-1], left_count[-1]).max(0)     # (nodes,)
-        gain.append(best)
-        cut.append(cuts[at])
+    m, sums = order.shape[1], r[order].cumsum(axis=1)                # (N, m)
+    gain = gains(sums[:, :-1], np.arange(1, m), sums[:, -1:], m)     # (N, m - 1)
+    x = np.take_along_axis(columns[tied], order[tied], axis=1)
+    gain[tied] = np.where(x[:, 1:] > x[:, :-1], gain[tied], -1)
+    at = gain.argmax(axis=1)                                         # (N,)
     # Equal codes gain equally; first come, first served would give one of them all the importance.
-    # scikit-learn asks the codes in random order; we add noise just above the rounding of float32.
-    gain = torch.stack(gain)                                         # (N, nodes)
-    gain, code = (gain * (1 + 1e-6 * torch.rand(gain.shape, generator=generator))).max(0)
-    cut = torch.stack(cut).gather(0, code[None])[0]                  # (1, nodes) -> (nodes,)
-    return gain, code, torch.where(gain < 0, torch.inf, cut)         # no cut: all go left
+    # scikit-learn asks the codes in random order; we add noise just above the rounding of float64.
+    best = gain[np.arange(len(gain)), at] * (1 + 1e-12 * rng.random(len(gain)))
+    code = best.argmax()
+    below, above = columns[code, order[code, at[code]:at[code] + 2]]
+    c = below / 2 + above / 2
+    return best[code], code, c if c < above else below               # no float may lie in between
 
 
 def gains(left_sum, left_count, total, count):
-    """Gain of each cut from what lies left of it; -1 where a side is empty (a division by 0).
-
-    With s of k samples on the left and S of n in all,
-    k (n-k) / n (s/k - (S-s)/(n-k))^2  =  (s n - S k)^2 / (n k (n-k)).
-    """
-    shrink = (left_sum * count - total * left_count).square()
-    return (shrink / (count * left_count * (count - left_count))).nan_to_num(-1.0, posinf=-1.0)
+    """Gain of each cut from what lies left of it. With s of k samples there and S of n in all,
+    k (n-k) / n (s/k - (S-s)/(n-k))^2  =  (s - S k/n)^2 n / (k (n-k))."""
+    share = count / (left_count * (count - left_count))
+    return (left_sum - total * (left_count / count)) ** 2 * share
 
 
 # ---- python metrics.py ---------------------------------------------------------------------------
@@ -668,25 +609,25 @@ def worked_example():
 
     codes, labels = np.arange(1.0, 7.0)[:, None], np.array([0, 0, 0, 1, 0, 1])
     trees = fit_trees(codes, labels, rounds=1, depth=1)
-    (((_, c),), step), start = trees.rounds[0], trees.start[0]
-    r = torch.from_numpy(labels) - start.sigmoid()
-    leaf = torch.from_numpy(codes[:, 0] > c.item()).long()
+    ((_, c, *steps),), p = trees.rounds[0], probabilities(trees.start[None])[0]      # p (1,)
+    r = labels - p
+    after = trees.start + np.where(codes[:, 0] <= c, *steps)
     print(f"{'':30}{'computed':44}by hand")
     show("  code", codes[:, 0], "1 2 3 4 5 6")
     show("  label", labels, "0 0 0 1 0 1")
-    show("1 p at the start", start.sigmoid().expand(6), "1/3 1/3 1/3 1/3 1/3 1/3")
+    show("1 p at the start", p.repeat(6), "1/3 1/3 1/3 1/3 1/3 1/3")
     show("2 residual r = label - p", r, "-1/3 -1/3 -1/3 2/3 -1/3 2/3")
-    show("3 gain of a cut after 1 ... 5", gains(r.cumsum(0), torch.arange(1, 7), r.sum(), 6)[:5],
+    show("3 gain of a cut after 1 ... 5", gains(r.cumsum()[:5], np.arange(1, 6), r.sum(), 6),
          "2/15 1/3 2/3 1/12 8/15")
-    show("4 the best question: code <=", c, "7/2")
-    show("5 step of left and right leaf", step, "-3/20 3/20")
-    show("  p after this round", (start + step[leaf]).sigmoid(), ".301 .301 .301 .367 .367 .367")
+    show("4 the best question: code <=", [c], "7/2")
+    show("5 step of left and right leaf", steps, "-3/20 3/20")
+    show("  p after this round", probabilities(after[None])[0], ".301 .301 .301 .367 .367 .367")
     show("  label by 100 rounds, depth 3", predict(fit_trees(codes, labels), codes), "0 0 0 1 0 1")
 
 
 def read_table(path):
     """The arrays `codes` and `factors` of an .npz file."""
-    found = None
+    found = "no arrays"
     try:
         with np.load(path) as table:
             found = table.files
@@ -694,8 +635,26 @@ def read_table(path):
     except OSError:
         raise
     except Exception:  # a dozen kinds, whose words are for programmers or advise unsafe loading
-        raise ValueError(f"{path} has {found or 'no arrays'}, or is damaged; expected codes and "
-                         f"factors, numbers: np.savez(path, codes=c, factors=f)") from None
+        raise ValueError(f"{path} has {found}, or is damaged; expected codes and factors, "
+                         f"numbers: np.savez(path, codes=c, factors=f)") from None
+
+
+def report(scores):
+    """One line a score, what is missing, and the importances."""
+    for name, key, remark in (
+            ("FactorVAE score", "factor_vae", f"{scores['active_dims']} active codes"),
+            ("disentanglement", "disentanglement", "the paper's DCI"),
+            ("completeness", "completeness", ""),
+            ("informativeness", "informativeness_test", f"on {scores['dci_test']} new samples"),
+            ("MIG", "mig", "")):
+        if key in scores:
+            print(f"{name:<16} {scores[key]:7.4f}  {remark}".rstrip())
+    if scores["note"]:
+        print("note:", scores["note"])
+    if "importance" in scores:
+        print("importance of each code (row) for each factor (column)")
+        for code, row in enumerate(scores["importance"]):
+            print(f"{code:4d} " + "".join(f"{value:6.2f}" for value in row))
 
 
 def main(arguments=None):
@@ -703,25 +662,19 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description="Scores a table of codes, or explains the trees.")
     parser.add_argument("file", nargs="?", help=".npz of codes (n, N) or (n, N, d), factors (n, F)")
     parser.add_argument("--train", type=int, default=10_000, help="samples the trees learn from")
-    parser.add_argument("--test", type=int, default=5_000, help="more samples, to test them on")
-    parser.add_argument("--seed", type=int, default=0, help="of the votes, the split and the ties")
+    parser.add_argument("--test", type=int, default=5_000, help="more samples, to test the trees")
+    parser.add_argument("--seed", type=int, default=0, help="seed of votes, split and ties")
     options = parser.parse_args(arguments)
-    if options.file is None:
-        return worked_example()
     try:
-        scores = evaluate(*read_table(options.file), options.seed, options.train, options.test)
+        if options.file is None:
+            worked_example()
+        else:
+            report(evaluate(*read_table(options.file), options.seed, options.train, options.test))
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head -1` has read enough; nothing is left to flush at the exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, ValueError) as error:
         parser.exit(2, f"metrics.py: {error}\n")
-    for name, key, note in (
-            ("FactorVAE score", "factor_vae", scores["factor_vae_note"]),
-            ("disentanglement", "disentanglement", "the paper's DCI"),
-            ("completeness", "completeness", ""),
-            ("informativeness", "informativeness_test", f"on {options.test} new samples"),
-            ("MIG", "mig", "")):
-        print(f"{name:<16} {scores[key]:7.4f}  {note}".rstrip())
-    print("importance of each code (row) for each factor (column)")
-    for code, row in enumerate(scores["importance"]):
-        print(f"{code:4d} " + "".join(f"{value:6.2f}" for value in row))
 
 
 if __name__ == "__main__":
