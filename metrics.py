@@ -516,21 +516,22 @@ def fit_trees(codes, labels, rounds=100, rate=0.1, depth=3, seed=0):
     classes, label = np.unique(labels, return_inverse=True)
     columns, K = np.ascontiguousarray(codes.T, dtype=np.float64), len(classes)      # (N, n)
     order = columns.argsort(axis=1, kind="stable")                   # (N, n): samples by each code
-    # Two samples with equal codes cannot be parted. Most codes have none, which saves much time.
-    tied = np.flatnonzero([len(np.unique(column)) < len(column) for column in columns])
+    rank = np.stack([np.unique(column, return_inverse=True)[1] for column in columns])
+    rank = rank.astype(np.float32) if rank.max(1).min() < len(codes) - 1 else None  # no equal codes
     used, rng = np.zeros(len(columns)), np.random.default_rng(seed)  # used (N,): the gains so far
 
     def grow(r, order, depth):
         """The tree for some m samples; order (N, m) has them sorted by each of the codes."""
         if depth and order.shape[1] > 1:
-            gain, code, c = best_split(r, order, columns, tied, rng)
+            gain, code, c = best_split(r, order, columns, rank, rng)
             if gain > 0:
                 used[code] += gain
                 if depth == 1:
                     order = order[:1]                                # a leaf needs no sorting
-                left = (columns[code] <= c)[order]                   # keeps each row sorted
-                return (code, c, grow(r, order[left].reshape(len(order), -1), depth - 1),
-                        grow(r, order[~left].reshape(len(order), -1), depth - 1))
+                left = (columns[code] <= c).take(order)              # (N, m); rows stay sorted
+                halves = [order.compress(side.ravel()).reshape(len(order), -1)
+                          for side in (left, ~left)]                 # (N, m) -> (N, m_left), ...
+                return (code, c, *(grow(r, half, depth - 1) for half in halves))
         r = r[order[0]]
         curve = (abs(r) * (1 - abs(r))).sum()
         return newton * r.sum() / curve if curve > 1e-150 else 0.0
@@ -573,20 +574,23 @@ def look_up(tree, columns):
     return np.where(columns[code] <= c, look_up(low, columns), look_up(high, columns))
 
 
-def best_split(r, order, columns, tied, rng):
-    """The best question of a node: its gain (-1: there is none), and code <= c.
+def best_split(r, order, columns, rank, rng):
+    """The best question of a node: its gain (0: there is none), and code <= c.
 
     r (n,) residuals; order (N, m) the node's samples sorted by each code. All m - 1 cuts of all N
-    codes are tried at once: the running sum of r is what lies left of a cut.
+    codes are tried: the running sum of r is what lies left of a cut. In float32, twice as fast.
     """
-    m, sums = order.shape[1], r[order].cumsum(axis=1)                # (N, m)
-    gain = gains(sums[:, :-1], np.arange(1, m), sums[:, -1:], m)     # (N, m - 1)
-    x = np.take_along_axis(columns[tied], order[tied], axis=1)
-    gain[tied] = np.where(x[:, 1:] > x[:, :-1], gain[tied], -1)
+    (N, m), n = order.shape, len(r)
+    sums = r.astype(np.float32).take(order).cumsum(axis=1)           # (N, m)
+    left_count = np.arange(1, m, dtype=np.float32)
+    gain = gains(sums[:, :-1], left_count, sums[:, -1:], m)          # (N, m - 1)
+    if rank is not None:                                             # equal codes cannot be parted
+        here = rank.take(order + np.arange(0, N * n, n)[:, None])
+        gain *= here[:, 1:] > here[:, :-1]
     at = gain.argmax(axis=1)                                         # (N,)
     # Equal codes gain equally; first come, first served would give one of them all the importance.
-    # scikit-learn asks the codes in random order; we add noise just above the rounding of float64.
-    best = gain[np.arange(len(gain)), at] * (1 + 1e-12 * rng.random(len(gain)))
+    # scikit-learn asks the codes in random order; we add noise just above the rounding of float32.
+    best = gain[np.arange(N), at] * (1 + 1e-6 * rng.random(N))
     code = best.argmax()
     below, above = columns[code, order[code, at[code]:at[code] + 2]]
     c = below / 2 + above / 2
