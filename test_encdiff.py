@@ -719,7 +719,7 @@ def all_combinations(*sizes):
     return np.stack(np.unravel_index(np.arange(np.prod(sizes)), sizes), axis=1)
 
 
-def test_metrics_worked_example_computes_what_was_found_by_hand(capsys):
+def test_metrics_worked_example_is_what_was_found_by_hand(capsys):
     import fractions
 
     metrics.main([])
@@ -734,16 +734,33 @@ def test_metrics_worked_example_computes_what_was_found_by_hand(capsys):
 def test_metrics_leaves_take_a_tenth_of_a_newton_step():
     label = np.arange(3).repeat(5)                            # r = 2/3 or -1/3 before round one
     trees = metrics.fit_trees(label[:, None] * 1.0, label, rounds=1)
-    step = trees.rounds[0][1]
-    assert step.max().item() == pytest.approx(0.1 * (3 - 1) / 3 * (2 / 3) / (2 / 3 * 1 / 3))
-    assert step.min().item() == pytest.approx(0.1 * (3 - 1) / 3 * (-1 / 3) / (1 / 3 * 2 / 3))
+    step = metrics.look_up(trees.rounds[0][0], label[None])   # of the tree for class 0
+    assert step[:5] == pytest.approx(0.1 * (3 - 1) / 3 * (2 / 3) / (2 / 3 * 1 / 3))
+    assert step[5:] == pytest.approx(0.1 * (3 - 1) / 3 * (-1 / 3) / (1 / 3 * 2 / 3))
     between = np.array([[-9], [0.49], [0.51], [1.49], [1.51], [9]])       # thresholds lie midway
     assert metrics.predict(trees, between).tolist() == [0, 0, 1, 1, 2, 2]
     close = 1 + np.spacing(1.0) * np.array([[1], [2]])        # floats with none in between
     assert metrics.predict(metrics.fit_trees(close, [0, 1]), close).tolist() == [0, 1]
 
 
-def test_metrics_trees_agree_with_scikit_learn_and_see_only_the_order_of_values():
+def test_metrics_splits_are_the_best_of_all():
+    codes, factors = table_of_codes(60)
+    label = factors[:, 1]
+    r = label - label.mean()                                  # before round one, see the example
+    for rows in (np.arange(60), np.flatnonzero(codes[:, 0] > 2)):
+        x, y = codes[rows], r[rows]
+        order = rows[x.argsort(axis=0).T]
+        rank = np.stack([np.unique(column, return_inverse=True)[1] for column in codes.T])
+        gain, code, c = metrics.best_split(r, order, codes.T, rank, np.random.default_rng(0))
+        shrink = {(i, cut): y.var() * len(y) - sum(part.var() * len(part) for part in
+                                                   (y[x[:, i] <= cut], y[x[:, i] > cut]))
+                  for i in range(5) for cut in np.unique(x[:, i])[:-1]}
+        best = max(shrink, key=shrink.get)
+        assert gain == pytest.approx(shrink[best], rel=1e-4) and code == best[0] and c >= best[1]
+        assert (x[:, code] <= c).sum() == (x[:, code] <= best[1]).sum()
+
+
+def test_metrics_trees_agree_with_scikit_learn_and_see_only_order():
     # scikit-learn 1.9.1: GradientBoostingClassifier(random_state=0).fit on
     # codes[:400], factors[:400, j]; feature_importances_ of each factor j as a column
     importance = np.array([[0.9758, 0.0009, 0.0], [0.0098, 0.5304, 0.0], [0.0071, 0.3358, 0.0],
@@ -757,22 +774,6 @@ def test_metrics_trees_agree_with_scikit_learn_and_see_only_the_order_of_values(
         assert scores["completeness"] == pytest.approx(metrics.focus(importance.T), abs=0.01)
         assert scores["informativeness_train"] == 1.0
         assert scores["informativeness_test"] == pytest.approx(0.9667, abs=0.01)
-
-
-def test_metrics_trees_look_at_every_cut_where_it_matters():
-    # The histogram alone gives the first code 0.928, a search without the nodes' ends 0.932.
-    # scikit-learn 1.9.1, GradientBoostingClassifier(random_state=0).fit(codes, label): 0.9368.
-    rng = np.random.default_rng(0)
-    label, codes = rng.integers(0, 8, 3000), rng.normal(size=(3000, 5))
-    codes[:, 0] = label + 0.4 * codes[:, 0]
-    assert metrics.fit_trees(codes, label).importance[0] == pytest.approx(0.9368, abs=0.003)
-    ordered = np.sort(codes[:, 1])
-    for place in (700, 1501, 2222, 2345):                     # one step is found where it is
-        trees = metrics.fit_trees(codes, codes[:, 1] > ordered[place], rounds=1, depth=1)
-        [(code, c)], _ = trees.rounds[0]
-        assert code == 1 and ordered[place] <= c < ordered[place + 1]
-    codes[:1500] = 0                                          # a value that fills many bins
-    assert metrics.sort_codes(torch.from_numpy(codes))[-1] <= 2 * 3000 / 256
 
 
 def test_metrics_dci_closed_forms():
@@ -795,7 +796,7 @@ def test_metrics_dci_closed_forms():
     assert metrics.focus(np.array([[3.0, 3.0], [0.0, 2.0]])) == pytest.approx(2 / 8)
 
 
-def test_metrics_factor_vae_knows_perfect_dead_and_ignorant_codes():
+def test_metrics_factor_vae_of_perfect_and_ignorant_codes():
     rng = np.random.default_rng(0)
     factors = all_combinations(4, 3, 5, 2).repeat(10, axis=0)
 
@@ -805,25 +806,10 @@ def test_metrics_factor_vae_knows_perfect_dead_and_ignorant_codes():
     # A code that is constant but for rounding has the smallest variance ratio in some batches.
     dead = 1e-9 * (rng.random((len(factors), 1)) < 0.01)
     perfect = votes(np.concatenate([factors, dead], axis=1))
-    assert perfect["score"] == perfect["train_score"] == 1 and perfect["active_dims"] == 4
-    none = votes(np.zeros((1200, 3)))
-    assert none["score"] == 0 and none["active_dims"] == 0 and "no code is active" in none["note"]
+    assert perfect == {"score": 1, "train_score": 1, "active_dims": 4, "note": ""}
     ignorant = votes(rng.normal(size=(1200, 6)))
     assert ignorant["score"] == pytest.approx(1 / 4, abs=0.06)
     assert ignorant["train_score"] > ignorant["score"]       # chance favours the votes learnt from
-
-
-class Combinations:
-    """A dataset whose images are their factors."""
-    factor_names, sizes = ("a", "b", "c", "d"), (9, 8, 6, 5)
-
-    def __len__(self):
-        return 9 * 8 * 6 * 5
-
-    def factors(self, indices):
-        return torch.from_numpy(all_combinations(*self.sizes)[indices])
-
-    images = factors
 
 
 def represent_mixed(factors):
@@ -832,21 +818,25 @@ def represent_mixed(factors):
     return torch.stack([a + 0.9 * b, b + 0.8 * c, (a * d + c) / 2, 0.7 * d + c, a * b, 0 * a], 1)
 
 
-def test_metrics_factor_vae_from_a_pool_is_the_protocol_that_encodes_every_image():
-    dataset, rng, votes = Combinations(), np.random.default_rng(1), np.zeros((2, 4, 5), dtype=int)
-    everything = represent_mixed(dataset.images(np.arange(len(dataset))))[:, :5]
+def test_metrics_factor_vae_from_a_pool_is_the_original_protocol():
+    everything = torch.from_numpy(all_combinations(9, 8, 6, 5))
+    rng, votes = np.random.default_rng(1), np.zeros((2, 4, 5), dtype=int)
+    spread = represent_mixed(everything)[:, :5].var(0)
     for part, fixed in [(p, f) for p in (0, 1) for f in rng.integers(4, size=1500)]:
-        factors = np.stack([rng.integers(k, size=64) for k in dataset.sizes], axis=1)
-        factors[:, fixed] = factors[0, fixed]                            # 64 new images a vote
+        factors = rng.integers([9, 8, 6, 5], size=(64, 4))               # 64 new images a vote
+        factors[:, fixed] = factors[0, fixed]
         codes = represent_mixed(torch.from_numpy(factors))[:, :5]
-        votes[part, fixed, (codes.var(0) / everything.var(0)).argmin()] += 1
+        votes[part, fixed, (codes.var(0) / spread).argmin()] += 1
     expected = votes[1][votes[0].argmax(0), np.arange(5)].sum() / 1500
-    score = metrics.factor_vae_score(represent_mixed, dataset, pool=1000)
+
+    class Images(list):
+        images = factors = everything.__getitem__                        # images are their factors
+    score = metrics.factor_vae_score(represent_mixed, Images(everything), pool=1000)
     assert 0.4 < expected < 0.9 and score["active_dims"] == 5
     assert score["score"] == pytest.approx(expected, abs=0.04)
 
 
-def test_metrics_vector_codes_are_read_along_their_principal_axis():
+def test_metrics_vector_codes_are_read_along_their_main_axis():
     codes, factors = table_of_codes()
     rng = np.random.default_rng(1)
     axes = rng.normal(size=(5, 4))
@@ -874,7 +864,7 @@ def test_metrics_mig_closed_forms():
     assert metrics.mig(codes, bit[:, None]) == pytest.approx(1 - entropy / np.log(2))
 
 
-def test_metrics_tad_equals_its_definition_spelled_out():
+def test_metrics_tad_equals_its_definition():
     rng = np.random.default_rng(0)
     yes = rng.random((300, 5)) < [0.5, 0.3, 0.5, 0.2, 0.5]
     yes[:, 2] = yes[:, 0] ^ (rng.random(300) < 0.02)         # nearly a copy: both drop out
@@ -957,20 +947,23 @@ def test_metrics_frechet_distance_equals_its_definition(tmp_path):
     assert distance == pytest.approx(2 * 50 ** 2, rel=1e-4)
 
 
-def test_metrics_evaluate_gives_one_table_for_json_and_for_the_command_line(tmp_path, capsys):
+def test_metrics_evaluate_is_one_table_for_json_and_the_command_line(tmp_path, capsys):
     codes, factors = table_of_codes()
     scores = metrics.evaluate(torch.from_numpy(codes), torch.from_numpy(factors), 3, 300, 200)
     assert scores == json.loads(json.dumps(scores)) and np.shape(scores["importance"]) == (5, 3)
-    order = np.random.default_rng(3).permutation(600)
-    train, test = order[:300], order[300:500]
+    train, test, _ = np.split(np.random.default_rng(3).permutation(600), [300, 500])
     alone = metrics.dci(codes[train], factors[train], codes[test], factors[test], seed=3)
     assert scores.items() > (alone | {"importance": alone["importance"].tolist()}).items()
     np.savez(tmp_path / "codes.npz", codes=codes, factors=factors)
     metrics.main([str(tmp_path / "codes.npz"), "--train", "300", "--test", "200", "--seed", "3"])
-    printed = capsys.readouterr().out
-    assert f"disentanglement  {scores['disentanglement']:7.4f}" in printed
-    assert f"FactorVAE score  {scores['factor_vae']:7.4f}" in printed
-    assert len(printed.splitlines()) == 5 + 1 + 5                # scores, a heading, a row a code
+    first, second, *more = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"FactorVAE score  {scores['factor_vae']:7.4f}")
+    assert second.startswith(f"disentanglement  {scores['disentanglement']:7.4f}")
+    assert len(more) == 3 + 1 + 5                                # scores, a heading, a row a code
+    with subprocess.Popen([sys.executable, metrics.__file__, tmp_path / "codes.npz"], text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()                                   # `| head -0`
+        assert process.stderr.read() == "" and process.wait() == 0
 
 
 CODES = np.random.default_rng(0).normal(size=(200, 3))
@@ -984,27 +977,57 @@ def with_value(array, place, value):
     return array
 
 
+PERFECT = all_combinations(4, 3).repeat(60, axis=0)
+OBJECTS = np.arange(720)[:, None] // 5 % 12                      # 60 rows each: too few for a vote
+NOISY = np.append(PERFECT, np.random.default_rng(0).normal(size=(720, 1)), axis=1)
+
+
+@pytest.mark.parametrize("codes, factors, missing, reason", [
+    (NOISY, PERFECT, "", ""),
+    (NOISY, with_value(PERFECT, (0, 1), 9), "", "leave out rare values of factor 1"),
+    (np.append(NOISY, OBJECTS, 1), np.append(PERFECT, OBJECTS, 1), "", "votes leave out factor 2"),
+    (NOISY, np.insert(PERFECT, 1, 7, axis=1), "", "DCI leaves out factor 1, which has one value"),
+    (NOISY, PERFECT[:, :1], "factor_vae disentanglement", "no disentanglement: it takes 2 factors"),
+    (NOISY[:, :1], PERFECT[:, :1], "factor_vae disentanglement completeness mig", "two codes"),
+    (NOISY / 100, PERFECT, "factor_vae", "no active code: the largest std is 0.01"),
+    (NOISY, PERFECT * 0, "factor_vae disentanglement completeness informativeness_test mig", "DCI"),
+])
+def test_metrics_give_each_score_that_can_be_given(codes, factors, missing, reason):
+    scores = metrics.evaluate(codes, factors)                    # all are 1, but for one noisy code
+    assert (scores["dci_train"], scores["dci_test"]) == (480, 240)           # of 10,000 + 5,000
+    assert reason in scores["note"] and bool(reason) == bool(scores["note"])
+    for name in ("factor_vae", "disentanglement", "completeness", "informativeness_test", "mig"):
+        assert scores.get(name) == (None if name in missing else pytest.approx(1, abs=0.08)), name
+    if "importance" in scores:
+        assert np.sum(scores["importance"], axis=0) == pytest.approx(1.0 * (np.ptp(factors, 0) > 0))
+
+
+def test_metrics_at_the_edge_of_what_is_defined():
+    dead = metrics.evaluate(PERFECT * 0, PERFECT)
+    assert (dead["active_dims"], dead["disentanglement"], dead["mig"]) == (0, 0, 0)
+    unseen = metrics.dci(PERFECT, PERFECT, PERFECT, PERFECT + [[10, 0]])     # classes no tree knows
+    assert unseen["informativeness_test"] == 1 / 2
+    yes = np.append(PERFECT > 1, PERFECT[:, :1] < 9, axis=1)     # all have the last attribute
+    assert metrics.tad(NOISY, yes)["tad"] == metrics.tad(NOISY, yes[:, :2])["tad"] > 0
+
+
 @pytest.mark.parametrize("name, arguments, message", [
     ("evaluate", (with_value(CODES, (7, 2), np.nan), FACTORS), r"codes\[7, 2\] is nan.*drop"),
-    ("evaluate", (with_value(CODES, (5, 1), np.inf), FACTORS), r"codes\[5, 1\] is inf"),
-    ("evaluate", (CODES[:, :1], FACTORS), r"codes has shape \(200, 1\).*2 codes or more"),
-    ("evaluate", (CODES.astype(str), FACTORS), "codes has dtype"),
+    ("evaluate", (CODES[:, :0], FACTORS), r"codes has shape \(200, 0\)"),
+    ("evaluate", (CODES.astype(str), FACTORS), "codes has dtype <U.*finite numbers"),
+    ("evaluate", (CODES, FACTORS.astype(str)), "factors has dtype <U.*number the values"),
     ("evaluate", (CODES[:190], FACTORS), r"factors has shape \(200, 2\).*190 rows"),
-    ("evaluate", (CODES, FACTORS[:, 0]), r"factors has shape \(200,\)"),
     ("evaluate", (CODES, with_value(FACTORS, (3, 1), 0.5)), r"factors\[3, 1\] is 0.5.*integers"),
-    ("evaluate", (CODES, FACTORS * [1, 0]), r"factors\[:, 1\] is 0 in all 200 samples"),
-    ("evaluate", (CODES, FACTORS), r"codes has 200 rows; expected 10000 \+ 5000"),
-    ("factor_vae_votes", (CODES, with_value(FACTORS, (0, 1), 9)), "is 9 in 1 rows.*64"),
+    ("evaluate", (CODES, FACTORS, 0, 0), "DCI on 0"),
     ("dci", (CODES, FACTORS, CODES[:, :2], FACTORS), r"\(3,\), \(2,\).*the same in both"),
-    ("dci", (CODES, FACTORS, CODES, FACTORS[:, :1]), r"\(2,\), \(1,\).*the same in both"),
-    ("dci", (CODES, FACTORS[:, :1], CODES, FACTORS[:, :1]), "2 or more factors"),
+    ("dci", (CODES, FACTORS * 0, CODES, FACTORS), "a factor that varies"),
     ("dci", (CODES, FACTORS, CODES, FACTORS[1:]), r"test_factors has shape \(199, 2\).*200 rows"),
     ("pca_tokens", (CODES,), "width"),
     ("tad", (CODES, FACTORS * 2), "attributes has the values"),
     ("ssim", (-GREY, GREY), r"x is .*\[0, 1\]"),
     ("mse", (GREY, GREY[..., :7]), "one shape"),
     ("frechet_distance", (CODES[:1], CODES), "feats_a"),
-    ("inception_features", (GREY, "net.pt"), "uint8"),
+    ("fid", (GREY, GREY, "net.pt"), "uint8"),
 ])
 def test_metrics_refuse_what_they_cannot_score(name, arguments, message):
     with pytest.raises(ValueError, match=message) as error:
@@ -1012,22 +1035,19 @@ def test_metrics_refuse_what_they_cannot_score(name, arguments, message):
     assert "\n" not in str(error.value)
 
 
-def test_metrics_command_line_refuses_files_in_one_line(tmp_path, capsys):
-    np.savez(tmp_path / "few.npz", codes=CODES, factors=FACTORS)
+@pytest.mark.parametrize("name, message", [
+    ("names.npz", "names.npz has ['z'], or"), ("absent.npz", "No such file"),
+    ("array.npy", "has no arrays, or"), ("objects.npz", "np.savez"), ("cut.npz", "np.savez")])
+def test_metrics_command_line_refuses_files_in_one_line(name, message, tmp_path, capsys):
     np.savez(tmp_path / "names.npz", z=CODES)
     np.savez(tmp_path / "objects.npz", codes=np.array([{}, {}]), factors=FACTORS)
     np.save(tmp_path / "array.npy", CODES)
-    (tmp_path / "text.npz").write_text("codes\n")
-    whole = (tmp_path / "names.npz").read_bytes()
-    (tmp_path / "cut.npz").write_bytes(whole[:len(whole) // 2])
-    for name, message in [("few.npz", "expected 10000"), ("names.npz", "names.npz has ['z'], or"),
-                          ("absent.npz", "No such file"), ("array.npy", "has no arrays, or"),
-                          *((f"{kind}.npz", "np.savez") for kind in ("objects", "text", "cut"))]:
-        with pytest.raises(SystemExit) as stop:
-            metrics.main([str(tmp_path / name)])
-        out, err = capsys.readouterr()
-        assert stop.value.code == 2 and out == "" and err.count("\n") == 1, name
-        assert err.startswith("metrics.py: ") and message in err
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "names.npz").read_bytes()[:300])
+    with pytest.raises(SystemExit) as stop:
+        metrics.main([str(tmp_path / name)])
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and out == "" and err.count("\n") == 1
+    assert err.startswith("metrics.py: ") and message in err
 
 
 # ---- Datasets ------------------------------------------------------------------------------------
