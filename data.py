@@ -231,23 +231,16 @@ class Dataset:
     def find(self, factors):
         """factors (B, F) integers -> (B,) int64, for each row the first image that has them; the
         set may be in any order and incomplete.  ValueError names a combination that is missing."""
-        def numbers(rows):                      # one for each combination, to search among them
-            return np.ravel_multi_index(rows.T, self.factor_sizes, mode="clip")
-
-        wanted = np.asarray(factors)
-        if wanted.shape[1:] != self.table.shape[1:] or not self.factor_sizes:
-            raise ValueError(f"{self.name}: factors of shape {wanted.shape}; expected (B, "
-                             f"{len(self.factor_sizes)}), and a dataset with factors")
-        known = numbers(self.table)                             # (n,)
-        order = np.argsort(known, kind="stable")
-        place = np.searchsorted(known, numbers(wanted), sorter=order)           # (B,)
-        rows = order[place.clip(max=self.count - 1)]
-        missing = wanted[(self.table[rows] != wanted).any(1)]
-        if len(missing):
-            named = ", ".join(f"{n} {k}" for n, k in zip(self.factor_names, missing[0]))
-            raise ValueError(f"{self.name} has no image with {named}; it lacks {len(missing)} of "
-                             f"the {len(wanted)} combinations asked for")
-        return rows
+        first = {}
+        for row, levels in enumerate(map(tuple, self.table[:, :len(self.factor_names)].tolist())):
+            first.setdefault(levels, row)
+        wanted = [tuple(levels) for levels in np.asarray(factors).tolist()]
+        missing = [levels for levels in wanted if levels not in first]
+        if missing:
+            names = ", ".join(self.factor_names) or "no factors"
+            raise ValueError(f"{self.name} has no image with {names} = {missing[0]}; it lacks "
+                             f"{len(missing)} of the {len(wanted)} combinations asked for")
+        return np.array([first[levels] for levels in wanted], np.int64)
 
     @property
     def identity(self):
@@ -328,8 +321,6 @@ def say(text):
 
 # ---- 3. Any picture, any numbers ---------------------------------------------------------------
 # Skip on first reading: from here to the command line it is about files.
-
-
 def as_rgb(picture):
     """A PIL picture of any mode -> (h, w, 3) uint8, as a viewer shows it: upright as its EXIF says,
     the first of several frames, white where it is transparent."""
@@ -433,7 +424,7 @@ def files_below(folder):
     files, others = [], collections.Counter()
     seen = {str(parent) for parent in folder.resolve().parents}
     for here, folders, names in os.walk(
-            folder, followlinks=True, onerror=lambda _: others.update(["closed folders"])):
+            folder, followlinks=True, onerror=lambda _: others.update(["unreadable folders"])):
         run = "config.json" in names and not {"checkpoint.pt", "lock", "log.csv"}.isdisjoint(names)
         others["folders of runs"] += run        # their pictures are of a dataset, not in it
         if run or os.path.realpath(here) in seen:
@@ -468,8 +459,8 @@ def recognise(path, size):
     (b, 3, size, size) uint8."""
     if path.is_dir():
         files, note = files_below(path)
-        cars = [file for file in files if file.name.endswith("_mesh.mat")]
-        return found_cars(path, size, files) if cars else found_pictures(path, size, files, note)
+        cars = any(file.name.endswith("_mesh.mat") for file in files)
+        return (found_cars if cars else found_pictures)(path, size, files, note)
     if not path.is_file():
         raise DataError(f"{path} is neither a file nor a folder")
     with open(path, "rb") as f:
@@ -561,7 +552,7 @@ def add_labels(found, arrays, key):
         name = names[j] if names else FACTORS[j] if official else f"factor {j}"
         try:
             factors.append((name, *number(column, LEVELS[j] if official else None)))
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             refused.append(f"{name} ({error})")
     found.factor_names, found.factor_sizes, table = zip(*factors) if factors else ((), (), ())
     found.table = np.reshape(table, (len(factors), found.count)).T              # -> (n, F)
@@ -578,10 +569,9 @@ def label_columns(arrays, key, count):
     holders = arrays, getattr(arrays, "attrs", {}), getattr(arrays[key], "attrs", {})
     named = [np.ravel(holder["factor_names"]) for holder in holders if "factor_names" in holder]
     names = [as_text(name) for name in (named + [values.dtype.names or ()])[0]]
-    columns = [values[name] for name in values.dtype.names or ()] or list(values.T)
-    if values.ndim == 1 and not values.dtype.names:
-        columns = [values]
-    elif values.dtype.kind in "biuf" and len(columns) > 1 and np.isin(values, (0, 1)).all() and (
+    columns = [values[name] for name in values.dtype.names or ()]
+    columns = columns or (list(values.T) if values.ndim > 1 else [values])
+    if values.ndim == 2 and values.dtype.kind in "biuf" and len(columns) > 1 and np.isin(values, (0, 1)).all() and (
             values.sum(1) == 1).all():          # one-hot: one factor, not many
         columns, names = [values.argmax(1)], ["class"]
     if any(column.shape != (count,) for column in columns):
@@ -614,7 +604,7 @@ def number(column, levels=None):
     return len(levels), numbers
 
 
-def found_cars(path, size, files):
+def found_cars(path, size, files, note):
     """Reed et al.: car_*_mesh.mat, each `im` (h, w, 3, azimuth, elevation) of one model."""
     cars = {file.stem: file for file in files if file.name.endswith("_mesh.mat")}
     listed = [Path(name).stem for file in files if file.name == "list.txt"
@@ -634,10 +624,12 @@ def found_cars(path, size, files):
 
     table = grid((len(cars), elevations, azimuths))[:, [1, 2, 0]]
     sizes = elevations, azimuths, len(cars)
-    note = f"{len(cars)} of {CAR_MODELS} models" if len(cars) != CAR_MODELS else ""
-    varying = 3 if len(cars) > 1 else 2         # of one model alone, the model is no factor
-    return Dataset("Cars3D", len(table), size, GRIDS[17568][1][:varying], sizes[:varying],
-                   note=note, table=table[:, :varying]), blocks()
+    kept = 3 if len(cars) > 1 else 2            # of one model alone, the model is no factor
+    found = Dataset("Cars3D", len(table), size, GRIDS[17568][1][:kept], sizes[:kept], note=note,
+                    table=table[:, :kept])
+    if len(cars) != CAR_MODELS:
+        found.add_note(f"{len(cars)} of {CAR_MODELS} models")
+    return found, blocks()
 
 
 def read_mat(path, name):
@@ -760,24 +752,21 @@ def read_cache(images, labels, stamp):
 
 def convert(found, blocks, images, labels, stamp):
     """Write the cache's two files, whole or not at all."""
-    def header(f):
-        shape = (found.count, 3, found.size, found.size)        # numpy leaves room to change it
-        np.lib.format.write_array_header_1_0(
-            f, {"descr": "|u1", "fortran_order": False, "shape": shape})
-        return f.tell()
-
     width, each = len(found.factor_names + found.attribute_names), 3 * found.size ** 2
     size = found.count * (each + 4 * width)
-    say(f"converting {found.name} to {images}: {found.count:,} images, {size / 1e9:.2f} GB")
+    say(f"converting {found.name} to {images}: {found.count:,} images, "
+        + (f"{size / 1e9:.1f} GB" if size > 1e9 else f"{size / 1e6:.1f} MB"))
     # The labels are renamed first: found alone, they show that the images were ours.
     with replacing([labels, images], size) as (rest, pixels):
         with open(pixels, "wb") as f:
-            start = header(f)
+            f.seek(128)                                         # the size of numpy's header
             for block in watched(blocks, f"converting {found.name}", found.count):
                 f.write(np.ascontiguousarray(block))
-            found.count = (f.tell() - start) // each            # some may be left out
+            found.count = (f.tell() - 128) // each              # some may be left out
             f.seek(0)
-            header(f)
+            shape = (found.count, 3, found.size, found.size)
+            np.lib.format.write_array_header_1_0(
+                f, {"descr": "|u1", "fortran_order": False, "shape": shape})
         found.table = np.reshape(found.table if width else [], (found.count, width)).astype("<i4")
         found.pixels = np.load(pixels, mmap_mode="r")
         about = {**vars(found), "stamp": stamp, "identity": found.identity}
@@ -795,7 +784,7 @@ def replacing(paths, size):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for old in folder.glob("*.tmp"):                        # a killed process leaves gigabytes
-            ours = any(old.name.startswith(path.name + ".") for path in paths)
+            ours = old.name.startswith(tuple(f"{path.name}." for path in paths))
             if ours and time.time() - old.stat().st_mtime > 600:
                 old.unlink()
         need_room(folder, size)
@@ -807,7 +796,8 @@ def replacing(paths, size):
             os.replace(name, path)
     except OSError as error:
         raise OSError(f"cannot write {paths[-1]} ({error.strerror or error}): it takes "
-                      f"{size / 1e9:.2f} GB and the right to write; --cache DIR converts elsewhere")
+                      f"{size / 1e9:.2f} GB and the right to write; --cache DIR converts elsewhere"
+                      ) from None
     finally:
         for name in temporary:
             with contextlib.suppress(OSError):

@@ -931,7 +931,7 @@ def as_images(array):
     return torch.tensor(array).permute(0, 3, 1, 2)          # (n, h, w, c) -> (n, c, h, w)
 
 
-def opened(folder, images, key="images", **arrays):
+def dataset_of(folder, images, key="images", **arrays):
     """The dataset of a new .npz with these arrays."""
     path = folder / f"{len(list(folder.iterdir()))}.npz"
     np.savez_compressed(path, **{key: images}, **arrays)
@@ -1028,7 +1028,8 @@ def test_any_array_layout_gives_the_same_images(tmp_path, layout, suffix, monkey
     colour, path = noise(10), tmp_path / f"set.{suffix}"
     grey = colour[..., :1]
     expected = as_images(grey.repeat(3, 3) if layout in ("nhw", "nhw1") else colour)
-    array = {"nhw": grey[..., 0], "nhw1": grey, "nhwc": colour, "fortran": np.asfortranarray(colour),
+    array = {"nhw": grey[..., 0], "nhw1": grey, "nhwc": colour,
+             "fortran": np.asfortranarray(colour),
              "nchw": np.ascontiguousarray(colour.transpose(0, 3, 1, 2)),
              "nhwc4": np.pad(colour, ((0, 0),) * 3 + ((0, 1),), constant_values=255)}[layout]
     labels = np.stack([np.arange(10) % 5 * 10, np.full(10, 3), np.arange(10) // 5], 1)
@@ -1049,33 +1050,33 @@ def test_the_values_of_an_array_decide_what_is_black_and_white(tmp_path):
     colour, wide = noise(2), noise(2).astype(np.uint16) * 257
     for array in (colour / 255, colour / np.float32(127.5) - 1, colour * 1.0, colour.astype(int),
                   wide, wide.astype(">u2"), np.where(colour == 0, np.nan, colour / 255)):
-        assert (opened(tmp_path, array, "imgs").images([0, 1]) == as_images(colour)).all()
+        assert (dataset_of(tmp_path, array, "imgs").images([0, 1]) == as_images(colour)).all()
     mask = colour[..., :1] > 127
     for array in (mask, mask * 1, mask.astype(np.uint8), mask * 1.0, mask * 2 - 1, mask * 255):
         for key in ("imgs", "images"):
-            assert (opened(tmp_path, array, key).images([0, 1]) == as_images(mask * 255)).all()
+            assert (dataset_of(tmp_path, array, key).images([0, 1]) == as_images(mask * 255)).all()
 
 
-GREY = np.add.outer(np.arange(64), np.arange(64) * 3).astype(np.uint8)
-WIDE, CLEAR = GREY.astype(np.uint16) * 257, np.where(GREY > 99, 255, 0).astype(np.uint8)
-COLOUR = np.stack([GREY, GREY.T, 255 - GREY], -1)
+RAMP = np.add.outer(np.arange(64), np.arange(64) * 3).astype(np.uint8)
+WIDE, CLEAR = RAMP.astype(np.uint16) * 257, np.where(RAMP > 99, 255, 0).astype(np.uint8)
+COLOUR = np.stack([RAMP, RAMP.T, 255 - RAMP], -1)
 TURNED = Image.Exif()
 TURNED[274] = 6                             # the camera was held upright: turn it clockwise
 ON_WHITE = np.where(CLEAR[..., None], COLOUR, 255)
 PICTURES = [                                # ending, what is stored, what a viewer shows, options
-    ("png", WIDE, GREY, {}), ("tif", WIDE, GREY, {}), ("tif", WIDE.astype(">u2"), GREY, {}),
-    ("pgm", WIDE, GREY, {}), ("tif", WIDE.astype("i4"), GREY, {}),
-    ("tif", GREY / np.float32(255), GREY, {}), ("tif", GREY.astype("f4"), GREY, {}),
-    ("png", CLEAR > 0, CLEAR, {}), ("png", GREY, np.where(GREY == 50, 255, GREY),
-                                    {"transparency": 50}),
+    ("png", WIDE, RAMP, {}), ("tif", WIDE, RAMP, {}), ("tif", WIDE.astype(">u2"), RAMP, {}),
+    ("pgm", WIDE, RAMP, {}), ("tif", WIDE.astype("i4"), RAMP, {}),
+    ("tif", RAMP / np.float32(255), RAMP, {}), ("tif", RAMP.astype("f4"), RAMP, {}),
+    ("png", CLEAR > 0, CLEAR, {}),
+    ("png", RAMP, np.where(RAMP == 50, 255, RAMP), {"transparency": 50}),
     ("png", np.dstack([COLOUR, CLEAR]), ON_WHITE, {}),
     ("webp", np.dstack([COLOUR, CLEAR]), ON_WHITE, {"lossless": True}),
-    ("png", np.dstack([GREY, CLEAR]), np.where(CLEAR, GREY, 255), {}),
-    ("gif", Image.fromarray(GREY).convert("P"), np.where(GREY == 50, 255, GREY),
+    ("png", np.dstack([RAMP, CLEAR]), np.where(CLEAR, RAMP, 255), {}),
+    ("gif", Image.fromarray(RAMP).convert("P"), np.where(RAMP == 50, 255, RAMP),
      {"transparency": 50, "save_all": True, "append_images": [Image.fromarray(CLEAR)]}),
     ("tif", Image.fromarray(COLOUR).convert("CMYK"), COLOUR, {}),
-    *((ending, stored, np.rot90(seen, -1), {"exif": TURNED}) for ending, stored, seen in [
-        ("png", COLOUR, COLOUR), ("tif", COLOUR, COLOUR), ("png", WIDE, GREY)])]
+    *((ending, stored, np.rot90(seen, -1).copy(), {"exif": TURNED}) for ending, stored, seen in [
+        ("png", COLOUR, COLOUR), ("tif", COLOUR, COLOUR), ("png", WIDE, RAMP)])]
 
 
 def test_a_picture_is_what_a_viewer_shows(tmp_path):
@@ -1091,12 +1092,12 @@ def test_a_picture_is_what_a_viewer_shows(tmp_path):
 def test_mpi3d_and_dsprites_are_known_by_their_numbers(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "GRIDS", {24: ("MPI3D", ("a", "b"), (4, 6)),
                                         12: ("dSprites", ("shape", "scale"), (3, 4))})
-    toy = opened(tmp_path, noise(24))
+    toy = dataset_of(tmp_path, noise(24))
     assert (toy.name, toy.factor_names, toy.factor_sizes) == ("MPI3D", ("a", "b"), (4, 6))
     assert toy.factors([0, 5, 6, 23]).tolist() == [[0, 0], [0, 5], [1, 0], [3, 5]]
     masks = noise(12, c=1)[..., 0] // 128
     classes = np.stack([np.zeros(12, int), np.arange(12) // 4, np.arange(12) % 4], 1)
-    sprites = opened(tmp_path, masks, "imgs", latents_classes=classes,
+    sprites = dataset_of(tmp_path, masks, "imgs", latents_classes=classes,
                      metadata=np.array({"pickled": 1}, object))
     assert (sprites.name, sprites.factor_sizes, sprites.note) == ("dSprites", (3, 4), "")
     assert (sprites.images([7])[0] == torch.from_numpy(masks[7] * 255)).all()
@@ -1112,16 +1113,16 @@ def test_labels_of_any_kind_number_their_values(tmp_path):
                            (n % 3 - 1, n % 3), (n % 2 == 1, n % 2),
                            (np.array([*"bca"])[n % 3], (n % 3 + 1) % 3),
                            (np.array([b"y", b"x"])[n % 2], 1 - n % 2), (np.eye(4)[n % 4], n % 4)]:
-        dataset = opened(tmp_path, noise(12), labels=column)
+        dataset = dataset_of(tmp_path, noise(12), labels=column)
         assert dataset.factor_sizes == (levels.max() + 1,) and dataset.note == ""
         assert (dataset.factors(n)[:, 0].numpy() == levels).all()
     table = np.stack([n % 3, real, np.where(n, n % 2, np.nan), n * 0 + 5, n // 6], 1)
     for names in ([*"abcde"], [b"a", b"b", b"c", b"d", b"e"]):
-        dataset = opened(tmp_path, noise(12), labels=table, factor_names=np.array(names))
+        dataset = dataset_of(tmp_path, noise(12), labels=table, factor_names=np.array(names))
         assert (dataset.factor_names, dataset.factor_sizes) == (("a", "e"), (3, 2))
         assert all(f"{name} (" in dataset.note for name in "bcd") and dataset.note in str(dataset)
     for labels in (real, n[:5], np.array([{}] * 12), np.zeros((12, 2, 2)), np.array(7)):
-        dataset = opened(tmp_path, noise(12), labels=labels)
+        dataset = dataset_of(tmp_path, noise(12), labels=labels)
         assert (dataset.images(n) == as_images(noise(12))).all()
         assert dataset.factors(n).shape == (12, 0) and dataset.note
     with h5py.File(tmp_path / "a.h5", "w") as f:
@@ -1136,23 +1137,21 @@ def test_images_are_found_by_their_factors(tmp_path, rendered):
     rows = rng.integers(480000, size=99)
     assert (rendered.find(rendered.factors(rows)) == rows).all()
     table = np.indices((4, 5)).reshape(2, -1).T[rng.permutation(20)[:17]]
-    dataset = opened(tmp_path, noise(17), labels=table)
+    dataset = dataset_of(tmp_path, noise(17), labels=table)
     assert (dataset.find(table[::-1]) == np.arange(17)[::-1]).all()
     missing = ({*np.ndindex(4, 5)} - {*map(tuple, table.tolist())}).pop()
     for wrong in (missing, (4, 0), (0, -1)):
-        with pytest.raises(ValueError, match=f"factor 0 {wrong[0]}, factor 1 {wrong[1]};"):
+        with pytest.raises(ValueError, match=re.escape(f"factor 0, factor 1 = {wrong};")):
             dataset.find([table[0], wrong])
-    with pytest.raises(ValueError, match="expected"):
-        dataset.find([[1, 2, 3, 1]])
 
 
 def test_a_dataset_is_known_by_its_content_wherever_it_lies(tmp_path):
     labels, other = np.arange(8) % 4, noise(8)
     other[7, 5, 5] += 1
-    one, same = (opened(tmp_path, noise(8), labels=labels).identity for _ in range(2))
+    one, same = (dataset_of(tmp_path, noise(8), labels=labels).identity for _ in range(2))
     assert one == same == json.loads(json.dumps(one))
     for images, numbers in [(other, labels), (noise(8), labels[::-1]), (noise(7), labels[:7])]:
-        assert opened(tmp_path, images, labels=numbers).identity != one
+        assert dataset_of(tmp_path, images, labels=numbers).identity != one
 
 
 def mat5(compressed, **arrays):
@@ -1259,7 +1258,7 @@ def test_which_files_of_a_folder_are_the_dataset(tmp_path):
         place.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(noise(1, seed=k)[0]).save(place, "PNG")
     (home / "linked").symlink_to(away)
-    for link, to in [("b/up", home), ("b/above", tmp_path), ("again", home / "b"), ("self", "self")]:
+    for link, to in [("b/up", home), ("above", tmp_path), ("again", home / "b"), ("self", "self")]:
         (home / link).symlink_to(to)
     dataset = data.open_dataset(home)
     assert (dataset.images(range(3)) == as_images(np.concatenate(
@@ -1279,7 +1278,7 @@ def test_neither_a_closed_pipe_nor_a_foreign_name_stops_a_conversion(tmp_path):
             assert run.stderr.read() == b"" and run.wait() == 0
         else:
             out, err = run.communicate()
-            assert err == b"" and b"\\u65e5\\u672c.64.cache.npy: 4 images" in out
+            assert err == b"" and b"\\u65e5\\u672c.npz.64.cache.npy: 4 images, 0.0 MB" in out
         before = listing(tmp_path)
         assert (data.open_dataset(tmp_path / name).images(range(4)) == as_images(noise(4))).all()
         assert listing(tmp_path) == before                      # it had been converted
