@@ -10,10 +10,11 @@ IDEA      3D Shapes is one room seen 480,000 times.  Six factors number the imag
           Three of them are only colours.  So we cast rays once for the 8 * 4 * 15 = 480 geometries,
           keep what light does to floor, wall and object apart, and paint any image on demand:
             floor plane * floor hue + wall plane * wall hue + object plane * object hue + the rest
-          Every other dataset is converted once into a plain file that is memory-mapped, because
+          Every other dataset is converted once into an .npy file that is memory-mapped, because
           reading one image out of a compressed file costs the thousands packed around it.
 DIFFERS   from the real 3D Shapes: the scene is fitted to fifty published images; tiles and stains
-          are only suggested.
+          are only suggested.  What people bring is used for what it is: values decide what is
+          black and white, labels that cannot be numbered are left out, and `note` says so.
           --limit N writes N images spread over all factors: the first N would share one floor hue.
 TRY       python data.py                        index arithmetic, pixels, speed, and what to expect
           python data.py --grid grid.png        a picture of fifty images
@@ -482,16 +483,15 @@ class NpzStream:
 
     def __getitem__(self, rows):
         part = (min(rows.stop, self.shape[0]) - rows.start, *self.shape[1:])
-        raw = self.file.read(int(np.prod(part)) * self.dtype.itemsize)
+        raw = self.file.read(math.prod(part) * self.dtype.itemsize)
         return np.frombuffer(raw, self.dtype).reshape(part)
 
 
 def open_array(path, key):
     """An array of an HDF5 file or .npz whose slices can be read in order."""
-    if h5py.is_hdf5(path):
-        return h5py.File(path)[key]
-    stream = NpzStream(path, key)
-    return np.load(path)[key] if stream.turned else stream      # Fortran's order: only as a whole
+    source = h5py.File(path)[key] if h5py.is_hdf5(path) else NpzStream(path, key)
+    # Fortran's order can only be read as a whole.
+    return np.load(path)[key] if getattr(source, "turned", False) else source
 
 
 def found_arrays(path, size, arrays):
@@ -500,8 +500,6 @@ def found_arrays(path, size, arrays):
     if key is None:
         raise DataError(f"{path} holds {list(arrays)[:9]}; expected an array 'images'")
     source = open_array(path, key)
-    if isinstance(source, h5py.Group):
-        raise DataError(f"{path}: {key} is a group of arrays; expected an array")
     shape, dtype = source.shape, source.dtype
     channels_last = len(shape) == 3 or len(shape) == 4 and shape[3] <= 4
     channels_first = len(shape) == 4 and not channels_last and shape[1] <= 4
@@ -541,7 +539,7 @@ def add_labels(found, arrays, key):
     """Every column of labels that can be numbered becomes a factor; the note says which cannot."""
     try:
         columns, names = label_columns(arrays, key, found.count)
-    except Exception as error:          # whatever labels are: the images can be used
+    except Exception as error:          # whatever the labels are, the images can be used
         return found.add_note(f"{key} not used: {' '.join(str(error).split())}")
     # Official Shapes3D values have known levels, even if a small file misses some of them.
     official = len(columns) == len(LEVELS) and all(
@@ -564,38 +562,35 @@ def add_labels(found, arrays, key):
 
 
 def label_columns(arrays, key, count):
-    """-> the labels as a list of (n,) columns, and their names or None.  ValueError: no labels."""
-    values = arrays[key][()]                    # (n,), (n, F), or a table with named columns
+    """-> labels, (n,), (n, F) or one-hot, as a list of (n,) columns, and their names or None."""
+    def text(value):                            # HDF5 gives bytes
+        return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+
+    values = arrays[key][()]
+    columns = list(values.T) if values.ndim > 1 else [values]
     holders = arrays, getattr(arrays, "attrs", {}), getattr(arrays[key], "attrs", {})
     named = [np.ravel(holder["factor_names"]) for holder in holders if "factor_names" in holder]
-    names = [as_text(name) for name in (named + [values.dtype.names or ()])[0]]
-    columns = [values[name] for name in values.dtype.names or ()]
-    columns = columns or (list(values.T) if values.ndim > 1 else [values])
-    if values.ndim == 2 and values.dtype.kind in "biuf" and len(columns) > 1 and np.isin(values, (0, 1)).all() and (
-            values.sum(1) == 1).all():          # one-hot: one factor, not many
-        columns, names = [values.argmax(1)], ["class"]
+    names = [text(name) for name in named[0]] if named else []
     if any(column.shape != (count,) for column in columns):
         raise ValueError(f"shape {values.shape}, expected one row for each of {count:,} images")
+    if values.dtype.kind in "biuf" and len(columns) > 1:
+        if np.isin(values, (0, 1)).all() and (values.sum(1) == 1).all():
+            columns, names = [values.argmax(1)], ["class"]
+    columns = [np.array([text(value) for value in column]) if column.dtype.kind in "OS" else column
+               for column in columns]
     return columns, names if len(names) == len(columns) else None
 
 
-def as_text(value):
-    """HDF5 gives text as bytes."""
-    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
-
-
 def number(column, levels=None):
-    """(n,) labels of any kind -> how many levels there are and, (n,), which one each image has, in
-    the order of their values.  ValueError, in a few words, if that makes no factor."""
+    """(n,) labels -> how many levels there are and, (n,), which one each image has, in the order of
+    their values.  ValueError, in a few words, if that makes no factor."""
     if levels is not None:
         return len(levels), np.abs(column[:, None] - levels).argmin(1)
-    if column.dtype.kind in "OS":
-        column = np.array([as_text(value) for value in column])
     if column.dtype.kind == "f":
         if not np.isfinite(column).all():
             raise ValueError("has gaps")
-        # What differs by rounding alone is one level.
-        column = np.round(column.astype(float) / (np.ptp(column.astype(float)) or 1), 6)
+        column = column.astype(float)           # what differs by rounding alone is one level
+        column = np.round(column / (np.ptp(column) or 1), 6)
     levels, numbers = np.unique(column, return_inverse=True)
     if len(levels) == 1:
         raise ValueError("never varies")
@@ -732,18 +727,19 @@ def read_cache(images, labels, stamp):
         with np.load(labels) as arrays:
             about, table = json.loads(str(arrays["about"])), arrays["table"]
         made_from = about.pop("stamp"), about.pop("identity")
-        found = Dataset(**{k: tuple(v) if isinstance(v, list) else v for k, v in about.items()})
-        found.table = table
+        about = {key: tuple(v) if isinstance(v, list) else v for key, v in about.items()}
+        found = Dataset(**{**about, "table": table})
         if not images.exists():                 # killed between the two
             return None
         found.pixels = np.asarray(np.load(images, mmap_mode="r"))
-        if found.pixels.shape[1:] != (3, found.size, found.size):
-            raise ValueError
+        whole = found.pixels.shape[1:] == (3, found.size, found.size)
     except OSError:
         raise
     except Exception:
+        whole = False
+    if not whole:
         raise ValueError(f"{images} or {labels.name} is in the way: not a whole cache made by this "
-                         "program; delete both, or choose another folder by --cache DIR") from None
+                         "program; delete both, or choose another folder by --cache DIR")
     if made_from == (stamp, found.identity) and found.count == len(found.pixels):
         return found
     say(f"{images} was made from another version of the data: converting again")

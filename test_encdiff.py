@@ -943,6 +943,8 @@ def test_every_index_has_its_own_factors_in_the_official_order(rendered):
     index = f[:, 0] * 48000 + f[:, 1] * 4800 + f[:, 2] * 480 + f[:, 3] * 60 + f[:, 4] * 15 + f[:, 5]
     assert (index == np.arange(len(rendered))).all()
     assert rendered.factor_sizes == (10, 10, 10, 8, 4, 15) == tuple(f.max(0) + 1)
+    rows = np.random.default_rng(0).integers(480000, size=99)
+    assert (rendered.find(rendered.factors(rows)) == rows).all()
     with pytest.raises(IndexError):
         rendered.images([480000])
 
@@ -1132,11 +1134,8 @@ def test_labels_of_any_kind_number_their_values(tmp_path):
     assert dataset.factor_names == ("kind",) and dataset.factors([1, 2]).tolist() == [[1], [0]]
 
 
-def test_images_are_found_by_their_factors(tmp_path, rendered):
-    rng = np.random.default_rng(0)
-    rows = rng.integers(480000, size=99)
-    assert (rendered.find(rendered.factors(rows)) == rows).all()
-    table = np.indices((4, 5)).reshape(2, -1).T[rng.permutation(20)[:17]]
+def test_images_are_found_by_their_factors_in_any_order(tmp_path):
+    table = np.indices((4, 5)).reshape(2, -1).T[np.random.default_rng(0).permutation(20)[:17]]
     dataset = dataset_of(tmp_path, noise(17), labels=table)
     assert (dataset.find(table[::-1]) == np.arange(17)[::-1]).all()
     missing = ({*np.ndindex(4, 5)} - {*map(tuple, table.tolist())}).pop()
@@ -1267,7 +1266,7 @@ def test_which_files_of_a_folder_are_the_dataset(tmp_path):
         assert left in dataset.note
 
 
-def test_neither_a_closed_pipe_nor_a_foreign_name_stops_a_conversion(tmp_path):
+def test_closed_pipes_and_foreign_names_stop_no_conversion(tmp_path):
     for name in ("\u65e5\u672c.npz", "b.npz"):
         np.savez(tmp_path / name, images=noise(4))
         command = [sys.executable, HERE / "data.py", "--data", tmp_path / name]
@@ -1311,7 +1310,7 @@ def test_a_cache_is_renewed_and_never_replaces_other_files(tmp_path, capsys):
         assert (renewed.images([4]) == as_images(noise(5, seed=1)[4:])).all()
 
 
-def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
+def test_neither_a_full_disk_nor_a_kill_leaves_half_a_cache(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "disk full")
 
@@ -1322,18 +1321,13 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
             m.setattr(module, name, full)
             data.open_dataset(tmp_path / "a.npz")
         assert listing(tmp_path) == before
-
-
-def test_leftovers_of_a_killed_conversion_go_with_the_next(tmp_path):
-    np.savez(tmp_path / "a.npz", images=noise(4))
     for name in ("a.npz.64.cache.npy.1.tmp", "a.npz.64.cache.npz.2.tmp", "b.tmp"):
         (tmp_path / name).write_bytes(b"half")
         if "2" not in name:                 # a running one has just written
             os.utime(tmp_path / name, (0, 0))
     data.open_dataset(tmp_path / "a.npz")
-    left = {path.name for path in tmp_path.iterdir()}
-    assert left == {"a.npz", "a.npz.64.cache.npy", "a.npz.64.cache.npz", "b.tmp",
-                    "a.npz.64.cache.npz.2.tmp"}
+    assert {path.name.replace("a.npz.64.cache.", "") for path in tmp_path.iterdir()} == {
+        "a.npz", "npy", "npz", "npz.2.tmp", "b.tmp"}
 
 
 def test_a_file_being_written_elsewhere_is_refused(tmp_path):
@@ -1349,14 +1343,14 @@ def test_a_file_being_written_elsewhere_is_refused(tmp_path):
     assert len(data.open_dataset(path)) == 4
 
 
-def in_memory(write):
+def bytes_of(write):
     buffer = io.BytesIO()
     write(buffer)
     return buffer.getvalue()
 
 
-def npz(images, **arrays):
-    return in_memory(lambda buffer: np.savez_compressed(buffer, images=images, **arrays))
+def npz(images):
+    return bytes_of(lambda buffer: np.savez_compressed(buffer, images=images))
 
 
 def hdf5(name):
@@ -1367,7 +1361,7 @@ def hdf5(name):
 
 
 FOUR = noise(4)
-PNG = in_memory(lambda buffer: Image.fromarray(noise(1, 80, 80)[0]).save(buffer, "PNG"))
+PNG = bytes_of(lambda buffer: Image.fromarray(noise(1, 80, 80)[0]).save(buffer, "PNG"))
 WRONG_BYTE = bytearray(npz(FOUR))
 WRONG_BYTE[9000] ^= 255
 BAD_DATA = [                                # command line, files, what the one line has to say
@@ -1382,18 +1376,16 @@ BAD_DATA = [                                # command line, files, what the one 
     ("--data x", {"x": b""}, "expected HDF5"),
     ("--data x", {"x": hdf5("images")[:5000]}, "complete file"),
     ("--data x", {"x": hdf5("pixels")}, "holds ['pixels']; expected"),
-    ("--data x", {"x": hdf5("images/a")}, "expected an array"),
+    ("--data x", {"x": hdf5("images/a")}, "x cannot be read"),
     ("--data x", {"x": npz(FOUR)[:5000]}, "complete file"),
     ("--data x", {"x": WRONG_BYTE}, "complete file"),
     ("--data x", {"x": npz(FOUR[0, :, :, 0])}, "expected numbers of shape"),
     ("--data x", {"x": npz(noise(2, c=5))}, "expected numbers of shape"),
-    ("--data x", {"x": npz(FOUR[:0])}, "expected numbers of shape"),
     ("--data x", {"x": npz(FOUR.astype(str))}, "expected numbers of shape"),
     ("--data x", {"x/car_1_mesh.mat": b"x"}, "car_1_mesh.mat cannot be read"),
     ("--data x", {"x/readme.txt": b"hello"}, "holds no pictures"),
     ("--data x", {"x/a.png": PNG, "x/config.json": b"", "x/lock": b""}, "folders of runs (1)"),
     ("--data x", {"x/a.png": PNG[:9000]}, "cannot be read, first"),
-    ("--data x", {"x/a.png": PNG[:9000], "x/b.png": PNG[:9000]}, "cannot be read, first"),
 ]
 
 
