@@ -320,8 +320,7 @@ def say(text):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-# ---- 3. Any picture, any numbers ---------------------------------------------------------------
-# Skip on first reading: from here to the command line it is about files.
+# ---- 3. Any picture, any numbers. Skip on first reading, down to the command line. --------------
 def as_rgb(picture):
     """A PIL picture of any mode -> (h, w, 3) uint8, as a viewer shows it: upright as its EXIF says,
     the first of several frames, white where it is transparent."""
@@ -343,9 +342,9 @@ def over_white(image):
 
 
 def limits(blocks):
-    """The numbers that mean black and white in these arrays.  Only the values decide: 0 and 1 (a
-    mask, or floating point), -1 and 1, 0 and 255, for whole numbers 0 and 65535, the first that
-    hold them all; else their own least and greatest."""
+    """The numbers that mean black and white in these arrays.  Only the values decide, no name: 0
+    and 1 (a mask, or floating point), -1 and 1, 0 and 255, of whole numbers also 0 and 65535, the
+    first pair that holds them all; else their own least and greatest."""
     low, high = np.inf, -np.inf
     for block in blocks:
         whole = block.dtype.kind in "iu"

@@ -1189,6 +1189,7 @@ def test_cars3d_mat_files_in_the_order_of_their_list(tmp_path, kind):
     assert (dataset.images(range(192)) == as_images(np.concatenate(list(cars.values())))).all()
     elevation, azimuth, model = dataset.factors(range(192)).T
     assert (model * 96 + elevation * 24 + azimuth == torch.arange(192)).all()
+    assert (dataset.find(dataset.factors(range(192))) == np.arange(192)).all()
     (tmp_path / "car_001_mesh.mat").unlink()                    # what is left is used
     dataset = data.open_dataset(tmp_path)
     assert dataset.factor_sizes == (4, 24) and "1 of 183 models" in dataset.note
