@@ -10,20 +10,23 @@ IDEA      3D Shapes is one room seen 480,000 times.  Six factors number the imag
           Three of them are only colours.  So we cast rays once for the 8 * 4 * 15 = 480 geometries,
           keep what light does to floor, wall and object apart, and paint any image on demand:
             floor plane * floor hue + wall plane * wall hue + object plane * object hue + the rest
-          Every other dataset is converted once into a plain file that is memory-mapped, because
+          Every other dataset is converted once into an .npy file that is memory-mapped, because
           reading one image out of a compressed file costs the thousands packed around it.
 DIFFERS   from the real 3D Shapes: the scene is fitted to fifty published images; tiles and stains
-          are only suggested.
-          --limit N writes N images spread over all factors: the first N would share one floor hue.
-TRY       python data.py                        index arithmetic, pixels, speed, and what to expect
+          are only suggested.  --limit N writes N images spread over all factors: the first N would
+          share one floor hue.  What is not used of a dataset's files or labels, its `note` says.
+TRY       python data.py                        index arithmetic and speed, and what to expect
           python data.py --grid grid.png        a picture of fifty images
           python data.py --write shapes3d.h5    the official file's format
           python data.py --data PATH            what is in there
 """
 import argparse
+import collections
 import contextlib
 import dataclasses
+import hashlib
 import json
+import math
 import os
 import shutil
 import struct
@@ -36,7 +39,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 FACTORS = ("floor hue", "wall hue", "object hue", "scale", "shape", "orientation")
 LEVELS = (np.linspace(0, 0.9, 10), np.linspace(0, 0.9, 10), np.linspace(0, 0.9, 10),
@@ -199,6 +202,7 @@ class Dataset:
     factor_names: tuple = ()
     factor_sizes: tuple = ()
     attribute_names: tuple = ()         # a dataset has factors or attributes, not both
+    note: str = ""                      # what of its files or labels is not used, and why
     table: np.ndarray = None            # (count, F or 40): either of them
     pixels: np.ndarray = None           # (count, 3, size, size) uint8, mapped from disk
 
@@ -217,7 +221,8 @@ class Dataset:
         labels = ", ".join(f"{n} {k}" for n, k in zip(self.factor_names, self.factor_sizes))
         labels = f"factors {labels}" if labels else "no factors"
         labels += f", {len(self.attribute_names)} attributes" if self.attribute_names else ""
-        return f"{self.name}: {self.count:,} images of {self.size}x{self.size}, {labels}"
+        note = f"; {self.note}" if self.note else ""
+        return f"{self.name}: {self.count:,} images of {self.size}x{self.size}, {labels}{note}"
 
     def images(self, indices):
         """(B, 3, S, S) uint8."""
@@ -230,6 +235,32 @@ class Dataset:
     def attributes(self, indices):
         """(B, 40) int64, 0 or 1, of CelebA."""
         return torch.from_numpy(self.table[np.asarray(indices)]).long()
+
+    def find(self, factors):
+        """factors (B, F) integers -> (B,) int64, for each row the first image that has them,
+        whatever the set's order.  ValueError names a combination that no image has."""
+        first = {}
+        for row, levels in enumerate(self.table.tolist()):
+            first.setdefault(tuple(levels), row)
+        wanted = [tuple(levels) for levels in np.asarray(factors).tolist()]
+        for levels in wanted:
+            if levels not in first:
+                raise ValueError(f"{self.name}: no image has {', '.join(self.factor_names)} = "
+                                 f"{levels}")
+        return np.array([first[levels] for levels in wanted], np.int64)
+
+    @property
+    def identity(self):
+        """What tells this dataset from others wherever it lies, for JSON: all labels count, and 64
+        images.  Of rendered images no pixel counts: another machine may round one differently."""
+        some = np.unique(np.linspace(0, self.count - 1, 64).astype(int))
+        pixels = b"rendered" if self.pixels is None else self.pixels[some].tobytes()
+        digest = hashlib.sha256(pixels + np.asarray(self.table, "<i4").tobytes()).hexdigest()[:16]
+        return {"count": self.count, "size": self.size, "factor_names": list(self.factor_names),
+                "factor_sizes": list(self.factor_sizes), "digest": digest}
+
+    def add_note(self, text):
+        self.note = "; ".join(filter(None, [self.note, text]))
 
 
 class RenderedShapes3D(Dataset):
@@ -259,7 +290,7 @@ def grid(sizes):
 
 def open_dataset(path=None, size=64, cache=None):
     """The dataset at path; None is the rendered Shapes3D.  A file or folder is converted on first
-    use, into a file beside it or in the folder `cache`; later it opens at once.  ValueError or
+    use, into two files beside it or in the folder `cache`; later it opens at once.  ValueError or
     OSError, in one line, for what cannot be read or written."""
     if size not in (32, 64, 128):
         raise ValueError(f"image size {size}; expected 32, 64 or 128")
@@ -267,38 +298,20 @@ def open_dataset(path=None, size=64, cache=None):
         return RenderedShapes3D(size)
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; expected a dataset file or a folder, "
-                                "or no path at all for the rendered Shapes3D")
-    where, stamp = path.resolve(), fingerprint(path)
-    name = f"{where.name}.{size}.cache"
-    if cache:                           # where two files of one name, from two places, can meet
-        name = f"{zlib.crc32(str(where).encode()):08x}-{name}"
-    target = Path(cache or where.parent) / name
-    dataset, made_from = read_cache(target)
-    if made_from != stamp:
-        if dataset is not None:
-            print(f"{target} was made from another version of {path}: converting again")
-        convert(*recognise(path, size), target, stamp)
-        dataset, _ = read_cache(target)
+        raise FileNotFoundError(f"{path} does not exist; expected a dataset file or a folder")
+    with reading(path):
+        where, stamp = path.resolve(), fingerprint(path)
+    # In a folder `cache` two files of one name, from two places, can meet.
+    place = f"{zlib.crc32(os.fsencode(where)):08x}-" if cache else ""
+    target = Path(cache or where.parent) / f"{place}{where.name}.{size}.cache"
+    images, labels = Path(f"{target}.npy"), Path(f"{target}.npz")
+    dataset = read_cache(images, labels, stamp)
+    if dataset is None:
+        with reading(path):
+            found, blocks = recognise(path, size)
+        convert(found, blocks, images, labels, stamp)
+        dataset = read_cache(images, labels, stamp)
     return dataset
-
-
-# ---- 3. Recognising what people have -----------------------------------------------------------
-# Full grids that come without labels, told apart by their number of images; last factor fastest.
-MPI3D = ("object colour", "object shape", "object size", "camera height", "background colour",
-         "horizontal axis", "vertical axis")
-GRIDS = {TOTAL: ("Shapes3D", FACTORS, SIZES),
-         1036800: ("MPI3D", MPI3D, (6, 6, 2, 3, 3, 40, 40)),    # toy, realistic, real
-         460800: ("MPI3D", MPI3D, (4, 4, 2, 3, 3, 40, 40)),     # complex, and older releases
-         17568: ("Cars3D", ("elevation", "azimuth", "object"), (4, 24, 183)),
-         737280: ("dSprites", ("shape", "scale", "orientation", "x", "y"), (3, 6, 40, 32, 32))}
-CAR_MODELS, CAR_VIEWS = 183, (24, 4)                            # azimuths, elevations in one .mat
-IMAGE_KEYS = ("images", "imgs", "image")
-LABEL_KEYS = ("factors", "labels", "label", "latents_classes", "latents/classes")
-PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-ATTRIBUTES = ("list_attr_celeba.txt", "list_attr_celeba.csv")
-CELEBA_SIZE, CELEBA_CROP = (178, 218), (25, 57, 153, 185)       # left, top, right, bottom
-BLOCK = 1 << 25                                                 # bytes read at a time
 
 
 class DataError(ValueError):
@@ -307,147 +320,346 @@ class DataError(ValueError):
 
 @contextlib.contextmanager
 def reading(path):
-    """Whatever goes wrong inside is the file's fault, and is told in one line."""
+    """Turns whatever a file provokes in its readers (h5py, zipfile, Pillow...) into one line."""
     try:
         yield
     except DataError:
         raise
     except Exception as error:
-        raise DataError(f"{path} cannot be read ({' '.join(str(error).split()) or repr(error)}); "
-                        "expected a complete file that no other program is writing") from None
+        raise DataError(f"{path} cannot be read ({in_short(error)}); expected a complete file that "
+                        "no other program is writing") from None
 
 
-def files_below(folder):
-    """Paths, sorted; without hidden files (macOS leaves a ._001.jpg beside each 001.jpg) and
-    without our own."""
-    return sorted((p for p in folder.rglob("*") if not p.name.startswith(".")
-                   and p.suffix not in (".cache", ".tmp") and p.is_file()), key=str)
+def in_short(error):
+    """What the error says, in one line."""
+    return " ".join(str(error).split()) or repr(error)
 
 
-def fingerprint(path):
-    """Changes whenever the source does: number of files, their bytes, the newest time."""
-    files = [*files_below(path), attribute_file(path)] if path.is_dir() else [path]
-    seen = [file.stat() for file in files if file]
-    return [len(seen), sum(s.st_size for s in seen), max((s.st_mtime_ns for s in seen), default=0)]
+def say(text):
+    """print, but it cannot fail: the terminal may be unable to show a name, or be gone (`| head`),
+    and neither is a reason to stop hours of work."""
+    coding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        print(str(text).encode(coding, "backslashreplace").decode(coding), flush=True)
+    except (OSError, ValueError):       # what is not written yet goes nowhere, too
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+# ---- 3. Any picture, any numbers. Skip on first reading, down to the command line. --------------
+def decode(picture):
+    """A PIL picture of any mode -> (h, w) or (h, w, 3 or 4) uint8, as a viewer shows it: upright as
+    its EXIF says, and the first of several frames."""
+    sixteen = picture.mode.startswith("I;16") or picture.format == "PPM"    # 0..65535
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode[0] in "IF":                 # grey of more than 8 bits, or floating point
+        grey = np.asarray(picture)
+        return to_bytes(grey, *((0, 65535) if sixteen else limits([grey])))
+    return np.asarray(picture.convert("RGBA" if picture.has_transparency_data else "RGB"))
+
+
+def limits(blocks):
+    """The numbers that mean black and white in these arrays.  Only the values decide, no name: 0
+    and 1 (a mask, or floating point), -1 and 1, 0 and 255, of whole numbers also 0 and 65535, the
+    first pair that holds them all; else their own least and greatest."""
+    low, high = np.inf, -np.inf
+    for block in blocks:
+        known = np.nan_to_num(block, posinf=0, neginf=0)
+        low, high = min(low, known.min()), max(high, known.max())
+        if block.dtype == np.uint8 and high > 1:
+            break                               # so the rest cannot matter, and may be gigabytes
+    for black, white in [(0, 1), (-1, 1), (0, 255)] + [(0, 65535)] * (block.dtype.kind in "iu"):
+        slack = (white - black) / 1000          # what resizing or rounding may have added
+        if black - slack <= low and high <= white + slack:
+            return black, white
+    return low, high
+
+
+def to_bytes(values, black, white):
+    """Numbers of any type -> uint8: black becomes 0, white 255.  What is not a number is black."""
+    if values.dtype == np.uint8 and (black, white) == (0, 255):
+        return values
+    values = np.nan_to_num(values.astype(np.float32), nan=black).clip(black, white)
+    return np.rint((values - black) * np.float32(255 / ((white - black) or 1))).astype(np.uint8)
+
+
+def shrink(block, size, how=Image.LANCZOS):
+    """(b, h, w) or (b, h, w, 1 to 4) uint8 -> (b, 3, size, size), of each the middle square.  A
+    second or fourth channel is opacity, and white lies behind."""
+    count, h, w = block.shape[:3]
+    block = block.reshape(count, h, w, -1)                      # (b, h, w) -> (b, h, w, 1)
+    if block.shape[3] in (2, 4):
+        opacity = block[..., -1:] / np.float32(255)
+        block = np.rint(block[..., :-1] * opacity + 255 * (1 - opacity)).astype(np.uint8)
+    block = np.broadcast_to(block, (count, h, w, 3))            # grey -> (.., 3)
+    side, top, left = min(h, w), max(h - w, 0) // 2, max(w - h, 0) // 2
+    block = block[:, top:top + side, left:left + side]
+    if side != size:
+        block = np.stack([Image.fromarray(image).resize((size, size), how) for image in block])
+    return block.transpose(0, 3, 1, 2)                          # (b, S, S, 3) -> (b, 3, S, S)
+
+
+def add_labels(found, labels, names=()):
+    """labels (n,), (n, F) or one-hot (n, K) of any type: every column becomes a factor, its values
+    numbered in their order.  The note says which columns cannot be."""
+    if labels.shape[:1] != (found.count,) or labels.ndim > 2:
+        raise ValueError(f"shape {labels.shape}; expected one row for each of {found.count:,}")
+    labels = labels.reshape(found.count, -1)                    # (n,) -> (n, 1)
+    numeric, width = labels.dtype.kind in "biuf", labels.shape[1]
+    if numeric and width > 1 and np.isin(labels, (0, 1)).all() and (labels.sum(1) == 1).all():
+        labels, names, width = labels.argmax(1)[:, None], ["class"], 1
+    # A part of 3D Shapes may lack some levels; they count all the same.
+    shapes3d = numeric and width == len(LEVELS) and all(
+        np.isclose(labels[:, j, None], LEVELS[j], atol=1e-5).any(1).all() for j in range(width))
+    name, known_names, sizes = GRIDS.get(TOTAL if shapes3d else found.count, ("", (), ()))
+    named = len(names) == width
+    factors, refused = [], []                   # (name, number of levels, level of each image)
+    for j, column in enumerate(labels.T):
+        factor = names[j] if named else FACTORS[j] if shapes3d else f"factor {j}"
+        try:
+            factors.append((factor, *number(column, LEVELS[j] if shapes3d else column[:0])))
+        except (TypeError, ValueError) as error:
+            refused.append(f"{factor} ({error})")
+    found.factor_names, found.factor_sizes, table = zip(*factors) if factors else ((), (), ())
+    found.table = np.reshape(table, (len(factors), found.count)).T              # -> (n, F)
+    if found.factor_sizes == sizes != ():
+        found.name, found.factor_names = name, found.factor_names if named else known_names
+    elif refused:
+        found.add_note("no factor: " + ", ".join(refused))
+
+
+def number(column, known):
+    """(n,) labels, and values that count even if no label has them -> how many different values
+    there are and, (n,), which one each label has.  ValueError if that makes no factor."""
+    count, column = len(column), np.concatenate([known, column])
+    if column.dtype.kind == "f":                # what differs by rounding alone is one level
+        if not np.isfinite(column).all():
+            raise ValueError("has gaps")
+        column = np.round(column / (np.ptp(column) or 1), 6)
+    levels, numbers = np.unique(column, return_inverse=True)
+    if len(levels) == 1:
+        raise ValueError("never varies")
+    if len(levels) > max(len(known), count * 3 / 4):    # a measurement, or the image's own number
+        raise ValueError("nearly as many values as images")
+    return len(levels), numbers[-count:]
+
+
+# ---- 4. Recognising what people have -----------------------------------------------------------
+# Full grids that come without labels, told apart by their number of images; last factor fastest.
+MPI3D = ("object colour", "object shape", "object size", "camera height", "background colour",
+         "horizontal axis", "vertical axis")
+GRIDS = {TOTAL: ("Shapes3D", FACTORS, SIZES),
+         1036800: ("MPI3D", MPI3D, (6, 6, 2, 3, 3, 40, 40)),    # toy, realistic, real
+         460800: ("MPI3D", MPI3D, (4, 4, 2, 3, 3, 40, 40)),     # complex, and older releases
+         17568: ("Cars3D", ("elevation", "azimuth", "object"), (4, 24, 183)),
+         737280: ("dSprites", ("shape", "scale", "orientation", "x", "y"), (3, 6, 40, 32, 32))}
+IMAGE_KEYS = ("images", "imgs", "image")
+LABEL_KEYS = ("factors", "labels", "label", "latents_classes", "latents/classes", "classes")
+PICTURES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".webp", ".avif", ".jp2", ".tif",
+            ".tiff", ".tga", ".ppm", ".pgm", ".pbm", ".pnm")
+ATTRIBUTES = ("list_attr_celeba.txt", "list_attr_celeba.csv")
+USEFUL = (*PICTURES, "_mesh.mat", "list.txt", *ATTRIBUTES)      # endings of files that we read
+CELEBA_SHAPE, CELEBA_CROP = (218, 178), np.s_[57:185, 25:153]               # rows, columns
+NO_DATA = ("__MACOSX", "Thumbs.db", "desktop.ini", "@eaDir")    # hidden, but without a dot
+BLOCK = 1 << 25                                                 # bytes read at a time
 
 
 def recognise(path, size):
     """What is at this path: a Dataset not yet converted, and its images in order, as blocks
-    (b, 3, size, size) uint8.  DataError or OSError if it is nothing we can read."""
+    (b, 3, size, size) uint8."""
     if path.is_dir():
-        files = files_below(path)
-        cars = [f for f in files if f.name.endswith("_mesh.mat")]
-        return found_cars(path, size, cars) if cars else found_pictures(path, size, files)
-    with reading(path):
-        with open(path, "rb") as f:
-            start = f.read(4)
-        if start == b"\x89HDF":
-            return found_arrays(path, size, h5py.File(path))
-        if start.startswith(b"PK"):
-            return found_arrays(path, size, np.load(path))
-    raise DataError(f"{path} begins with {start}; expected HDF5 (.h5), .npz or a folder")
+        return found_folder(path, size)
+    if not path.is_file() or not (h5py.is_hdf5(path) or zipfile.is_zipfile(path)):
+        raise DataError(f"{path} is no complete HDF5 (.h5) or .npz file, and no folder of pictures")
+    with h5py.File(path) if h5py.is_hdf5(path) else np.load(path) as arrays:
+        return found_arrays(path, size, arrays)
 
 
 class NpzStream:
     """An array in an .npz whose slices are read in order.  np.load would decompress it as a whole,
     12 GB for MPI3D."""
-
     def __init__(self, path, key):
         self.file = zipfile.ZipFile(path).open(key + ".npy")
         np.lib.format.read_magic(self.file)
-        self.shape, column_major, self.dtype = np.lib.format.read_array_header_1_0(self.file)
-        if column_major:
-            raise DataError(f"{path}: {key} is in column-major order; expected C order")
+        self.shape, self.turned, self.dtype = np.lib.format.read_array_header_1_0(self.file)
 
     def __getitem__(self, rows):
         part = (min(rows.stop, self.shape[0]) - rows.start, *self.shape[1:])
-        return np.frombuffer(self.file.read(int(np.prod(part))), np.uint8).reshape(part)
+        raw = self.file.read(math.prod(part) * self.dtype.itemsize)
+        return np.frombuffer(raw, self.dtype).reshape(part)
+
+
+def open_array(path, key):
+    """An array of an HDF5 file or .npz whose slices can be read in order."""
+    source = h5py.File(path)[key] if h5py.is_hdf5(path) else NpzStream(path, key)
+    # Fortran's order can only be read as a whole.
+    return np.load(path)[key] if getattr(source, "turned", False) else source
 
 
 def found_arrays(path, size, arrays):
     """An HDF5's or .npz's images, and its labels if it has any."""
     key = next((k for k in IMAGE_KEYS if k in arrays), None)
     if key is None:
-        raise DataError(f"{path} holds {list(arrays)}; expected an array 'images'")
-    source = arrays[key] if isinstance(arrays, h5py.File) else NpzStream(path, key)
-    if isinstance(source, h5py.Group):
-        raise DataError(f"{path}: {key} is a group of arrays; expected an array")
+        raise DataError(f"{path} holds {list(arrays)[:9]}; expected an array 'images'")
+    source = open_array(path, key)
     shape, dtype = source.shape, source.dtype
-    channels_last = len(shape) == 3 or len(shape) == 4 and shape[3] in (1, 3)
-    channels_first = len(shape) == 4 and not channels_last and shape[1] in (1, 3)
-    if dtype != np.uint8 or not (channels_last or channels_first) or 0 in shape:
-        raise DataError(f"{path}: {key} is {dtype} {shape}; expected uint8 of shape (n, h, w), "
-                        "(n, h, w, 1 or 3) or (n, 1 or 3, h, w)")
+    channels_first = len(shape) == 4 and shape[1] <= 4 < shape[3]
+    layout = len(shape) == 3 or channels_first or len(shape) == 4 and shape[3] <= 4
+    if dtype.kind not in "biuf" or not layout or 0 in shape:
+        raise DataError(f"{path}: {key} is {dtype} {shape}; expected numbers of shape (n, h, w), "
+                        "(n, h, w, 1 to 4) or (n, 1 to 4, h, w)")
     # Whole chunks of HDF5: a chunk cut by a block's border would be decompressed twice.
     chunk = (getattr(source, "chunks", None) or [1])[0]
-    step = -(-max(1, BLOCK // int(np.prod(shape[1:]))) // chunk) * chunk
+    step = chunk * max(1, BLOCK // (chunk * dtype.itemsize * math.prod(shape[1:])))
+
+    def raw():
+        with reading(path):
+            source = open_array(path, key)      # anew: an .npz can only be read forwards
+            for at in range(0, shape[0], step):
+                yield source[at:at + step]
 
     def blocks():
-        for at in range(0, shape[0], step):
-            with reading(path):
-                block = source[at:at + step]
-            if channels_first:
-                block = block.transpose(0, 2, 3, 1)             # (b, c, h, w) -> (b, h, w, c)
-            yield shrink(block * 255 if key == "imgs" else block, size)     # dSprites: 0 and 1
+        black, white = limits(raw())
+        for block in raw():
+            block = block.transpose(0, 2, 3, 1) if channels_first else block    # -> (b, h, w, c)
+            yield shrink(to_bytes(block, black, white), size)
 
     found = Dataset(path.stem, shape[0], size)
     label_key = next((k for k in LABEL_KEYS if k in arrays), None)
-    if label_key:
-        add_labels(path, found, label_key, arrays[label_key][()])
-    elif found.count in GRIDS:
-        found.name, found.factor_names, found.factor_sizes = GRIDS[found.count]
-        found.table = grid(found.factor_sizes)
-    elif "mpi3d" in path.stem.lower() or "real3d" in path.stem.lower():  # a cut copy has no factors
-        raise DataError(f"{path} holds {found.count:,} images; MPI3D has 1,036,800 or 460,800")
+    try:
+        if label_key:
+            add_labels(found, arrays[label_key][()], given_names(arrays, label_key))
+        elif found.count in GRIDS:
+            add_labels(found, grid(GRIDS[found.count][2]))
+        else:
+            found.add_note(f"no labels ({', '.join(LABEL_KEYS)}), and no full set that we know")
+    except Exception as error:          # whatever the labels are, the images can be used
+        found.add_note(f"{label_key} not used: {in_short(error)}")
     return found, blocks()
 
 
-def add_labels(path, found, key, values):
-    """Any column of labels becomes a factor with levels 0 .. k - 1, unless it never varies."""
-    if values.shape[:1] != (found.count,) or values.ndim > 2:
-        raise DataError(f"{path}: {key} has shape {values.shape}; expected one row for each of the "
-                        f"{found.count:,} images")
-    columns = values.reshape(found.count, -1).T                 # (n,) or (n, F) -> (F, n)
-    # Official Shapes3D values have known levels, even if a small file misses some of them.
-    official = len(columns) == len(LEVELS) and all(
-        np.isclose(c[:, None], known, atol=1e-5).any(1).all() for c, known in zip(columns, LEVELS))
-    if not official and values.dtype.kind not in "iub":
-        raise DataError(f"{path}: {key} is {values.dtype}; expected integers, one per factor")
-    levels = LEVELS if official else [np.unique(column) for column in columns]
-    varying = [(known, column) for known, column in zip(levels, columns) if len(known) > 1]
-    found.factor_sizes = tuple(len(known) for known, _ in varying)
-    found.factor_names = tuple(f"factor {j}" for j in range(len(varying)))
-    found.table = np.zeros((found.count, len(varying)), int)
-    for j, (known, column) in enumerate(varying):               # a little less: floats are rounded
-        found.table[:, j] = np.searchsorted(known - 1e-3, column, "right") - 1
-    name, names, sizes = GRIDS.get(TOTAL if official else found.count, ("", (), ()))
-    if sizes == found.factor_sizes != ():
-        found.name, found.factor_names = name, names
+def given_names(arrays, label_key):
+    """An array `factor_names`, or an attribute of an HDF5 file or of its labels; () without."""
+    for holder in (arrays, getattr(arrays, "attrs", {}), getattr(arrays[label_key], "attrs", {})):
+        if "factor_names" in holder:
+            return [name.decode() if isinstance(name, bytes) else str(name)
+                    for name in np.ravel(holder["factor_names"])]
+    return ()
 
 
-def found_cars(path, size, files):
-    """Reed et al.: car_*_mesh.mat, each `im` (h, w, 3, azimuth, elevation) of one model."""
-    listed = files[0].parent / "list.txt"
-    if listed.exists():                                         # the folder's own order differs
-        files = [listed.parent / f"{Path(name).stem}.mat" for name in listed.read_text().split()]
-    if len(files) != CAR_MODELS:
-        raise DataError(f"{path}: {len(files)} car_*_mesh.mat; expected {CAR_MODELS}, all of "
-                        "nips2015-analogy-data.tar.gz: unpack it again")
-    azimuths, elevations = CAR_VIEWS
+def files_below(folder):
+    """-> the useful files in a folder, sorted, and a note of what is left out.  Follows links to
+    folders, but enters each folder once: a link upwards would never end."""
+    files, others = [], collections.Counter()
+    seen = {str(parent) for parent in folder.resolve().parents}
+    for here, folders, names in os.walk(
+            folder, followlinks=True, onerror=lambda _: others.update(["unreadable folders"])):
+        run = "config.json" in names and not {"checkpoint.pt", "lock", "log.csv"}.isdisjoint(names)
+        others["folders of runs"] += run        # their pictures are of a dataset, not in it
+        if run or os.path.realpath(here) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(here))
+        shown = {n for n in folders + names if not n.startswith(".") and n not in NO_DATA}
+        useful = [Path(here, n) for n in shown & {*names} if n.lower().endswith(USEFUL)]
+        files += filter(os.path.isfile, useful)
+        others["hidden files or folders"] += len(folders) + len(names) - len(shown)
+        others["other files"] += len(shown & {*names}) - len(useful)
+        folders[:] = sorted(shown & {*folders})
+    note = ", ".join(f"{kind} ({count})" for kind, count in others.items() if count)
+    return sorted(files, key=str), f"left out: {note}" if note else ""
+
+
+def fingerprint(path):
+    """Changes whenever the source does: a digest of the names, sizes and times of its files."""
+    files = files_below(path)[0] + attribute_lists(path) if path.is_dir() else [path]
+    stats = [(file.name, file.stat()) for file in files]
+    seen = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    return hashlib.sha256(ascii(seen).encode()).hexdigest()
+
+
+def found_folder(path, size):
+    """A folder of pictures, of CelebA if its list names them all; or Cars3D's .mat files."""
+    files, note = files_below(path)
+    cars, lists = in_order(files), attribute_lists(path)
+    files = cars or [file for file in files if file.name.lower().endswith(PICTURES)]
+    if not files:
+        raise DataError(f"{path} holds no pictures ({' '.join(PICTURES)}) and no car_*_mesh.mat; "
+                        f"{note or 'it is empty'}")
+    found = Dataset(path.resolve().name, len(files), size, note=note)
+    if cars:
+        found.name, found.count = "Cars3D", 96 * len(cars)
+        table = grid((len(cars), 4, 24))[:, [1, 2, 0]]          # a car's azimuth turns fastest
+        add_labels(found, table, GRIDS[17568][1])
+    elif lists:
+        add_attributes(found, lists[0], files)
 
     def blocks():
-        for file in files:
-            with reading(file):
-                im = read_mat(file, "im")
-            if im.dtype != np.uint8 or im.shape[2:] != (3, *CAR_VIEWS):
-                raise DataError(f"{file}: im is {im.dtype} {im.shape}; expected uint8 "
-                                f"(h, w, 3, {azimuths}, {elevations})")
-            im = im.transpose(4, 3, 0, 1, 2)                    # -> (elevation, azimuth, h, w, 3)
-            yield shrink(im.reshape(-1, *im.shape[2:]), size)   # -> (96, h, w, 3)
+        bad = []                                                # files left out
+        for k, file in enumerate(files):
+            try:
+                yield read_car(file, size) if cars else read_picture(file, size, lists)
+            except Exception as error:      # Pillow raises whatever its many decoders raise
+                bad.append(k)
+                say(f"left out {file} ({in_short(error)}), {len(bad)} so far")
+                if len(bad) > max(1, len(files) // 100) or len(bad) == len(files):
+                    raise DataError(f"{path}: {len(bad)} of {k + 1} files cannot be read, first "
+                                    f"{files[bad[0]]}; expected at most 1%") from None
+        if bad:
+            found.add_note(f"left out: damaged files ({len(bad)})")
+        if found.table is not None:         # (files * images of each, F)
+            table = found.table.reshape(len(files), -1, found.table.shape[1])
+            found.table = np.concatenate(np.delete(table, bad, 0))
 
-    sizes = elevations, azimuths, len(files)
-    table = grid((len(files), elevations, azimuths))[:, [1, 2, 0]]
-    return Dataset("Cars3D", len(table), size, GRIDS[17568][1], sizes, table=table), blocks()
+    return found, blocks()
+
+
+def read_picture(file, size, celeba):
+    """-> (1, 3, size, size); of CelebA the crop around the face, as in Diff-AE's and the paper's
+    code, but not of resized copies."""
+    with Image.open(file) as picture:
+        image = decode(picture)
+    if celeba and image.shape[:2] == CELEBA_SHAPE:
+        image = image[CELEBA_CROP]
+    return shrink(image[None], size, Image.BILINEAR if celeba else Image.LANCZOS)
+
+
+def attribute_lists(folder):
+    """CelebA's labels lie in, beside, or (as Kaggle packs them) two levels above the images."""
+    places = (folder.resolve(), *folder.resolve().parents[:2])
+    return [p / n for p in places for n in ATTRIBUTES if os.path.isfile(p / n)][:1]
+
+
+def add_attributes(found, path, files):
+    """CelebA's attributes, if the list has a row for every picture: .png copies of .jpg count.  The
+    .txt may begin with the number of images, the .csv begins with image_id."""
+    text = path.read_text("utf-8-sig", "replace").replace("image_id,", "").replace(",", " ")
+    lines = [line.split() for line in text.splitlines() if len(line.split()) > 1]
+    names = lines[0] if lines else []
+    rows = {Path(line[0]).stem: line[1:] for line in lines if len(line) == len(names) + 1}
+    missing = [file.name for file in files if file.stem not in rows]
+    if missing:
+        return found.add_note(f"{path.name} not used: it lacks {len(missing)} of the pictures, "
+                              f"first {missing[0]}")
+    found.name, found.attribute_names = "CelebA", tuple(names)
+    found.table = np.array([rows[file.stem] for file in files]) == "1"
+
+
+def in_order(files):
+    """Cars3D (Reed et al.): car_*_mesh.mat in the order of list.txt, as the folder's differs."""
+    cars = {file.stem: file for file in files if file.name.endswith("_mesh.mat")}
+    listed = [Path(name).stem for file in files if file.name == "list.txt"
+              for name in file.read_text().split()]
+    return [cars[name] for name in dict.fromkeys([*listed, *cars]) if name in cars]
+
+
+def read_car(file, size):
+    """-> (96, 3, size, size): all views of one model, `im` (h, w, 3, azimuth, elevation)."""
+    im = read_mat(file, "im")
+    if im.shape[2:] != (3, 24, 4):
+        raise ValueError(f"im has shape {im.shape}; expected (h, w, 3, 24, 4)")
+    im = im.transpose(4, 3, 0, 1, 2)                            # -> (4, 24, h, w, 3)
+    return shrink(im.reshape(96, *im.shape[2:]), size)
 
 
 def read_mat(path, name):
@@ -480,155 +692,89 @@ def mat_elements(raw):
             at += 8 + (size if kind == 15 else -(-size // 8) * 8)       # compressed: no padding
 
 
-def attribute_file(folder):
-    """CelebA's labels lie in, beside, or (as Kaggle packs them) two levels above the images."""
-    places = (folder.resolve(), *folder.resolve().parents[:2])
-    return next((p / n for p in places for n in ATTRIBUTES if (p / n).is_file()), None)
+# ---- 5. Converting, once -----------------------------------------------------------------------
+# A cache is two files of numpy's own: X.cache.npy are the images (n, 3, S, S) uint8, X.cache.npz
+# holds the labels `table` (n, width) int32 and `about`, all else as JSON.  Labels that are there
+# belong to the images that are there.
+def read_cache(images, labels, stamp):
+    """The dataset in a cache made from the source with this stamp; None: there is none yet."""
+    if not labels.exists():
+        return None
+    try:
+        with np.load(labels) as arrays:
+            about, table = json.loads(str(arrays["about"])), arrays["table"]
+        made_from = about.pop("stamp")
+        about = {key: tuple(v) if isinstance(v, list) else v for key, v in about.items()}
+        pixels = np.asarray(np.load(images, mmap_mode="r"))
+    except Exception as error:
+        raise ValueError(f"{images} or {labels.name} is in the way, no whole cache of ours "
+                         f"({in_short(error)}); delete both, or give --cache DIR") from None
+    if made_from == stamp:
+        return Dataset(**about, table=table, pixels=pixels)
+    say(f"{images} was made from another version of the data: converting again")
+    return None
 
 
-def read_attributes(path, files):
-    """-> names, (n, 40) bool, a row for each file.  The .txt may begin with the number of images,
-    the .csv begins with image_id."""
-    with reading(path):
-        text = path.read_text().replace("image_id,", "").replace(",", " ")
-        lines = [line.split() for line in text.splitlines() if line.strip()]
-        names = next(tuple(line) for line in lines if len(line) > 1)
-    rows = {line[0]: line[1:] for line in lines}
-    for file in files:
-        values = rows.get(file.name, [])
-        if len(values) != len(names) or not set(values) <= {"1", "-1"}:
-            raise DataError(f"{path} has {len(values)} values for {file.name}; expected "
-                            f"{len(names)}, each 1 or -1")
-    return names, np.array([rows[file.name] for file in files]) == "1"
-
-
-def found_pictures(path, size, files):
-    """A folder of pictures; CelebA if its attribute file is there."""
-    files = [f for f in files if f.suffix.lower() in PICTURES]
-    if not files:
-        raise DataError(f"{path} holds no pictures ({' '.join(PICTURES)}) and no car_*_mesh.mat")
-    found, celeba = Dataset(path.resolve().name, len(files), size), attribute_file(path)
-    crop, how = (CELEBA_CROP, Image.BILINEAR) if celeba else (None, Image.LANCZOS)
-    if celeba:
-        found.name = "CelebA"
-        found.attribute_names, found.table = read_attributes(celeba, files)
-
-    def blocks():
-        bad = []                                                # rows of pictures left out
-        for row, file in enumerate(files):
-            try:
-                with Image.open(file) as picture:
-                    image = np.asarray(picture.convert("RGB").crop(crop))       # (h, w, 3)
-                if celeba and picture.size != CELEBA_SIZE:
-                    raise ValueError(f"size {picture.size}, expected {CELEBA_SIZE}")
-            except Exception as error:      # Pillow raises whatever its many decoders raise
-                bad.append(row)
-                print(f"left out {file} ({' '.join(str(error).split())}), {len(bad)} so far")
-                if len(bad) > max(1, len(files) // 100):
-                    raise DataError(f"{path}: {len(bad)} of {row + 1} pictures cannot be read, "
-                                    f"first {files[bad[0]]}; expected at most 1%") from None
-            else:
-                yield shrink(image[None], size, how)            # (1, h, w, 3) -> (1, 3, S, S)
-        if celeba:
-            found.table = np.delete(found.table, bad, 0)
-
-    return found, blocks()
-
-
-def shrink(block, size, how=Image.LANCZOS):
-    """(b, h, w) or (b, h, w, 1 or 3) uint8 -> (b, 3, size, size), of each the middle square."""
-    count, h, w = block.shape[:3]
-    block = np.broadcast_to(block.reshape(count, h, w, -1), (count, h, w, 3))   # grey -> (.., 3)
-    side, top, left = min(h, w), max(h - w, 0) // 2, max(w - h, 0) // 2
-    block = block[:, top:top + side, left:left + side]
-    if side != size:
-        block = np.stack([Image.fromarray(image).resize((size, size), how) for image in block])
-    return block.transpose(0, 3, 1, 2)                          # (b, S, S, 3) -> (b, 3, S, S)
-
-
-# ---- 4. Converting, once -----------------------------------------------------------------------
-# A cache is: images (n, 3, S, S) uint8, labels (n, width) int32, a description in JSON, and as the
-# last 16 bytes the description's length and MAGIC.  What was cut short has no such end.
-MAGIC = b"imgcache"
-
-
-def read_cache(target):
-    """The dataset in a cache and the stamp of its source, None and None if there is no cache.
-    Trusts nothing: the shapes fit only if every byte is there."""
-    if not target.exists():
-        return None, None
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, struct.error):
-        raw = np.asarray(np.memmap(target, np.uint8, "r"))
-        length, magic = struct.unpack("<Q8s", raw[-16:])
-        if magic == MAGIC:
-            arrays, about = raw[:-16 - length], json.loads(bytes(raw[-16 - length:-16]))
-            names = [tuple(about[k]) for k in ("factor_names", "factor_sizes", "attribute_names")]
-            found = Dataset(about["name"], about["count"], about["size"], *names)
-            middle = found.count * 3 * found.size ** 2
-            found.pixels = arrays[:middle].reshape(found.count, 3, found.size, found.size)
-            found.table = arrays[middle:].view("<i4").reshape(found.count, len(names[0] + names[2]))
-            return found, about["stamp"]
-    raise ValueError(f"{target} is in the way: it is not a whole cache made by this program; "
-                     "delete it, or choose another folder with --cache DIR")
-
-
-def convert(found, blocks, target, stamp):
-    """Write images, labels and a description to the cache file `target`, whole or not at all."""
-    each, width = 3 * found.size ** 2, len(found.factor_names + found.attribute_names)
+def convert(found, blocks, images, labels, stamp):
+    """Write the cache's two files, whole or not at all."""
+    width, each = len(found.factor_names + found.attribute_names), 3 * found.size ** 2
     size = found.count * (each + 4 * width)
-    with replacing(target, size) as temporary, open(temporary, "wb") as f:
-        for block in watched(blocks, f"converting {found.name} to {target}", found.count):
-            f.write(np.ascontiguousarray(block))
-        about = dict(vars(found), count=f.tell() // each, stamp=stamp)  # some may be left out
-        table = about.pop("table")
-        if width:
-            f.write(np.ascontiguousarray(table, "<i4"))
-        about = json.dumps(about).encode()
-        f.write(about + struct.pack("<Q8s", len(about), MAGIC))
+    say(f"converting {found.name} to {images}: {found.count:,} images, {size / 1e9:.1f} GB")
+    with replacing([images, labels], size) as (pixels, rest):
+        with open(pixels, "wb") as f:
+            f.seek(128)                                         # the size of numpy's header
+            for block in watched(blocks, found.count):
+                f.write(np.ascontiguousarray(block))
+            found.count = (f.tell() - 128) // each              # some may be left out
+            f.seek(0)
+            shape = (found.count, 3, found.size, found.size)
+            np.lib.format.write_array_header_1_0(
+                f, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        table = np.reshape(found.table if width else [], (found.count, width)).astype("<i4")
+        about = {**vars(found), "stamp": stamp}
+        del about["table"], about["pixels"]
+        with open(rest, "wb") as f:
+            np.savez(f, about=json.dumps(about), table=table)
+        labels.unlink(missing_ok=True)      # never old labels beside new images
 
 
 @contextlib.contextmanager
-def replacing(path, size):
-    """Gives a temporary name beside path, which becomes path only if all goes well; so path never
-    holds half a file.  Two processes at once do the work twice, but safely.  size: in bytes."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+def replacing(paths, size):
+    """Gives temporary names beside the paths, which become the paths only if all goes well; so no
+    path ever holds half a file.  Two processes at once do the work twice, but safely."""
+    temporary = [path.with_name(f"{path.name}.{os.getpid()}.tmp") for path in paths]
+    folder = paths[0].parent
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for old in path.parent.glob("*.tmp"):                   # a killed process leaves gigabytes
-            if old.name.startswith(path.name + ".") and time.time() - old.stat().st_mtime > 600:
-                old.unlink()
-        need_room(path.parent, size)
+        folder.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(folder).free < size:               # HDF5 itself would crash later
+            raise OSError("the disk is full")
         yield temporary
-        with open(temporary, "rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
+        for name in temporary:
+            with open(name, "rb+") as f:
+                os.fsync(f.fileno())
+        for name, path in zip(temporary, paths):
+            os.replace(name, path)
     except OSError as error:
-        raise OSError(f"cannot write {path}, about {size / 1e9:.2f} GB ({error.strerror or error});"
-                      " make room, or choose another folder (to convert: --cache DIR)") from None
+        raise OSError(f"cannot write {paths[0]} ({error.strerror or error}); it takes "
+                      f"{size / 1e9:.1f} GB, and --cache DIR converts elsewhere") from None
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        for name in temporary:
+            with contextlib.suppress(OSError):
+                name.unlink()
 
 
-def need_room(folder, size):
-    """OSError now if `size` bytes do not fit: HDF5 itself would crash later."""
-    if shutil.disk_usage(folder).free < size:
-        raise OSError("the disk is full")
-
-
-def watched(blocks, what, total):
-    """The same blocks, while saying every ten seconds how far we are."""
-    start = last = time.monotonic()
-    done = 0
+def watched(blocks, total):
+    """The same blocks, with a line every ten seconds."""
+    last, done = time.monotonic(), 0
     for block in blocks:
         yield block
-        done, now = done + len(block), time.monotonic()
-        if done == total or now - last > 10:
-            last, left = now, (now - start) * (total / done - 1)
-            print(f"{what}: {done:,} of {total:,}, {left:.0f} s left", flush=True)
+        done += len(block)
+        if time.monotonic() - last > 10:
+            last = time.monotonic()
+            say(f"{done:,} of {total:,} images")
 
 
-# ---- 5. Writing the official format ------------------------------------------------------------
+# ---- 6. Writing the official format ------------------------------------------------------------
 STEP = 296657       # shares no factor with 480,000 and is near its golden section
 
 
@@ -645,37 +791,32 @@ def write_shapes3d(path, limit=None):
     labels = [levels[column] for levels, column in zip(LEVELS, dataset.factors(indices).numpy().T)]
     step = 4800         # neighbours differ little: chunks long in images, small in area pack best
     blocks = (dataset.images(indices[at:at + step]).numpy() for at in range(0, count, step))
-    with replacing(path, count * 1000) as temporary, h5py.File(temporary, "w") as f:
+    with replacing([path], count * 1000) as [temporary], h5py.File(temporary, "w") as f:
         f["labels"] = np.stack(labels, 1)                       # (n, 6)
         images = f.create_dataset("images", (count, 64, 64, 3), np.uint8, compression="gzip",
                                   chunks=(min(count, step), 8, 8, 1))
-        for j, block in enumerate(watched(blocks, f"writing {path}", count)):
-            need_room(path.parent, 2 * block.nbytes)            # HDF5 crashes on a full disk
+        for j, block in enumerate(watched(blocks, count)):
             images[j * step:(j + 1) * step] = block.transpose(0, 2, 3, 1)       # (b, 64, 64, 3)
 
 
-# ---- 6. Command line ---------------------------------------------------------------------------
+# ---- 7. Command line ---------------------------------------------------------------------------
 def save_grid(dataset, path):
     """Fifty images spread over the whole set, ten in a row."""
     images = dataset.images(np.arange(50) * STEP % len(dataset)).numpy()
     rows = images.reshape(5, 10, *images.shape[1:]).transpose(0, 3, 1, 4, 2)    # (5, S, 10, S, 3)
     Image.fromarray(rows.reshape(5 * dataset.size, 10 * dataset.size, 3)).save(path)
-    print(f"wrote {path}")
+    say(f"wrote {path}")
 
 
 def show_work(dataset):
-    """A second of everything, with what to expect."""
-    factors, image = dataset.factors([123456])[0].tolist(), dataset.images([123456])[0]
-    print(f"image 123456 has factors {factors}    (expected [2, 5, 7, 1, 2, 6])")
-    for what, y, x in (("sky, 153 226 249", 4, 32), ("wall, cyan", 28, 8),
-                       ("floor, yellow-green", 60, 8), ("object, violet", 40, 32)):
-        y, x = y * dataset.size // 64, x * dataset.size // 64
-        print(f"row {y}, column {x}: {image[:, y, x].tolist()}    (expected {what})")
+    """Index arithmetic and speed, with what to expect."""
+    factors = dataset.factors([123456])[0].tolist()
+    say(f"image 123456 has factors {factors}    (expected [2, 5, 7, 1, 2, 6])")
     start, rng = time.perf_counter(), np.random.default_rng(0)
     for _ in range(100):
         dataset.images(rng.integers(TOTAL, size=64))
     rate = 6400 / (time.perf_counter() - start)
-    print(f"random batches of 64: {rate:,.0f} images/s    (expected 8,000 or more)")
+    say(f"random batches of 64: {rate:,.0f} images/s    (expected 8,000 or more)")
 
 
 def main():
@@ -689,7 +830,7 @@ def main():
     parser.add_argument("--limit", type=int, help="with --write: this many images, spread evenly")
 
     def fail(message):
-        print(f"data.py: {message}", file=sys.stderr)
+        print("data.py:", *str(message).split(), file=sys.stderr)      # a path may hold a newline
         sys.exit(2)
 
     parser.error = fail                     # argparse would print its usage as well
@@ -698,7 +839,7 @@ def main():
         if args.write:
             return write_shapes3d(args.write, args.limit)
         dataset = open_dataset(args.data, args.size, args.cache)
-        print(dataset)
+        say(dataset)
         if args.grid:
             save_grid(dataset, args.grid)
         elif args.data is None:
