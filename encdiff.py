@@ -26,6 +26,7 @@ TRY       python encdiff.py   ->   the whole method on 8x8 pictures while you wa
 FIGURES
 """
 import argparse
+import functools
 import math
 
 import torch
@@ -61,14 +62,16 @@ class CNNBatchNormEncoder(nn.Module):
     """The encoder of the authors' code: images (B, 3, S, S) in [-1, 1] -> codes (B, outputs).
 
     Four strided convolutions with BatchNorm, two residual blocks, one linear layer. The released
-    width is 128; our preset `small` takes half of it.
+    width is 128. Our preset `small` takes half of it, and with `patch` one convolution of 8x8
+    pixels in place of the first two: most of the encoder's work was in the second.
     """
 
-    def __init__(self, outputs, size=64, width=128):
+    def __init__(self, outputs, size=64, width=128, patch=False):
         super().__init__()
         layers, c = [], 3
-        for _ in range(4):
-            layers += [nn.Conv2d(c, width, 4, 2, 1), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+        for kernel, stride, padding in [(8, 4, 2)] * patch + [(4, 2, 1)] * (2 if patch else 4):
+            layers += [nn.Conv2d(c, width, kernel, stride, padding), nn.BatchNorm2d(width),
+                       nn.ReLU(inplace=True)]
             c = width
         self.down = nn.Sequential(*layers)
         self.residual = nn.ModuleList(
@@ -452,7 +455,8 @@ class TransformerEncoder(nn.Module):
         return self.out(self.norm(x)).flatten(1)  # (B, N, c) -> (B, outputs)
 
 
-ENCODERS = {"cnn": CNNEncoder, "cnn_bn": CNNBatchNormEncoder, "transformer": TransformerEncoder}
+ENCODERS = {"cnn": CNNEncoder, "cnn_bn": CNNBatchNormEncoder, "transformer": TransformerEncoder,
+            "cnn_patch": functools.partial(CNNBatchNormEncoder, patch=True)}
 REGULARIZERS = {"none": (EncDiff, ScalarTokens), "euler": (EncDiff, EulerTokens),
                 "sparse": (SparseEncDiff, ScalarTokens), "orthogonal": (EncDiff, OrthogonalTokens)}
 

@@ -15,8 +15,8 @@ IDEA      A query is a position of the latent image; keys and values are the N c
           in the first two steps the tokens get no gradient: that is expected.
 DIFFERS   Nothing in the layers (37,469,635 parameters at the paper's size and d = 16, as in the
           authors' code). Attention is written out: for heads of 8 channels in bfloat16 on a CPU
-          torch's fused attention has a slow backward pass. `self_attention=False` drops the
-          attention among positions, as our `small` preset does.
+          torch's fused attention has a slow backward pass. Our preset `small` has learned
+          positions (`side`) in place of attention among positions, and drops skip features.
 TRY       python unet.py   ->   parameters, shapes, and an attention map whose rows sum to 1
 """
 import contextlib
@@ -123,15 +123,18 @@ class SpatialTransformer(nn.Module):
     """Attention among positions, attention to the tokens, feed-forward; all residual.
 
     x (B, c, h, w), tokens (B, N, d) -> (B, c, h, w). With token_width None there is no
-    cross-attention (the AdaGN variant), with self_attention False none among the positions.
+    cross-attention (the AdaGN variant). positions is None, or P: then there is no attention among
+    the positions, and each of the P queries gets a learned vector that says where it is.
     """
 
-    def __init__(self, channels, heads, token_width, self_attention=True):
+    def __init__(self, channels, heads, token_width, positions=None):
         super().__init__()
         self.norm = group_norm(channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels)
-        self.self_attention = self.cross_attention = None
-        if self_attention:
+        self.self_attention = self.cross_attention = self.positions = None
+        if positions:
+            self.positions = nn.Parameter(0.3 * torch.randn(positions, channels))  # (P, c)
+        else:
             self.norm1 = nn.LayerNorm(channels)
             self.self_attention = SelfAttention(channels, channels, heads)
         if token_width is not None:
@@ -143,7 +146,9 @@ class SpatialTransformer(nn.Module):
     def forward(self, x, emb, tokens):
         B, c, h, w = x.shape
         y = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))  # (B, c, h, w) -> (B, P, c)
-        if self.self_attention is not None:
+        if self.positions is not None:
+            y = y + self.positions  # (P, c), the same for all images
+        else:
             y = y + self.self_attention(self.norm1(y))
         if self.cross_attention is not None:
             y = y + self.cross_attention(self.norm2(y), tokens)
@@ -173,15 +178,18 @@ class UNet(nn.Module):
     token_dim        width d of a concept token
     num_tokens       N; only the AdaGN variant, which concatenates the tokens, depends on it
     conditioning     "cross": cross-attention to the tokens; "adagn": see AdaGNBlock
+    skip_dropout     share of the channels of each skip connection that is set to 0 in training
+    side             None, or the side of z_t: then a query has a learned position instead of
+                     self-attention
     """
 
     def __init__(self, latent_channels=3, channels=64, multipliers=(1, 2, 4, 4), blocks=2,
-                 attention=(1, 2, 4), heads=8, token_dim=32, dropout=0.1, self_attention=True,
-                 conditioning="cross", num_tokens=20):
+                 attention=(1, 2, 4), heads=8, token_dim=32, dropout=0.1,
+                 conditioning="cross", num_tokens=20, skip_dropout=0.0, side=None):
         super().__init__()
         self.channels, self.blocks, self.multipliers = channels, blocks, multipliers
         self.attention, self.heads, self.token_dim = attention, heads, token_dim
-        self.dropout, self.self_attention = dropout, self_attention
+        self.dropout, self.skip_dropout, self.side = dropout, skip_dropout, side
         self.conditioning, self.num_tokens = conditioning, num_tokens
         E = self.emb_width = 4 * channels
         self.time = nn.Sequential(nn.Linear(channels, E), nn.SiLU(), nn.Linear(E, E))
@@ -198,7 +206,8 @@ class UNet(nn.Module):
             if level < len(multipliers) - 1:
                 self.down.append(Stage([self.residual(c, c, "down")]))
                 skips.append(c)
-        self.middle = Stage([self.residual(c, c), self.transformer(c), self.residual(c, c)])
+        middle = self.transformer(c, len(multipliers) - 1)
+        self.middle = Stage([self.residual(c, c), middle, self.residual(c, c)])
         self.up = self.way_up(c, skips)
         self.norm_out = group_norm(channels * multipliers[0])
         self.conv_out = zero(nn.Conv2d(channels * multipliers[0], latent_channels, 3, padding=1))
@@ -209,12 +218,13 @@ class UNet(nn.Module):
             return AdaGNBlock(c_in, c_out, self.emb_width, self.dropout, condition_width, resample)
         return ResidualBlock(c_in, c_out, self.emb_width, self.dropout, resample)
 
-    def transformer(self, c):
+    def transformer(self, c, level):
         token_width = self.token_dim if self.conditioning == "cross" else None
-        return SpatialTransformer(c, self.heads, token_width, self.self_attention)
+        positions = (self.side // 2**level) ** 2 if self.side else None
+        return SpatialTransformer(c, self.heads, token_width, positions)
 
     def stage(self, c_in, c_out, level):
-        attend = [self.transformer(c_out)] if 2**level in self.attention else []
+        attend = [self.transformer(c_out, level)] if 2**level in self.attention else []
         return Stage([self.residual(c_in, c_out), *attend])
 
     def way_up(self, c, skips):
@@ -242,7 +252,9 @@ class UNet(nn.Module):
             skips.append(x)
         x = self.middle(x, emb, tokens)
         for block in self.up:
-            x = block(torch.cat([x, skips.pop()], dim=1), emb, tokens)  # c + c_skip channels
+            # What a skip connection does not bring has to come from the tokens (Jun et al. 2024).
+            skip = F.dropout2d(skips.pop(), self.skip_dropout, self.training)
+            x = block(torch.cat([x, skip], dim=1), emb, tokens)  # c + c_skip channels
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
@@ -309,16 +321,16 @@ class AdaGNBlock(ResidualBlock):
 class DirectDecoder(UNet):
     """EncDec w/o Diff: the way up of the U-Net alone, from a learned tensor to the clean latent.
 
-    side     side of the latent; the other arguments are UNet's
-    forward  tokens (B, N, d) -> latent (B, C, side, side)
+    latent_side  side of the latent; the other arguments are UNet's
+    forward      tokens (B, N, d) -> latent (B, C, latent_side, latent_side)
 
     No noise, no timestep (a learned vector stands where its embedding was), no skip connections.
     """
 
-    def __init__(self, side, **options):
+    def __init__(self, latent_side, **options):
         super().__init__(**options)
         del self.conv_in, self.down, self.time
-        c, low = self.channels * self.multipliers[-1], side // 2 ** (len(self.multipliers) - 1)
+        c, low = self.channels * self.multipliers[-1], latent_side >> len(self.multipliers) - 1
         self.start = nn.Parameter(torch.randn(1, c, low, low))
         self.emb = nn.Parameter(torch.randn(1, self.emb_width))
         self.up = self.way_up(c, [0] * len(self.up))
