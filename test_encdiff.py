@@ -56,7 +56,7 @@ train.FIRST_STAGE["tiny"] = dict(batch=8, lr=1e-3, squared=0.0, encoder_steps=0)
 train.LOG_EVERY, train.ENCODER_WIDTH = 4, 8
 TINY = dict(autoencoder="tiny", encoder="cnn_bn", num_tokens=6, token_dim=8, channels=16,
             multipliers=(1, 2), blocks=1, heads=2, dropout=0.1, vq_steps=12, steps=12, batch=8,
-            score_every=0, precision="fp32")
+            optimizer="muon", score_every=0, precision="fp32")
 
 
 def refused(run, *said):
@@ -254,7 +254,8 @@ def test_a_linear_first_stage_is_linear_in_the_pixels():
 
 # ---- Variants, and the toy ----------------------------------------------------------------------
 
-VARIANTS = [dict(), dict(encoder="cnn"), dict(encoder="transformer"), dict(self_attention=False),
+VARIANTS = [dict(), dict(encoder="cnn"), dict(encoder="transformer"),
+            dict(self_attention=False, skip_dropout=0.3, encoder="cnn_patch"),
             dict(decoder="direct"), dict(conditioning="adagn"), dict(tokens="vector"),
             dict(tokens="vector", conditioning="adagn"), dict(tokens="vector", decoder="direct"),
             dict(regularizer="euler"), dict(regularizer="sparse"), dict(regularizer="orthogonal")]
@@ -375,7 +376,7 @@ def log(folder, *columns):
 
 def signals(patch, numbers):
     """Send the process these signals, {step: number}; the steps of all runs count on in a list."""
-    step, done = torch.optim.AdamW.step, []
+    step, done = train.Progress.add, []
 
     def step_and_signal(*arguments):
         done.append(1)
@@ -383,7 +384,7 @@ def signals(patch, numbers):
             signal.raise_signal(numbers[len(done)])
         return step(*arguments)
 
-    patch.setattr(torch.optim.AdamW, "step", step_and_signal)
+    patch.setattr(train.Progress, "add", step_and_signal)
     return done
 
 
@@ -453,11 +454,24 @@ def test_timesteps_are_low_at_first_then_uniform(toy, folder, monkeypatch):
 
 
 def test_the_learning_rate_rises_stays_and_falls():
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
-    rates = [train.set_lr(optimizer, 2.0, step, 1000, decay=0.4)
+    rates = [train.learning_rate(2.0, step, 1000, decay=0.4)
              for step in (0, 49, 99, 600, 800, 999)]
     assert rates == pytest.approx([0.02, 1.0, 2.0, 2.0, 1.0, 0.005])
-    assert optimizer.param_groups[0]["lr"] == rates[-1]
+
+
+def test_muon_steps_are_orthogonal_and_adamw_takes_the_rest():
+    model = tiny_model()
+    model.first_stage.requires_grad_(False)
+    inner, outer = model.denoiser.middle[0].conv1.weight, model.denoiser.conv_in.weight
+    optimizer, before = train.Optimizer(model, train.Config(**TINY), 1.0), inner.detach().clone()
+    for p in model.parameters():
+        p.grad = torch.randn_like(p) * torch.logspace(0, -2, p.shape[-1] if p.ndim else 1)
+    first = outer.detach().clone()
+    optimizer.step(1e-3)
+    step = ((before - inner) / 1e-2).detach().flatten(1)  # Muon's rate is ten times AdamW's
+    sizes = torch.linalg.svdvals(inner.grad.flatten(1))
+    assert sizes.max() > 5 * sizes.min() and (torch.linalg.svdvals(step) - 1).abs().max() < 0.45
+    assert_close((first - outer).abs(), torch.full_like(first, 1e-3), rtol=0.05, atol=0)
 
 
 def test_training_lowers_the_loss_and_gives_the_average(toy, folder, capsys):

@@ -407,18 +407,25 @@ def pictures(run, dataset, model, step):
 
 
 def step_flops(config):
-    """{stage: floating-point operations of one of its steps}, all processes together: as torch
-    counts them for one image, forward and backward, a multiply-add as two, times the batch."""
+    """{stage: floating-point operations of one of its steps}, all processes together: forward,
+    backward and the optimizer's, as torch counts them, a multiply-add as two."""
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
-        model, counts = build_model(config).train(), []
+        model, image = build_model(config).train(), torch.zeros(1, 3, config.size, config.size)
         first = vq.FirstStageLoss(model.first_stage).requires_grad_(True)
         model.first_stage.quantizer.ready.fill_(True)
-        for loss_of in (lambda images: first(images)[0], model):
-            with FlopCounterMode(display=False) as counter:
-                loss_of(torch.zeros(1, 3, config.size, config.size)).backward()
-            counts.append(counter.get_total_flops())
-    return {"first stage": counts[0] * FIRST_STAGE[config.autoencoder]["batch"],
-            "joint training": counts[1] * config.batch}
+        flops = {}
+        for stage, module, loss_of, batch in [
+                ("first stage", model.first_stage, lambda images: first(images)[0],
+                 FIRST_STAGE[config.autoencoder]["batch"]),
+                ("joint training", model, model, config.batch)]:
+            with FlopCounterMode(display=False) as of_one_image:
+                loss_of(image).backward()
+            with FlopCounterMode(display=False) as of_the_optimizer:
+                Optimizer(module, config, config.lr).step(config.lr)
+            flops[stage] = (batch * of_one_image.get_total_flops()
+                            + of_the_optimizer.get_total_flops())
+            module.requires_grad_(False)  # the first stage is frozen before the second begins
+    return flops
 
 
 class Progress:
