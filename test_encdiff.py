@@ -740,17 +740,16 @@ def test_metrics_worked_example_is_what_was_found_by_hand(capsys):
     title, *lines = capsys.readouterr().out.splitlines()
     assert title.split() == ["computed", "by", "hand"] and len(lines) == 9
     for line in lines:
-        computed, by_hand = line[30:74].split(), line[74:].split()
-        expected = [float(fractions.Fraction(number)) for number in by_hand]
-        assert [float(number) for number in computed] == pytest.approx(expected, abs=6e-4), line
+        by_hand = [float(fractions.Fraction(number)) for number in line[74:].split()]
+        assert list(map(float, line[30:74].split())) == pytest.approx(by_hand, abs=6e-4), line
 
 
 def test_metrics_leaves_take_a_tenth_of_a_newton_step():
     label = np.arange(3).repeat(5)                            # r = 2/3 or -1/3 before round one
     trees = metrics.fit_trees(label[:, None] * 1.0, label, rounds=1)
     step = metrics.look_up(trees.rounds[0][0], label[None])   # of the tree for class 0
-    assert step[:5] == pytest.approx(0.1 * (3 - 1) / 3 * (2 / 3) / (2 / 3 * 1 / 3))
-    assert step[5:] == pytest.approx(0.1 * (3 - 1) / 3 * (-1 / 3) / (1 / 3 * 2 / 3))
+    right, left = ((3 - 1) / 3 * r / (2 / 3 * 1 / 3) for r in (2 / 3, -1 / 3))
+    assert step == pytest.approx(0.1 * np.repeat([right, left], [5, 10]))
     between = np.array([[-9], [0.49], [0.51], [1.49], [1.51], [9]])       # thresholds lie midway
     assert metrics.predict(trees, between).tolist() == [0, 0, 1, 1, 2, 2]
     close = 1 + np.spacing(1.0) * np.array([[1], [2]])        # floats with none in between
@@ -792,36 +791,26 @@ def test_metrics_trees_agree_with_scikit_learn_and_see_only_order():
 
 def test_metrics_dci_closed_forms():
     factors = all_combinations(4, 3, 5).repeat(4, axis=0)
-    codes = factors * 1.0
-
-    def d_and_c(codes, factors):
-        scores = metrics.dci(codes, factors, codes, factors)
-        return scores["disentanglement"], scores["completeness"]
-
-    assert d_and_c(codes, factors) == pytest.approx((1, 1), abs=1e-6)         # one code a factor
-    half = 1 - np.log(2) / np.log(4)                                          # F = 4, in pairs
-    assert d_and_c(codes[:, :2], factors[:, [0, 0, 1, 1]]) == pytest.approx((half, 1), abs=1e-6)
-    assert d_and_c(np.ones_like(codes), factors) == pytest.approx((0, 0), abs=1e-9)
-    # A factor known by two equal codes: D does not mind, C loses log 2 / log N; ties are shared.
-    d, c = d_and_c(np.concatenate([codes, codes], axis=1), factors)
-    assert d == pytest.approx(1, abs=1e-6)
-    assert c == pytest.approx(1 - np.log(2) / np.log(6), abs=0.02)
+    for codes, labels, d, c in (
+            (factors, factors, 1, 1),                                         # one code a factor
+            (factors[:, :2], factors[:, [0, 0, 1, 1]], 1 - np.log(2) / np.log(4), 1),  # F in pairs
+            (0 * factors, factors, 0, 0),
+            # Two equal codes a factor: D does not mind, C loses log 2 / log N; ties are shared.
+            (np.append(factors, factors, 1), factors, 1, 1 - np.log(2) / np.log(6))):
+        scores = metrics.dci(codes, labels, codes, labels)
+        assert scores["disentanglement"] == pytest.approx(d, abs=1e-6)
+        assert scores["completeness"] == pytest.approx(c, abs=0.02 if 0 < c < 1 else 1e-6)
     # A row counts by its share: 6 of 8 for the row that keeps to nothing, 2 for the one that does.
     assert metrics.focus(np.array([[3.0, 3.0], [0.0, 2.0]])) == pytest.approx(2 / 8)
 
 
 def test_metrics_factor_vae_of_perfect_and_ignorant_codes():
-    rng = np.random.default_rng(0)
-    factors = all_combinations(4, 3, 5, 2).repeat(10, axis=0)
-
-    def votes(codes):
-        return metrics.factor_vae_votes(codes, factors, train_votes=2000, eval_votes=1000)
-
+    rng, factors = np.random.default_rng(0), all_combinations(4, 3, 5, 2).repeat(10, axis=0)
     # A code that is constant but for rounding has the smallest variance ratio in some batches.
     dead = 1e-9 * (rng.random((len(factors), 1)) < 0.01)
-    perfect = votes(np.concatenate([factors, dead], axis=1))
+    perfect = metrics.factor_vae_votes(np.append(factors, dead, axis=1), factors, 2000, 1000)
     assert perfect == {"score": 1, "train_score": 1, "active_dims": 4, "note": ""}
-    ignorant = votes(rng.normal(size=(1200, 6)))
+    ignorant = metrics.factor_vae_votes(rng.normal(size=(1200, 6)), factors, 2000, 1000)
     assert ignorant["score"] == pytest.approx(1 / 4, abs=0.06)
     assert ignorant["train_score"] > ignorant["score"]       # chance favours the votes learnt from
 
@@ -916,9 +905,8 @@ def test_metrics_ssim_and_mse_equal_their_definitions():
 def test_metrics_lpips_agrees_with_the_lpips_package(tmp_path):
     # lpips 0.1.4, net="alex", with these weights and images, normalize=True.
     def wave(shape, step):
-        count = int(np.prod(shape))
-        wave = torch.sin(torch.arange(count, dtype=torch.float64) * step)
-        return (wave * (2 * shape[0] / count) ** 0.5).float().view(shape)
+        t = torch.arange(np.prod(shape), dtype=torch.float64)
+        return (torch.sin(t * step) * (2 * shape[0] / len(t)) ** 0.5).float().view(shape)
 
     files = tmp_path / "alexnet.pth", tmp_path / "linear.pth"
     shapes = (64, 3, 11, 11), (192, 64, 5, 5), (384, 192, 3, 3), (256, 384, 3, 3), (256, 256, 3, 3)
@@ -935,8 +923,10 @@ def test_metrics_lpips_agrees_with_the_lpips_package(tmp_path):
     package = [0.00214165, 0.00212837]
     assert metrics.lpips(x, y, weights).tolist() == pytest.approx(package, rel=1e-3)
     assert metrics.lpips(x, x, weights).tolist() == [0, 0]
-    with pytest.raises(ValueError, match="this order"):
-        metrics.load_lpips(*files[::-1])
+    files[1].write_text("version https://git-lfs.github.com/spec/v1\n")
+    for mixed, message in ((files[:1] * 2, "this order"), (files, "git-lfs pointer")):
+        with pytest.raises(ValueError, match=message):
+            metrics.load_lpips(*mixed)
 
 
 class BrightnessNet(torch.nn.Module):
@@ -974,10 +964,10 @@ def test_metrics_evaluate_is_one_table_for_json_and_the_command_line(tmp_path, c
     assert first.startswith(f"FactorVAE score  {scores['factor_vae']:7.4f}")
     assert second.startswith(f"disentanglement  {scores['disentanglement']:7.4f}")
     assert len(more) == 3 + 1 + 5                                # scores, a heading, a row a code
-    with subprocess.Popen([sys.executable, metrics.__file__, tmp_path / "codes.npz"], text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        process.stdout.close()                                   # `| head -0`
-        assert process.stderr.read() == "" and process.wait() == 0
+    with subprocess.Popen([sys.executable, metrics.__file__], stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as process:
+        process.stdout.close()                                   # `| head -1`
+        assert process.stderr.read() == b"" and process.wait() == 0
 
 
 CODES = np.random.default_rng(0).normal(size=(200, 3))
