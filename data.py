@@ -605,7 +605,7 @@ def read_mat(path, name):
             if label.decode() == name:
                 shape = np.frombuffer(shape, "<i4")
                 return np.frombuffer(values, np.uint8).reshape(shape, order="F")
-    raise KeyError(f"no array {name}")
+    raise ValueError(f"no array {name}")
 
 
 def mat_elements(raw):
