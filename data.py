@@ -31,7 +31,6 @@ import os
 import shutil
 import struct
 import sys
-import time
 import zipfile
 import zlib
 from pathlib import Path
@@ -342,7 +341,8 @@ def limits(blocks):
     values, whatever the array is called; else their own least and greatest."""
     low, high = np.inf, -np.inf
     for block in blocks:
-        low, high = min(low, np.nanmin(block)), max(high, np.nanmax(block))
+        known = np.nan_to_num(block, posinf=0, neginf=0)
+        low, high = min(low, known.min()), max(high, known.max())
         if block.dtype == np.uint8 and high > 1:
             break                               # so the rest cannot matter, and may be gigabytes
     for black, white in [(0, 1), (-1, 1), (0, 255)] + [(0, 65535)] * (block.dtype.kind in "iu"):
@@ -537,7 +537,7 @@ def found_folder(path, size, files, note):
     files = cars or [file for file in files if file.name.lower().endswith(PICTURES)]
     if not files:
         raise ValueError(f"it holds no pictures ({' '.join(PICTURES)}) and no car_*_mesh.mat; "
-                         f"{note}")
+                         f"{note or 'it is empty'}")
     found = Dataset(path.resolve().name, len(files), size, note=note)
     if cars:
         found.name, found.count = "Cars3D", 96 * len(cars)

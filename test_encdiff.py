@@ -1140,22 +1140,16 @@ def test_labels_of_any_kind_are_numbered(tmp_path):
     assert dataset.factor_names == ("kind",) and dataset.factors([1, 2]).tolist() == [[1], [0]]
 
 
-def test_images_are_found_by_their_factors(tmp_path):
+def test_images_are_found_by_factors_and_sets_by_content(tmp_path):
     table = np.indices((4, 5)).reshape(2, -1).T[np.random.default_rng(0).permutation(20)[:17]]
-    dataset = dataset_of(tmp_path, noise(17), labels=table)
+    dataset, same = (dataset_of(tmp_path, noise(17), labels=table) for _ in range(2))
     assert (dataset.find(table[::-1]) == np.arange(17)[::-1]).all()
     missing = ({*np.ndindex(4, 5)} - {*map(tuple, table.tolist())}).pop()
     with pytest.raises(ValueError, match=re.escape(f"= {missing}")):
         dataset.find([table[0], missing])
-
-
-def test_a_dataset_is_known_by_its_content(tmp_path):
-    labels, other = np.arange(8) % 4, noise(8)
-    other[7, 5, 5] += 1
-    one, same = (dataset_of(tmp_path, noise(8), labels=labels).identity for _ in range(2))
-    assert one == same == json.loads(json.dumps(one))
-    for images, numbers in [(other, labels), (noise(8), labels[::-1]), (noise(7), labels[:7])]:
-        assert dataset_of(tmp_path, images, labels=numbers).identity != one
+    assert dataset.identity == same.identity == json.loads(json.dumps(same.identity))
+    for images, labels in [(noise(17, seed=1), table), (noise(17), table[::-1])]:
+        assert dataset_of(tmp_path, images, labels=labels).identity != same.identity
 
 
 def mat5(compressed, **arrays):
@@ -1214,8 +1208,8 @@ def test_celeba_attributes_and_crop(tmp_path, kind):
     assert dataset.factors([0, 1]).shape == (2, 0)
     assert (dataset.attributes([1, 0]).numpy() == (values[[2, 0]] > 0)).all()
     assert shows(dataset, range(3), faces[[0, 2, 3], 57:185, 25:153])
-    small = Image.fromarray(faces[2]).crop((25, 57, 153, 185)).resize((64, 64), Image.BILINEAR)
-    assert shows(data.open_dataset(tmp_path), [1], np.asarray(small))
+    half = Image.fromarray(faces[2, 57:185, 25:153]).resize((64, 64), Image.BILINEAR)
+    assert shows(data.open_dataset(tmp_path), [1], np.asarray(half))
     # Copies as small PNG keep their attributes; other pictures near the list are just pictures.
     for name, attributes in [("000003.png", values[[2]] > 0), ("holiday.png", np.zeros((1, 0)))]:
         write(tmp_path / name[:7] / name, faces[0, :64, :64])
@@ -1295,30 +1289,29 @@ def test_a_cache_is_renewed_but_replaces_no_other_file(tmp_path, capsys):
     assert shows(data.open_dataset(path, cache=other), range(4), FOUR)
 
 
-@pytest.mark.parametrize("module, name", [(data.shutil, "disk_usage"), (data.np, "savez"),
-                                          (data.os, "replace")])
-def test_a_full_disk_leaves_no_half_a_cache(tmp_path, monkeypatch, module, name):
+@pytest.mark.parametrize("place", ["shutil.disk_usage", "np.savez", "os.replace"])
+def test_a_full_disk_leaves_no_half_a_cache(tmp_path, monkeypatch, place):
     def full(*_, **__):
         raise OSError(28, "disk full")
 
-    np.savez(tmp_path / "a.npz", images=FOUR)
+    path = write(tmp_path / "a.npz", stored(images=FOUR))
     before = listing(tmp_path)
     with monkeypatch.context() as m, pytest.raises(OSError, match="disk full.*--cache DIR"):
-        m.setattr(module, name, full)
-        data.open_dataset(tmp_path / "a.npz")
+        m.setattr(f"data.{place}", full)
+        data.open_dataset(path)
     assert listing(tmp_path) == before
 
 
 def test_a_killed_conversion_is_begun_anew(tmp_path):
-    np.savez(tmp_path / "a.npz", images=FOUR)
-    kill = ("import data, os; data.np.savez = lambda *a, **k: os.kill(os.getpid(), 9); "
-            f"data.open_dataset({str(tmp_path / 'a.npz')!r})")
+    path = write(tmp_path / "a.npz", stored(images=FOUR))
+    kill = f"""import data, os; data.np.savez = lambda *a, **k: os.kill(os.getpid(), 9)
+data.open_dataset({str(path)!r})"""
     assert subprocess.run([sys.executable, "-c", kill], cwd=HERE).returncode == -9
     assert not list(tmp_path.glob("*.cache.np?"))
-    assert shows(data.open_dataset(tmp_path / "a.npz"), range(4), FOUR)
+    assert shows(data.open_dataset(path), range(4), FOUR)
 
 
-NPZ, H5 = stored(images=FOUR), stored("h5", images=FOUR)
+NPZ = stored(images=FOUR)
 
 
 @pytest.mark.parametrize("command, files, words", [
@@ -1329,13 +1322,11 @@ NPZ, H5 = stored(images=FOUR), stored("h5", images=FOUR)
     ("--data x --cache x", {"x": NPZ}, "cannot write x"),
     ("--data x", {}, "does not exist"),
     ("--data /dev/null", {}, "no complete HDF5"),
-    ("--data x", {"x": b""}, "no complete HDF5"),
     ("--data x", {"x": NPZ[:5000]}, "no complete HDF5"),
-    ("--data x", {"x": H5[:5000]}, "expected a complete, closed file"),
+    ("--data x", {"x": stored("h5", images=FOUR)[:5000]}, "expected a complete, closed file"),
     ("--data x", {"x": NPZ[:9000] + bytes(9) + NPZ[9009:]}, "expected a complete, closed file"),
     ("--data x", {"x": stored("h5", pixels=FOUR)}, "holds ['pixels']; expected"),
     ("--data x", {"x": stored(images=FOUR[0, :, :, 0])}, "expected numbers of shape"),
-    ("--data x", {"x": stored(images=noise(2, c=5))}, "expected numbers of shape"),
     ("--data x", {"x": stored(images=FOUR.astype(str))}, "expected numbers of shape"),
     ("--data x", {"x/car_1_mesh.mat": b"x"}, "car_1_mesh.mat (no array im)"),
     ("--data x", {"x/readme.txt": b"hello"}, "holds no pictures"),
