@@ -14,8 +14,8 @@ IDEA      3D Shapes is one room seen 480,000 times.  Six factors number the imag
           reading one image out of a compressed file costs the thousands packed around it.
 DIFFERS   from the real 3D Shapes: the scene is fitted to fifty published images; tiles and stains
           are only suggested.  --limit N writes N images spread over all factors: the first N would
-          share one floor hue.  What is not used of a dataset's files or labels, its `note` says.
-TRY       python data.py                        index arithmetic and speed, and what to expect
+          share one floor hue.  What is not used of a dataset's files or labels, its note says.
+TRY       python data.py                        what is rendered
           python data.py --grid grid.png        a picture of fifty images
           python data.py --write shapes3d.h5    the official file's format
           python data.py --data PATH            what is in there
@@ -25,13 +25,12 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
-import math
 import os
 import shutil
 import struct
 import sys
-import time
 import zipfile
 import zlib
 from pathlib import Path
@@ -218,11 +217,11 @@ class Dataset:
                 "factor_sizes": list(self.factor_sizes), "digest": f"{digest:08x}"}
 
     def __str__(self):
-        labels = ", ".join(f"{n} {k}" for n, k in zip(self.factor_names, self.factor_sizes))
-        labels = f"factors {labels}" if labels else "no factors"
+        labels = [f"{name} {k}" for name, k in zip(self.factor_names, self.factor_sizes)]
+        labels = f"factors {', '.join(labels)}" if labels else "no factors"
         labels += f", {len(self.attribute_names)} attributes" if self.attribute_names else ""
-        note = f"; {self.note}" if self.note else ""
-        return f"{self.name}: {self.count:,} images of {self.size}x{self.size}, {labels}{note}"
+        return "; ".join(filter(None, [f"{self.name}: {self.count:,} images of {self.size}x"
+                                       f"{self.size}, {labels}", self.note]))
 
     def images(self, indices):
         """(B, 3, S, S) uint8."""
@@ -239,15 +238,11 @@ class Dataset:
     def find(self, factors):
         """factors (B, F) integers -> (B,) int64, for each row the first image that has them,
         whatever the set's order.  ValueError names a combination that no image has."""
-        first = {}
-        for row, levels in enumerate(self.table.tolist()):
-            first.setdefault(tuple(levels), row)
-        wanted = [tuple(levels) for levels in np.asarray(factors).tolist()]
-        for levels in wanted:
-            if levels not in first:
-                raise ValueError(f"{self.name}: no image has {', '.join(self.factor_names)} = "
-                                 f"{levels}")
-        return np.array([first[levels] for levels in wanted], np.int64)
+        first = {tuple(levels): row for row, levels in reversed([*enumerate(self.table.tolist())])}
+        try:
+            return np.array([first[tuple(levels)] for levels in np.asarray(factors).tolist()])
+        except KeyError as error:
+            raise ValueError(f"{self.name}: no image has {self.factor_names} = {error}") from None
 
     @property
     def identity(self):
@@ -260,7 +255,7 @@ class Dataset:
                 "factor_sizes": list(self.factor_sizes), "digest": digest}
 
     def add_note(self, text):
-        self.note = "; ".join(filter(None, [self.note, text]))
+        self.note += "; " * bool(self.note) + text
 
 
 class RenderedShapes3D(Dataset):
@@ -300,22 +295,21 @@ def open_dataset(path=None, size=64, cache=None):
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; expected a dataset file or a folder")
     with reading(path):
-        where, stamp = path.resolve(), fingerprint(path)
-    # In a folder `cache` two files of one name, from two places, can meet.
-    place = f"{zlib.crc32(os.fsencode(where)):08x}-" if cache else ""
+        where = path.resolve()
+        files, note = files_below(path) if path.is_dir() else ([path], "")
+        seen = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        stamp = hashlib.sha256(ascii(seen).encode()).hexdigest()    # changes if the source does
+    place = f"{zlib.crc32(os.fsencode(where)):08x}-" if cache else ""    # names alone may be equal
     target = Path(cache or where.parent) / f"{place}{where.name}.{size}.cache"
     images, labels = Path(f"{target}.npy"), Path(f"{target}.npz")
     dataset = read_cache(images, labels, stamp)
     if dataset is None:
         with reading(path):
-            found, blocks = recognise(path, size)
+            found, blocks = (found_folder(path, size, files, note) if path.is_dir()
+                             else found_file(path, size))
         convert(found, blocks, images, labels, stamp)
         dataset = read_cache(images, labels, stamp)
     return dataset
-
-
-class DataError(ValueError):
-    """Something about the given data that its owner has to put right; one line."""
 
 
 @contextlib.contextmanager
@@ -323,16 +317,9 @@ def reading(path):
     """Turns whatever a file provokes in its readers (h5py, zipfile, Pillow...) into one line."""
     try:
         yield
-    except DataError:
-        raise
     except Exception as error:
-        raise DataError(f"{path} cannot be read ({in_short(error)}); expected a complete file that "
-                        "no other program is writing") from None
-
-
-def in_short(error):
-    """What the error says, in one line."""
-    return " ".join(str(error).split()) or repr(error)
+        hint = "" if isinstance(error, ValueError) else "; expected a complete, closed file"
+        raise ValueError(f"{path} cannot be read: {str(error) or repr(error)}{hint}") from None
 
 
 def say(text):
@@ -350,18 +337,16 @@ def say(text):
 def decode(picture):
     """A PIL picture of any mode -> (h, w) or (h, w, 3 or 4) uint8, as a viewer shows it: upright as
     its EXIF says, and the first of several frames."""
-    sixteen = picture.mode.startswith("I;16") or picture.format == "PPM"    # 0..65535
     picture = ImageOps.exif_transpose(picture)
     if picture.mode[0] in "IF":                 # grey of more than 8 bits, or floating point
         grey = np.asarray(picture)
-        return to_bytes(grey, *((0, 65535) if sixteen else limits([grey])))
+        return to_bytes(grey, *limits([grey]))
     return np.asarray(picture.convert("RGBA" if picture.has_transparency_data else "RGB"))
 
 
 def limits(blocks):
-    """The numbers that mean black and white in these arrays.  Only the values decide, no name: 0
-    and 1 (a mask, or floating point), -1 and 1, 0 and 255, of whole numbers also 0 and 65535, the
-    first pair that holds them all; else their own least and greatest."""
+    """The numbers that mean black and white in these arrays: the first pair below that holds all
+    values, whatever the array is called; else their own least and greatest."""
     low, high = np.inf, -np.inf
     for block in blocks:
         known = np.nan_to_num(block, posinf=0, neginf=0)
@@ -408,30 +393,26 @@ def add_labels(found, labels, names=()):
     numeric, width = labels.dtype.kind in "biuf", labels.shape[1]
     if numeric and width > 1 and np.isin(labels, (0, 1)).all() and (labels.sum(1) == 1).all():
         labels, names, width = labels.argmax(1)[:, None], ["class"], 1
-    # A part of 3D Shapes may lack some levels; they count all the same.
-    shapes3d = numeric and width == len(LEVELS) and all(
-        np.isclose(labels[:, j, None], LEVELS[j], atol=1e-5).any(1).all() for j in range(width))
-    name, known_names, sizes = GRIDS.get(TOTAL if shapes3d else found.count, ("", (), ()))
-    named = len(names) == width
+    names = names if len(names) == width else [f"factor {j}" for j in range(width)]
     factors, refused = [], []                   # (name, number of levels, level of each image)
-    for j, column in enumerate(labels.T):
-        factor = names[j] if named else FACTORS[j] if shapes3d else f"factor {j}"
+    for name, column in zip(names, labels.T):
+        name = name.decode() if isinstance(name, bytes) else str(name)
         try:
-            factors.append((factor, *number(column, LEVELS[j] if shapes3d else column[:0])))
+            factors.append((name, *number(column)))
         except (TypeError, ValueError) as error:
-            refused.append(f"{factor} ({error})")
+            refused.append(f"{name} ({error})")
     found.factor_names, found.factor_sizes, table = zip(*factors) if factors else ((), (), ())
     found.table = np.reshape(table, (len(factors), found.count)).T              # -> (n, F)
-    if found.factor_sizes == sizes != ():
-        found.name, found.factor_names = name, found.factor_names if named else known_names
+    name, names, sizes = GRIDS.get(found.count, ("", (), None))
+    if found.factor_sizes == sizes:
+        found.name, found.factor_names = name, names
     elif refused:
         found.add_note("no factor: " + ", ".join(refused))
 
 
-def number(column, known):
-    """(n,) labels, and values that count even if no label has them -> how many different values
-    there are and, (n,), which one each label has.  ValueError if that makes no factor."""
-    count, column = len(column), np.concatenate([known, column])
+def number(column):
+    """(n,) labels -> how many different values there are and, (n,), which one each label has, in
+    their order.  ValueError, in a few words, if that makes no factor."""
     if column.dtype.kind == "f":                # what differs by rounding alone is one level
         if not np.isfinite(column).all():
             raise ValueError("has gaps")
@@ -439,9 +420,9 @@ def number(column, known):
     levels, numbers = np.unique(column, return_inverse=True)
     if len(levels) == 1:
         raise ValueError("never varies")
-    if len(levels) > max(len(known), count * 3 / 4):    # a measurement, or the image's own number
+    if len(levels) > len(column) * 3 / 4:       # a measurement, or the image's own number
         raise ValueError("nearly as many values as images")
-    return len(levels), numbers[-count:]
+    return len(levels), numbers
 
 
 # ---- 4. Recognising what people have -----------------------------------------------------------
@@ -455,142 +436,120 @@ GRIDS = {TOTAL: ("Shapes3D", FACTORS, SIZES),
          737280: ("dSprites", ("shape", "scale", "orientation", "x", "y"), (3, 6, 40, 32, 32))}
 IMAGE_KEYS = ("images", "imgs", "image")
 LABEL_KEYS = ("factors", "labels", "label", "latents_classes", "latents/classes", "classes")
-PICTURES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".webp", ".avif", ".jp2", ".tif",
-            ".tiff", ".tga", ".ppm", ".pgm", ".pbm", ".pnm")
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 ATTRIBUTES = ("list_attr_celeba.txt", "list_attr_celeba.csv")
 USEFUL = (*PICTURES, "_mesh.mat", "list.txt", *ATTRIBUTES)      # endings of files that we read
 CELEBA_SHAPE, CELEBA_CROP = (218, 178), np.s_[57:185, 25:153]               # rows, columns
 NO_DATA = ("__MACOSX", "Thumbs.db", "desktop.ini", "@eaDir")    # hidden, but without a dot
 BLOCK = 1 << 25                                                 # bytes read at a time
+STEP = 296657       # of --limit: shares no factor with 480,000 and is near its golden section
 
 
-def recognise(path, size):
-    """What is at this path: a Dataset not yet converted, and its images in order, as blocks
-    (b, 3, size, size) uint8."""
-    if path.is_dir():
-        return found_folder(path, size)
+def read_rows(path, key):
+    """Of an array in an HDF5 file or .npz: its shape and type, then its rows in blocks of some
+    megabytes.  np.load would decompress the 12 GB of MPI3D as a whole."""
+    if h5py.is_hdf5(path):
+        array = h5py.File(path)[key]
+        yield array.shape, array.dtype
+        step = (array.chunks or [1])[0]         # a chunk cut in two would be decompressed twice
+        step *= max(1, BLOCK // (step * array[:1].nbytes))
+        for at in range(0, len(array), step):
+            yield array[at:at + step]
+        return
+    with zipfile.ZipFile(path).open(key + ".npy") as file:
+        np.lib.format.read_magic(file)
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+        yield shape, dtype
+        if fortran:                             # an order that can only be read as a whole
+            yield np.load(path)[key]
+            return
+        row = np.dtype((dtype, shape[1:]))
+        while block := file.read(max(1, BLOCK // row.itemsize) * row.itemsize):
+            yield np.frombuffer(block, row)     # (b, *shape[1:])
+
+
+def found_file(path, size):
+    """An HDF5's or .npz's Dataset, not yet converted, with its labels if it has any; and its images
+    in order, as blocks (b, 3, size, size) uint8."""
     if not path.is_file() or not (h5py.is_hdf5(path) or zipfile.is_zipfile(path)):
-        raise DataError(f"{path} is no complete HDF5 (.h5) or .npz file, and no folder of pictures")
-    with h5py.File(path) if h5py.is_hdf5(path) else np.load(path) as arrays:
-        return found_arrays(path, size, arrays)
-
-
-class NpzStream:
-    """An array in an .npz whose slices are read in order.  np.load would decompress it as a whole,
-    12 GB for MPI3D."""
-    def __init__(self, path, key):
-        self.file = zipfile.ZipFile(path).open(key + ".npy")
-        np.lib.format.read_magic(self.file)
-        self.shape, self.turned, self.dtype = np.lib.format.read_array_header_1_0(self.file)
-
-    def __getitem__(self, rows):
-        part = (min(rows.stop, self.shape[0]) - rows.start, *self.shape[1:])
-        raw = self.file.read(math.prod(part) * self.dtype.itemsize)
-        return np.frombuffer(raw, self.dtype).reshape(part)
-
-
-def open_array(path, key):
-    """An array of an HDF5 file or .npz whose slices can be read in order."""
-    source = h5py.File(path)[key] if h5py.is_hdf5(path) else NpzStream(path, key)
-    # Fortran's order can only be read as a whole.
-    return np.load(path)[key] if getattr(source, "turned", False) else source
-
-
-def found_arrays(path, size, arrays):
-    """An HDF5's or .npz's images, and its labels if it has any."""
+        raise ValueError("it is no complete HDF5 (.h5) or .npz file, and no folder of pictures")
+    arrays = h5py.File(path) if h5py.is_hdf5(path) else np.load(path)
     key = next((k for k in IMAGE_KEYS if k in arrays), None)
     if key is None:
-        raise DataError(f"{path} holds {list(arrays)[:9]}; expected an array 'images'")
-    source = open_array(path, key)
-    shape, dtype = source.shape, source.dtype
+        raise ValueError(f"it holds {list(arrays)[:9]}; expected an array 'images'")
+    shape, dtype = next(read_rows(path, key))
     channels_first = len(shape) == 4 and shape[1] <= 4 < shape[3]
     layout = len(shape) == 3 or channels_first or len(shape) == 4 and shape[3] <= 4
     if dtype.kind not in "biuf" or not layout or 0 in shape:
-        raise DataError(f"{path}: {key} is {dtype} {shape}; expected numbers of shape (n, h, w), "
-                        "(n, h, w, 1 to 4) or (n, 1 to 4, h, w)")
-    # Whole chunks of HDF5: a chunk cut by a block's border would be decompressed twice.
-    chunk = (getattr(source, "chunks", None) or [1])[0]
-    step = chunk * max(1, BLOCK // (chunk * dtype.itemsize * math.prod(shape[1:])))
-
-    def raw():
-        with reading(path):
-            source = open_array(path, key)      # anew: an .npz can only be read forwards
-            for at in range(0, shape[0], step):
-                yield source[at:at + step]
+        raise ValueError(f"{key} is {dtype} {shape}; expected numbers of shape (n, h, w), "
+                         "(n, h, w, 1 to 4) or (n, 1 to 4, h, w)")
 
     def blocks():
-        black, white = limits(raw())
-        for block in raw():
-            block = block.transpose(0, 2, 3, 1) if channels_first else block    # -> (b, h, w, c)
-            yield shrink(to_bytes(block, black, white), size)
+        with reading(path):
+            black, white = limits(itertools.islice(read_rows(path, key), 1, None))
+            for block in itertools.islice(read_rows(path, key), 1, None):
+                if channels_first:
+                    block = block.transpose(0, 2, 3, 1)         # -> (b, h, w, c)
+                yield shrink(to_bytes(block, black, white), size)
 
     found = Dataset(path.stem, shape[0], size)
     label_key = next((k for k in LABEL_KEYS if k in arrays), None)
     try:
         if label_key:
-            add_labels(found, arrays[label_key][()], given_names(arrays, label_key))
+            labels = arrays[label_key]
+            holders = arrays, getattr(arrays, "attrs", {}), getattr(labels, "attrs", {})
+            names = [np.ravel(h["factor_names"]) for h in holders if "factor_names" in h]
+            add_labels(found, labels[()], *names[:1])
         elif found.count in GRIDS:
             add_labels(found, grid(GRIDS[found.count][2]))
         else:
             found.add_note(f"no labels ({', '.join(LABEL_KEYS)}), and no full set that we know")
     except Exception as error:          # whatever the labels are, the images can be used
-        found.add_note(f"{label_key} not used: {in_short(error)}")
+        found.add_note(f"{label_key} not used: {error}")
     return found, blocks()
-
-
-def given_names(arrays, label_key):
-    """An array `factor_names`, or an attribute of an HDF5 file or of its labels; () without."""
-    for holder in (arrays, getattr(arrays, "attrs", {}), getattr(arrays[label_key], "attrs", {})):
-        if "factor_names" in holder:
-            return [name.decode() if isinstance(name, bytes) else str(name)
-                    for name in np.ravel(holder["factor_names"])]
-    return ()
 
 
 def files_below(folder):
     """-> the useful files in a folder, sorted, and a note of what is left out.  Follows links to
     folders, but enters each folder once: a link upwards would never end."""
-    files, others = [], collections.Counter()
+    files, left, unreadable = [], collections.Counter(), []
     seen = {str(parent) for parent in folder.resolve().parents}
-    for here, folders, names in os.walk(
-            folder, followlinks=True, onerror=lambda _: others.update(["unreadable folders"])):
-        run = "config.json" in names and not {"checkpoint.pt", "lock", "log.csv"}.isdisjoint(names)
-        others["folders of runs"] += run        # their pictures are of a dataset, not in it
+    for here, folders, names in os.walk(folder, onerror=unreadable.append, followlinks=True):
+        run = "config.json" in names and ("checkpoint.pt" in names or "lock" in names)
+        left["folders of runs"] += run          # their pictures are of a dataset, not in it
         if run or os.path.realpath(here) in seen:
             folders.clear()
             continue
         seen.add(os.path.realpath(here))
         shown = {n for n in folders + names if not n.startswith(".") and n not in NO_DATA}
+        left["hidden files or folders"] += len(folders) + len(names) - len(shown)
+        folders[:] = sorted(shown & {*folders})
         useful = [Path(here, n) for n in shown & {*names} if n.lower().endswith(USEFUL)]
         files += filter(os.path.isfile, useful)
-        others["hidden files or folders"] += len(folders) + len(names) - len(shown)
-        others["other files"] += len(shown & {*names}) - len(useful)
-        folders[:] = sorted(shown & {*folders})
-    note = ", ".join(f"{kind} ({count})" for kind, count in others.items() if count)
+        left["other files"] += len(shown) - len(folders) - len(useful)
+    # CelebA's list of labels may lie beside the images or, as Kaggle packs it, a level higher.
+    files += [parent / name for parent in folder.resolve().parents[:2] for name in ATTRIBUTES
+              if os.path.isfile(parent / name)]
+    left["unreadable folders"] = len(unreadable)
+    note = ", ".join(f"{kind} ({count})" for kind, count in left.items() if count)
     return sorted(files, key=str), f"left out: {note}" if note else ""
 
 
-def fingerprint(path):
-    """Changes whenever the source does: a digest of the names, sizes and times of its files."""
-    files = files_below(path)[0] + attribute_lists(path) if path.is_dir() else [path]
-    stats = [(file.name, file.stat()) for file in files]
-    seen = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-    return hashlib.sha256(ascii(seen).encode()).hexdigest()
-
-
-def found_folder(path, size):
+def found_folder(path, size, files, note):
     """A folder of pictures, of CelebA if its list names them all; or Cars3D's .mat files."""
-    files, note = files_below(path)
-    cars, lists = in_order(files), attribute_lists(path)
+    order = [Path(name).stem for file in files if file.name == "list.txt"
+             for name in file.read_text().split()]              # the folder's own order differs
+    cars = {file.stem: file for file in files if file.name.endswith("_mesh.mat")}
+    cars = [cars[name] for name in dict.fromkeys([*order, *cars]) if name in cars]
+    lists = [file for file in files if file.name in ATTRIBUTES]
     files = cars or [file for file in files if file.name.lower().endswith(PICTURES)]
     if not files:
-        raise DataError(f"{path} holds no pictures ({' '.join(PICTURES)}) and no car_*_mesh.mat; "
-                        f"{note or 'it is empty'}")
+        raise ValueError(f"it holds no pictures ({' '.join(PICTURES)}) and no car_*_mesh.mat; "
+                         f"{note or 'it is empty'}")
     found = Dataset(path.resolve().name, len(files), size, note=note)
     if cars:
         found.name, found.count = "Cars3D", 96 * len(cars)
-        table = grid((len(cars), 4, 24))[:, [1, 2, 0]]          # a car's azimuth turns fastest
-        add_labels(found, table, GRIDS[17568][1])
+        add_labels(found, grid((len(cars), 4, 24))[:, [1, 2, 0]], GRIDS[17568][1])
     elif lists:
         add_attributes(found, lists[0], files)
 
@@ -598,36 +557,33 @@ def found_folder(path, size):
         bad = []                                                # files left out
         for k, file in enumerate(files):
             try:
-                yield read_car(file, size) if cars else read_picture(file, size, lists)
+                yield read_images(file, size, crop=found.attribute_names)
             except Exception as error:      # Pillow raises whatever its many decoders raise
                 bad.append(k)
-                say(f"left out {file} ({in_short(error)}), {len(bad)} so far")
+                say(f"left out {file} ({error}), {len(bad)} so far")
                 if len(bad) > max(1, len(files) // 100) or len(bad) == len(files):
-                    raise DataError(f"{path}: {len(bad)} of {k + 1} files cannot be read, first "
-                                    f"{files[bad[0]]}; expected at most 1%") from None
+                    raise ValueError(f"{path}: {len(bad)} of {k + 1} files cannot be read, the last"
+                                     f" {file} ({error}); expected at most 1%") from None
         if bad:
             found.add_note(f"left out: damaged files ({len(bad)})")
-        if found.table is not None:         # (files * images of each, F)
+        if found.table is not None:         # -> (files, images of each, F)
             table = found.table.reshape(len(files), -1, found.table.shape[1])
             found.table = np.concatenate(np.delete(table, bad, 0))
 
     return found, blocks()
 
 
-def read_picture(file, size, celeba):
-    """-> (1, 3, size, size); of CelebA the crop around the face, as in Diff-AE's and the paper's
-    code, but not of resized copies."""
+def read_images(file, size, crop):
+    """-> (1, 3, S, S) of a picture, cropped to the face if it is CelebA's and not a resized copy;
+    (96, 3, S, S) of one of Cars3D's models, whose `im` is (h, w, 3, azimuth, elevation)."""
+    if file.name.endswith(".mat"):
+        im = read_mat(file, "im")
+        return shrink(im.transpose(4, 3, 0, 1, 2).reshape(96, *im.shape[:3]), size)
     with Image.open(file) as picture:
         image = decode(picture)
-    if celeba and image.shape[:2] == CELEBA_SHAPE:
+    if crop and image.shape[:2] == CELEBA_SHAPE:
         image = image[CELEBA_CROP]
-    return shrink(image[None], size, Image.BILINEAR if celeba else Image.LANCZOS)
-
-
-def attribute_lists(folder):
-    """CelebA's labels lie in, beside, or (as Kaggle packs them) two levels above the images."""
-    places = (folder.resolve(), *folder.resolve().parents[:2])
-    return [p / n for p in places for n in ATTRIBUTES if os.path.isfile(p / n)][:1]
+    return shrink(image[None], size, Image.BILINEAR if crop else Image.LANCZOS)
 
 
 def add_attributes(found, path, files):
@@ -636,30 +592,12 @@ def add_attributes(found, path, files):
     text = path.read_text("utf-8-sig", "replace").replace("image_id,", "").replace(",", " ")
     lines = [line.split() for line in text.splitlines() if len(line.split()) > 1]
     names = lines[0] if lines else []
-    rows = {Path(line[0]).stem: line[1:] for line in lines if len(line) == len(names) + 1}
+    rows = {Path(name).stem: values for name, *values in lines if len(values) == len(names)}
     missing = [file.name for file in files if file.stem not in rows]
     if missing:
-        return found.add_note(f"{path.name} not used: it lacks {len(missing)} of the pictures, "
-                              f"first {missing[0]}")
+        return found.add_note(f"{path.name} not used: it lacks {missing[0]}")
     found.name, found.attribute_names = "CelebA", tuple(names)
     found.table = np.array([rows[file.stem] for file in files]) == "1"
-
-
-def in_order(files):
-    """Cars3D (Reed et al.): car_*_mesh.mat in the order of list.txt, as the folder's differs."""
-    cars = {file.stem: file for file in files if file.name.endswith("_mesh.mat")}
-    listed = [Path(name).stem for file in files if file.name == "list.txt"
-              for name in file.read_text().split()]
-    return [cars[name] for name in dict.fromkeys([*listed, *cars]) if name in cars]
-
-
-def read_car(file, size):
-    """-> (96, 3, size, size): all views of one model, `im` (h, w, 3, azimuth, elevation)."""
-    im = read_mat(file, "im")
-    if im.shape[2:] != (3, 24, 4):
-        raise ValueError(f"im has shape {im.shape}; expected (h, w, 3, 24, 4)")
-    im = im.transpose(4, 3, 0, 1, 2)                            # -> (4, 24, h, w, 3)
-    return shrink(im.reshape(96, *im.shape[2:]), size)
 
 
 def read_mat(path, name):
@@ -675,7 +613,7 @@ def read_mat(path, name):
             if label.decode() == name:
                 shape = np.frombuffer(shape, "<i4")
                 return np.frombuffer(values, np.uint8).reshape(shape, order="F")
-    raise KeyError(f"no array {name}")
+    raise ValueError(f"no array {name}")
 
 
 def mat_elements(raw):
@@ -684,18 +622,16 @@ def mat_elements(raw):
     at = 0
     while at + 8 <= len(raw):
         kind, size = struct.unpack_from("<II", raw, at)
+        at += 8
         if kind >> 16:
-            yield kind & 0xFFFF, raw[at + 4:at + 4 + (kind >> 16)]
-            at += 8
-        else:
-            yield kind, raw[at + 8:at + 8 + size]
-            at += 8 + (size if kind == 15 else -(-size // 8) * 8)       # compressed: no padding
+            kind, size, at = kind & 0xFFFF, kind >> 16, at - 4
+        yield kind, raw[at:at + size]
+        at += size if kind == 15 else size + -(at + size) % 8   # what is compressed has no padding
 
 
 # ---- 5. Converting, once -----------------------------------------------------------------------
 # A cache is two files of numpy's own: X.cache.npy are the images (n, 3, S, S) uint8, X.cache.npz
-# holds the labels `table` (n, width) int32 and `about`, all else as JSON.  Labels that are there
-# belong to the images that are there.
+# the labels `table` (n, width) int32 and, as JSON, all else.  Labels always belong to the images.
 def read_cache(images, labels, stamp):
     """The dataset in a cache made from the source with this stamp; None: there is none yet."""
     if not labels.exists():
@@ -708,7 +644,7 @@ def read_cache(images, labels, stamp):
         pixels = np.asarray(np.load(images, mmap_mode="r"))
     except Exception as error:
         raise ValueError(f"{images} or {labels.name} is in the way, no whole cache of ours "
-                         f"({in_short(error)}); delete both, or give --cache DIR") from None
+                         f"({error}); delete both, or give --cache DIR") from None
     if made_from == stamp:
         return Dataset(**about, table=table, pixels=pixels)
     say(f"{images} was made from another version of the data: converting again")
@@ -717,24 +653,23 @@ def read_cache(images, labels, stamp):
 
 def convert(found, blocks, images, labels, stamp):
     """Write the cache's two files, whole or not at all."""
-    width, each = len(found.factor_names + found.attribute_names), 3 * found.size ** 2
-    size = found.count * (each + 4 * width)
+    size = found.count * 3 * found.size ** 2
     say(f"converting {found.name} to {images}: {found.count:,} images, {size / 1e9:.1f} GB")
     with replacing([images, labels], size) as (pixels, rest):
         with open(pixels, "wb") as f:
             f.seek(128)                                         # the size of numpy's header
-            for block in watched(blocks, found.count):
+            for block in blocks:
                 f.write(np.ascontiguousarray(block))
-            found.count = (f.tell() - 128) // each              # some may be left out
+            found.count = (f.tell() - 128) // (3 * found.size ** 2)     # some may be left out
             f.seek(0)
-            shape = (found.count, 3, found.size, found.size)
-            np.lib.format.write_array_header_1_0(
-                f, {"descr": "|u1", "fortran_order": False, "shape": shape})
-        table = np.reshape(found.table if width else [], (found.count, width)).astype("<i4")
+            np.lib.format.write_array_header_1_0(f, {
+                "descr": "|u1", "fortran_order": False,
+                "shape": (found.count, 3, found.size, found.size)})
+        table = np.zeros((found.count, 0)) if found.table is None else found.table
         about = {**vars(found), "stamp": stamp}
         del about["table"], about["pixels"]
         with open(rest, "wb") as f:
-            np.savez(f, about=json.dumps(about), table=table)
+            np.savez(f, about=json.dumps(about), table=table.astype("<i4"))
         labels.unlink(missing_ok=True)      # never old labels beside new images
 
 
@@ -743,15 +678,11 @@ def replacing(paths, size):
     """Gives temporary names beside the paths, which become the paths only if all goes well; so no
     path ever holds half a file.  Two processes at once do the work twice, but safely."""
     temporary = [path.with_name(f"{path.name}.{os.getpid()}.tmp") for path in paths]
-    folder = paths[0].parent
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if shutil.disk_usage(folder).free < size:               # HDF5 itself would crash later
+        paths[0].parent.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(paths[0].parent).free < size:      # HDF5 itself would crash later
             raise OSError("the disk is full")
         yield temporary
-        for name in temporary:
-            with open(name, "rb+") as f:
-                os.fsync(f.fileno())
         for name, path in zip(temporary, paths):
             os.replace(name, path)
     except OSError as error:
@@ -763,62 +694,25 @@ def replacing(paths, size):
                 name.unlink()
 
 
-def watched(blocks, total):
-    """The same blocks, with a line every ten seconds."""
-    last, done = time.monotonic(), 0
-    for block in blocks:
-        yield block
-        done += len(block)
-        if time.monotonic() - last > 10:
-            last = time.monotonic()
-            say(f"{done:,} of {total:,} images")
-
-
 # ---- 6. Writing the official format ------------------------------------------------------------
-STEP = 296657       # shares no factor with 480,000 and is near its golden section
-
-
 def write_shapes3d(path, limit=None):
     """The rendered set as 3dshapes.h5: images uint8 (n, 64, 64, 3), labels float64 (n, 6).  With a
     limit, multiples of STEP modulo 480,000: they meet every level of every factor early on."""
     path, count = Path(path), TOTAL if limit is None else limit
-    if not 1 <= count <= TOTAL:
-        raise ValueError(f"--limit {count}; expected 1 to {TOTAL}")
-    if path.exists() or not path.parent.is_dir():
-        raise ValueError(f"cannot write {path}: it exists already, or its folder does not; "
-                         "give a new name in an existing folder")
+    if path.exists() or not 1 <= count <= TOTAL:
+        raise ValueError(f"{path}, --limit {count}: expected a new file and 1 to {TOTAL} images")
     dataset, indices = RenderedShapes3D(), np.sort(np.arange(count) * STEP % TOTAL)
     labels = [levels[column] for levels, column in zip(LEVELS, dataset.factors(indices).numpy().T)]
     step = 4800         # neighbours differ little: chunks long in images, small in area pack best
-    blocks = (dataset.images(indices[at:at + step]).numpy() for at in range(0, count, step))
     with replacing([path], count * 1000) as [temporary], h5py.File(temporary, "w") as f:
-        f["labels"] = np.stack(labels, 1)                       # (n, 6)
+        f["labels"], f.attrs["factor_names"] = np.stack(labels, 1), FACTORS     # (n, 6)
         images = f.create_dataset("images", (count, 64, 64, 3), np.uint8, compression="gzip",
                                   chunks=(min(count, step), 8, 8, 1))
-        for j, block in enumerate(watched(blocks, count)):
-            images[j * step:(j + 1) * step] = block.transpose(0, 2, 3, 1)       # (b, 64, 64, 3)
+        for at in range(0, count, step):
+            images[at:at + step] = dataset.images(indices[at:at + step]).permute(0, 2, 3, 1)
 
 
 # ---- 7. Command line ---------------------------------------------------------------------------
-def save_grid(dataset, path):
-    """Fifty images spread over the whole set, ten in a row."""
-    images = dataset.images(np.arange(50) * STEP % len(dataset)).numpy()
-    rows = images.reshape(5, 10, *images.shape[1:]).transpose(0, 3, 1, 4, 2)    # (5, S, 10, S, 3)
-    Image.fromarray(rows.reshape(5 * dataset.size, 10 * dataset.size, 3)).save(path)
-    say(f"wrote {path}")
-
-
-def show_work(dataset):
-    """Index arithmetic and speed, with what to expect."""
-    factors = dataset.factors([123456])[0].tolist()
-    say(f"image 123456 has factors {factors}    (expected [2, 5, 7, 1, 2, 6])")
-    start, rng = time.perf_counter(), np.random.default_rng(0)
-    for _ in range(100):
-        dataset.images(rng.integers(TOTAL, size=64))
-    rate = 6400 / (time.perf_counter() - start)
-    say(f"random batches of 64: {rate:,.0f} images/s    (expected 8,000 or more)")
-
-
 def main():
     """The command line: one line on standard error and status 2 for what a user gets wrong."""
     parser = argparse.ArgumentParser(description="Look at a dataset, or render Shapes3D to a file.")
@@ -830,7 +724,7 @@ def main():
     parser.add_argument("--limit", type=int, help="with --write: this many images, spread evenly")
 
     def fail(message):
-        print("data.py:", *str(message).split(), file=sys.stderr)      # a path may hold a newline
+        print("data.py:", *str(message).split(), file=sys.stderr)       # one line
         sys.exit(2)
 
     parser.error = fail                     # argparse would print its usage as well
@@ -841,9 +735,9 @@ def main():
         dataset = open_dataset(args.data, args.size, args.cache)
         say(dataset)
         if args.grid:
-            save_grid(dataset, args.grid)
-        elif args.data is None:
-            show_work(dataset)
+            images = dataset.images(np.arange(50) * STEP % len(dataset)).unflatten(0, (5, 10))
+            rows = images.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)    # (5S, 10S, 3)
+            Image.fromarray(rows.numpy()).save(args.grid)
     except (OSError, ValueError) as error:
         fail(error)
     except KeyboardInterrupt:
