@@ -23,7 +23,13 @@ IDEA      Nothing in the loss asks for disentanglement: encoder and denoiser are
 DIFFERS   Eq. (3) is printed without the square; Table 7 says MSE, and so do we. Eq. (5) is printed
           with -beta~_t where the KL of two Gaussians has +beta~_t; we compute the KL.
 TRY       python encdiff.py   ->   the whole method on 8x8 pictures while you watch, in a minute
-FIGURES
+          DCI disentanglement on seeds 10 to 19, median and range (informativeness, median):
+            three factors                            1.000   .979 to 1.000  (1.000)
+            three factors, --no-noise                1.000   .982 to 1.000  (1.000)
+            three factors, --no-attention             .780   .526 to  .936  (1.000)
+            four factors, --noise strong-first       1.000  1.000 in all    (1.000)
+            four factors, --noise uniform             .607   .445 to  .655   (.967)
+          Here competition separates, with noise or without; the noise decides what gets a code.
 """
 import argparse
 import functools
@@ -271,10 +277,7 @@ class EncDiff(nn.Module):
 
     @torch.no_grad()
     def measure_latents(self, images):
-        """Set the latents' unit to the std of these images' latents; note the largest rms of one.
-
-        images (B, 3, S, S) in [-1, 1]; to be called once, before training.
-        """
+        """Before training: make the std of these latents their unit, note the largest rms."""
         z = torch.cat([self.first_stage.encode(some).float() for some in images.split(64)])
         self.latent_std.copy_(z.std())
         self.largest_rms.copy_(z.square().mean((1, 2, 3)).max().sqrt() / z.std())
@@ -361,10 +364,7 @@ class EncDec(EncDiff):
 
 
 def vector_valued(encoder, num_tokens, token_dim):
-    """EncDiff-V (Table 5): the encoder's N*d outputs are the N tokens; no scalar in between.
-
-    encoder: images -> (B, N*d). Returns the encoder and the token map that EncDiff needs.
-    """
+    """EncDiff-V (Table 5): an encoder of N*d outputs -> encoder and token map without scalars."""
     split = nn.Unflatten(1, (num_tokens, token_dim))  # (B, N*d) -> (B, N, d)
     return nn.Sequential(encoder, split), nn.Identity()
 
@@ -403,8 +403,7 @@ class SparseEncDiff(EncDiff):
         codes = []  # what the encoder returns inside of `loss`
         with self.encoder.register_forward_hook(lambda module, inputs, out: codes.append(out)):
             error = super().loss(images, t, noise)
-        share = codes[0].float().abs() + 1e-6
-        share = share / share.sum(1, keepdim=True)
+        share = F.normalize(codes[0].float().abs() + 1e-6, p=1, dim=1)
         entropy = -(share * share.log()).sum(1).mean()
         return error + weight * entropy / math.log(share.shape[1])
 
