@@ -340,7 +340,8 @@ def decode(picture):
     picture = ImageOps.exif_transpose(picture)
     if picture.mode[0] in "IF":                 # grey of more than 8 bits, or floating point
         grey = np.asarray(picture)
-        return to_bytes(grey, *limits([grey]))
+        whole = picture.mode[0] == "I" and grey.min() >= 0 and grey.max() <= 65535
+        return to_bytes(grey, *((0, 65535) if whole else limits([grey])))
     return np.asarray(picture.convert("RGBA" if picture.has_transparency_data else "RGB"))
 
 
