@@ -223,6 +223,19 @@ class Dataset:
         """(B, 40) int64, 0 or 1, of CelebA."""
         return torch.from_numpy(self.table[np.asarray(indices)]).long()
 
+    def find(self, factors):
+        """The rows of the images that have these factors (B, F) -> (B,) int64."""
+        rows = {tuple(labels): row for row, labels in enumerate(self.table.tolist())}
+        try:
+            return np.array([rows[tuple(labels)] for labels in np.asarray(factors).tolist()])
+        except KeyError as error:
+            raise ValueError(f"{self.name} has no image with {error}") from None
+
+    @property
+    def identity(self):
+        return {"count": self.count, "size": self.size, "factor_names": list(self.factor_names),
+                "factor_sizes": list(self.factor_sizes), "digest": ""}
+
 
 class RenderedShapes3D(Dataset):
     """All 480,000 images, coloured on demand from the planes of the 480 geometries."""

@@ -572,19 +572,34 @@ def load_checkpoint(folder):
     return checkpoint
 
 
-def load_run(folder, device="cpu"):
-    """A trained run for use: an EncDiff with averaged weights, in eval mode, and its Config.
+def load_run(path, device="cpu"):
+    """A run folder or an exported file -> (averaged model in eval mode, Config, about).
 
-    Raises ValueError or OSError with one line if the folder holds no finished first stage.
+    about: scores (metrics.json's content or {}), step, commit, data (identity or {}), folder.
     """
-    checkpoint = load_checkpoint(folder)
+    path = Path(path)
+    if path.is_file():
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            checkpoint["config"] = Config(**checkpoint["config"])
+            scores, folder = checkpoint["scores"], Path(".")
+        except Exception as error:
+            raise ValueError(f"{path} is no exported run ({type(error).__name__})") from None
+    else:
+        checkpoint, scores, folder = load_checkpoint(path), {}, path
+        with contextlib.suppress(FileNotFoundError):
+            try:
+                scores = json.loads((path / "metrics.json").read_text())
+            except ValueError:
+                raise ValueError(f"{path}/metrics.json is damaged; delete it") from None
     if checkpoint["stage"] == "first stage":
         raise ValueError(f"{folder} has not finished its first stage; "
                          f"go on with: python train.py --resume {folder}")
     model = build_model(checkpoint["config"])
-    restore(model, checkpoint["model"], folder)
-    restore(model, {**model.state_dict(), **checkpoint["ema"]}, folder)
-    return model.to(device).eval().requires_grad_(False), checkpoint["config"]
+    restore(model, {**checkpoint["model"], **checkpoint["ema"]}, folder)
+    about = {"scores": scores, "step": checkpoint["step"], "commit": checkpoint["commit"],
+             "data": checkpoint.get("data", {}), "folder": folder}
+    return model.to(device).eval().requires_grad_(False), checkpoint["config"], about
 
 
 def restore(module, state, folder):
@@ -599,7 +614,7 @@ def restore(module, state, folder):
 
 def borrow_first_stage(config, model):
     """Copy the first stage of the run config.first_stage into the model: ablations share one."""
-    lender, _ = load_run(config.first_stage)
+    lender, *_ = load_run(config.first_stage)
     restore(model.first_stage, lender.first_stage.state_dict(), config.first_stage)
 
 
@@ -626,6 +641,7 @@ class Run:
         self.folder, self.config, self.machine = Path(folder), config, machine
         self.stop = False  # set by Ctrl-C and SIGTERM; the step under way is finished first
         self.saved, self.commit = time.monotonic(), commit()
+        self.data = {}
         if machine.main:
             self.folder.mkdir(parents=True, exist_ok=True)
             # A database lock goes with its process, however that ends, on every system.
@@ -657,7 +673,7 @@ class Run:
 
     def save(self, stage, step, model, optimizer, ema=None):
         state = {"format": FORMAT, "config": dataclasses.asdict(self.config),
-                 "commit": self.commit, "stage": stage, "step": step,
+                 "commit": self.commit, "stage": stage, "step": step, "data": self.data,
                  "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                  "ema": {} if ema is None else averaged(ema)}
         self.write("checkpoint.pt", lambda file: torch.save(state, file))
@@ -798,6 +814,7 @@ def main(arguments=None):
     machine = Machine(device)
     if config.precision == "auto":
         config = dataclasses.replace(config, precision="bf16" if machine.fast_bf16() else "fp32")
+    config.data = str(Path(config.data).absolute()) if config.data else ""
     if config.batch % machine.world or config.vq_batch % machine.world:
         raise ValueError(f"--batch {config.batch} and --vq-batch {config.vq_batch}; "
                          f"expected multiples of the {machine.world} processes")
@@ -811,6 +828,7 @@ def main(arguments=None):
     if machine.main:
         machine.wait()
     with contextlib.closing(Run(folder, config, machine)) as run:
+        run.data = dataset.identity
         work(run, dataset, checkpoint, began)
 
 
