@@ -39,6 +39,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import encdiff
@@ -228,6 +229,20 @@ def set_lr(optimizer, peak, step, steps, warmup, decay):
     for group in optimizer.param_groups:
         group["lr"] = lr
     return lr
+
+
+def step_flops(config):
+    """{stage: floating-point operations of one of its steps}."""
+    with torch.random.fork_rng(devices=[]):
+        model, counts = build_model(config), {}
+        first = vq.FirstStageLoss(copy.deepcopy(model.first_stage)).requires_grad_(True).train()
+        for stage, module, batch in [("first stage", first, config.vq_batch),
+                                     ("joint training", model.train(), config.batch)]:
+            with FlopCounterMode(display=False) as counter:
+                loss = module(torch.zeros(2, 3, config.size, config.size))
+                (loss[0] if isinstance(loss, tuple) else loss).backward()
+            counts[stage] = counter.get_total_flops() / 2 * batch
+    return counts
 
 
 class Progress:
@@ -553,6 +568,16 @@ def write_atomically(path, save):
                       "untouched. Free space or make the folder writable, then resume") from None
 
 
+def say(text, file=None):
+    """print that neither a closed pipe nor a terminal's encoding can stop."""
+    stream = file or sys.stdout
+    try:
+        code = getattr(stream, "encoding", None) or "utf-8"
+        print(text.encode(code, "backslashreplace").decode(code), file=stream, flush=True)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")
+
+
 def load_checkpoint(folder):
     """The checkpoint of a run folder as a dict. Raises ValueError or OSError with one line."""
     path = Path(folder) / "checkpoint.pt"
@@ -753,7 +778,7 @@ def one_line_errors():
     try:
         yield
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:  # where no run is there yet to be saved: see Run.checkpoint
         print("interrupted; nothing half-written is left", file=sys.stderr)
