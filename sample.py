@@ -764,12 +764,17 @@ def explore(run, args):
         server = http.server.ThreadingHTTPServer(("127.0.0.1", args.port), Handler)
     except OSError as error:
         raise OSError(f"--port {args.port} cannot be used: {error.strerror}; choose another")
+    # One small image is drawn at a time: threads gain nothing, and beside a busy program they wait
+    # for one another much longer than they work.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with server, contextlib.suppress(KeyboardInterrupt):
         server.explorer, address = Explorer(run), f"http://127.0.0.1:{server.server_port}/"
         say(f"{run.name} is shown at {address} until Ctrl-C")
         if not args.no_browser:
             threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
         server.serve_forever()
+    torch.set_num_threads(threads)
 
 
 PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>encdiff: explore</title>
