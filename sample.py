@@ -920,46 +920,49 @@ def token(word):
     return word if word == "all" else int(word)
 
 
+def add_verb(verbs, function, count=None, counted="random images", opens=True, **run):
+    """The subcommand of a function, with what all of them take. opens: it opens one run."""
+    purpose = function.__doc__
+    p = verbs.add_parser(function.__name__, help=purpose, description=purpose)
+    p.set_defaults(function=function, opens=opens)
+    p.set_defaults(data=None, sampler=None, steps=None, eta=None)  # verbs without these flags
+    run = run or {"nargs": "?", "help": "folder written by train.py, or file written by export;"
+                  f" default: the trained model that comes with the code, {SHIPPED.name}"}
+    p.add_argument("run", metavar="RUN", **run)
+    if count is not None:
+        p.add_argument("--count", type=int, default=count or None, metavar="N",
+                       help=f"number of {counted} (default: {count or 'all'})")
+    if opens:
+        p.add_argument("--data", metavar="PATH", help="dataset to take images from, if not the "
+                       "one that the run was trained on or if that has moved")
+    p.add_argument("--seed", type=int, default=0, help="fixes all that is random (default: 0)")
+    p.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: the best here")
+    p.add_argument("--out", metavar="FILE", help="default: in the run's folder; in the working "
+                   "directory if RUN is a file")
+    return p
+
+
+def samplers(p, several=False):
+    """How to draw: a picture by one sampler, a table with a line for each of several."""
+    p.add_argument("--sampler", choices=tuple(encdiff.SAMPLERS), nargs="+" if several else 1,
+                   help="default: dpm" + "; all of them" * (p.prog.endswith("complexity")))
+    p.add_argument("--steps", type=int, metavar="N", nargs="+" if several else 1,
+                   help="solver steps (default: dpm 20, ddim 200, ddpm all timesteps)")
+    p.add_argument("--eta", type=float, help="noise that ddim adds, 0 (default) to 1")
+    return p
+
+
+def tokens(p):
+    p.add_argument("--tokens", type=token, nargs="+", metavar="I", help="rows to show: numbers "
+                   "of tokens, or all (default: the most important one of each factor)")
+    return p
+
+
 def build_parser():
     """One subcommand a verb; what a verb does is the docstring of its function."""
     parser = train.Parser("sample.py", description=__doc__.splitlines()[0])
     verbs = parser.add_subparsers(dest="verb", metavar="VERB")
-
-    def verb(function, count=None, counted="random images", opens=True, **run):
-        """The subcommand of a function, with what all of them take. opens: it opens one run."""
-        purpose = function.__doc__
-        p = verbs.add_parser(function.__name__, help=purpose, description=purpose)
-        p.set_defaults(function=function, opens=opens)
-        p.set_defaults(data=None, sampler=None, steps=None, eta=None)  # verbs without these flags
-        run = run or {"nargs": "?", "help": "folder written by train.py, or file written by export;"
-                      f" default: the trained model that comes with the code, {SHIPPED.name}"}
-        p.add_argument("run", metavar="RUN", **run)
-        if count is not None:
-            p.add_argument("--count", type=int, default=count or None, metavar="N",
-                           help=f"number of {counted} (default: {count or 'all'})")
-        if opens:
-            p.add_argument("--data", metavar="PATH", help="dataset to take images from, if not the "
-                           "one that the run was trained on or if that has moved")
-        p.add_argument("--seed", type=int, default=0, help="fixes all that is random (default: 0)")
-        p.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: the best here")
-        p.add_argument("--out", metavar="FILE", help="default: in the run's folder; in the working "
-                       "directory if RUN is a file")
-        return p
-
-    def samplers(p, several=False):
-        """How to draw: a picture by one sampler, a table with a line for each of several."""
-        p.add_argument("--sampler", choices=tuple(encdiff.SAMPLERS), nargs="+" if several else 1,
-                       help="default: dpm" + "; all of them" * (p.prog.endswith("complexity")))
-        p.add_argument("--steps", type=int, metavar="N", nargs="+" if several else 1,
-                       help="solver steps (default: dpm 20, ddim 200, ddpm all timesteps)")
-        p.add_argument("--eta", type=float, help="noise that ddim adds, 0 (default) to 1")
-        return p
-
-    def tokens(p):
-        p.add_argument("--tokens", type=token, nargs="+", metavar="I", help="rows to show: numbers "
-                       "of tokens, or all (default: the most important one of each factor)")
-        return p
-
+    verb = functools.partial(add_verb, verbs)
     samplers(verb(reconstruct, 256), True).add_argument(
         "--lpips", nargs=2, metavar="FILE",
         help="weights: torchvision's AlexNet, then alex.pth of the lpips package")
