@@ -16,12 +16,14 @@ import argparse
 import contextlib
 import copy
 import csv
+import http.server
 import io
 import itertools
 import json
 import math
 import os
 import re
+import shutil
 import signal
 import sqlite3
 import struct
@@ -29,7 +31,11 @@ import subprocess
 import sys
 import threading
 import types
+import urllib.error
+import urllib.parse
+import urllib.request
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import h5py
@@ -1590,15 +1596,18 @@ def opened(run, *words):
     return sample.Trained(args), args
 
 
-def test_rows_are_named_by_factor_factors_first_or_numbered_without_scores(finished):
+def test_rows_are_one_a_factor_or_all_by_factor(finished):
     factors = ["factor 0", "factor 0", "factor 1", "none", "none", "none"]
-    assert sample.token_rows(*opened(finished / "run")) == (
-        ORDER, [f"{factor}\ntoken {i}" for factor, i in zip(factors, ORDER)])
+    labels = {i: f"{factor}\ntoken {i}" for i, factor in zip(ORDER, factors)}
+    for words, tokens in [("", [1, 3]), ("--tokens all", ORDER), ("--tokens 2 4", [4, 2])]:
+        assert sample.token_rows(*opened(finished / "run", *words.split())) == (
+            tokens, [labels[i] for i in tokens])
     (finished / "direct" / "metrics.json").write_text(json.dumps({"note": "not scored"}))
     (finished / "adagn" / "metrics.json").unlink()
-    for run in ("direct", "adagn"):
+    for run in ("direct", "adagn"):  # without scores: numbered, and all of them
         rows = sample.token_rows(*opened(finished / run, "--tokens", "5", "2"))
         assert rows == ([2, 5], ["token 2", "token 5"])
+        assert sample.token_rows(*opened(finished / run))[0] == list(range(6))
 
 
 @pytest.fixture
@@ -1615,8 +1624,8 @@ def drawn(monkeypatch):
 
 
 @pytest.mark.parametrize("run", ["run", "vector"])
-def test_swap_takes_one_token_a_row_in_the_order_of_the_names(finished, drawn, run):
-    sample.main(["swap", str(finished / run), "--count", "2", "--seed", "5"])
+def test_swap_takes_one_token_a_row_in_the_order_of_names(finished, drawn, run):
+    sample.main(["swap", str(finished / run), *"--tokens all --count 2 --seed 5".split()])
     trained, _ = opened(finished / run, "--seed", "5")
     source, target = (trained.codes(x) for x in trained.images(4).split(2))
     (codes, noise), = drawn
@@ -1639,7 +1648,7 @@ def test_traverse_and_generate_use_values_of_the_data(finished, drawn, run):
     seen = every_code(finished / run)  # (IMAGES, 6) or (IMAGES, 6, 8)
     one_of = lambda rows, code: (rows - code).flatten(1).abs().amax(1).min() < 1e-5
     assert len(drawn) == 2
-    for i, (codes, _) in zip([4, 0], drawn):
+    for i, (codes, _) in zip([4, 0], drawn):  # its own codes, then three with one token swept
         assert all(torch.equal(codes[0, j], codes[2, j]) for j in range(6) if j != i)
         assert all(one_of(seen[:, i:i + 1], code) for code in codes[:, i])
         if run == "run":
@@ -1649,6 +1658,17 @@ def test_traverse_and_generate_use_values_of_the_data(finished, drawn, run):
     mixed = drawn[-1][0]
     assert all(one_of(seen[:, j:j + 1], mixed[b, j]) for b in range(16) for j in range(6))
     assert not all(one_of(seen, code) for code in mixed)  # combinations that are in no image
+
+
+def test_the_gif_sweeps_each_token_up_and_down(finished, drawn):
+    sample.main(["traverse", str(finished / "run"), "--gif", "--count", "3"])
+    path = finished / "run" / "traverse.gif"
+    with Image.open(path) as picture:
+        assert picture.is_animated and picture.info["loop"] == 0
+        assert picture.size[0] > 4 * 131 and path.stat().st_size < 2_000_000
+    (codes, noise), _ = drawn
+    assert len(codes) == 16 and torch.equal(noise, noise[:4].repeat(4, 1, 1, 1))
+    assert torch.equal(codes[4:8, 1], codes[4:5, 1].expand(4))  # all four images at one value
 
 
 def test_attention_is_drawn_at_its_place_and_averaged_over_what_has_no_column():
@@ -1671,10 +1691,10 @@ def test_attention_is_drawn_at_its_place_and_averaged_over_what_has_no_column():
 @pytest.mark.parametrize("words, columns, rows, heading", [
     ("reconstruct {0}/run --count 9 --sampler dpm ddim ddpm --steps 2 3 12", 8, 5, 0),
     ("reconstruct {0}/direct --count 3", 3, 3, 0),
-    ("swap {0}/run --count 2 --sampler ddim --steps 2 --eta 0.5", 2, 9, 0),
-    ("traverse {0}/vector --count 3 --steps 2", 5, 6, 1),
+    ("swap {0}/run --count 2 --sampler ddim --steps 2 --eta 0.5", 2, 5, 0),
+    ("traverse {0}/vector --count 3 --steps 2", 5, 2, 1),
     ("attention {0}/run --per layer --steps 2 --tokens 1", 7, 2, 1),
-    ("attention {0}/direct --count 2", 2, 7, 0),
+    ("attention {0}/direct --count 2 --tokens 0 2 4", 2, 4, 0),
     ("generate {0}/adagn --count 10 --steps 2", 8, 2, 0)])
 def test_every_picture_has_its_rows_and_columns(finished, capsys, words, columns, rows, heading):
     words = words.format(finished).split()
@@ -1699,8 +1719,11 @@ def test_kl_estimated_on_latents_agrees_with_the_closed_form(finished, capsys, t
 def test_worth_of_a_factor_is_its_share_of_the_latent_at_each_noise_level(tmp_path, capsys):
     class Grid(Toy):  # the latent is the first factor alone, and the denoiser is exact
         name, factor_names, factor_sizes = "toy", ("a", "b"), (2, 3)
-        factors = lambda self, indices: torch.stack([indices // 3, indices % 3], 1)
-        images = lambda self, indices: self.pixels[torch.as_tensor(indices)]
+        rows = np.array([4, 0, 5, 2, 1, 3])  # the set is in no order
+        factors = lambda self, indices: torch.from_numpy(
+            np.stack(np.divmod(self.rows[indices], 3), 1))
+        images = lambda self, indices: self.pixels[self.rows[indices]]
+        find = lambda self, factors: np.argsort(self.rows)[factors[:, 0] * 3 + factors[:, 1]]
 
     model = tiny_model(timesteps=100)
     model.latents = lambda images: images[:, :1, :4, :4]  # -1 or 1
@@ -1710,7 +1733,8 @@ def test_worth_of_a_factor_is_its_share_of_the_latent_at_each_noise_level(tmp_pa
         / (1 - model.alpha_bar[t]).sqrt()[:, None, None, None])
     run = types.SimpleNamespace(
         dataset=Grid(), config=train.Config(timesteps=100), model=model, device="cpu",
-        folder=tmp_path, codes=model.latents, some=lambda count: torch.arange(count),
+        load=lambda rows: train.to_float(Grid().images(rows)), folder=tmp_path,
+        codes=model.latents, some=lambda count: torch.arange(count),
         noise=lambda count: torch.randn(count, 1, 4, 4))
     sample.worth(run, argparse.Namespace(count=6, out=None, verb="worth"))
     t, a, b = (line[14:].split() for line in capsys.readouterr().out.splitlines()[:3])
@@ -1719,14 +1743,45 @@ def test_worth_of_a_factor_is_its_share_of_the_latent_at_each_noise_level(tmp_pa
     np.testing.assert_allclose(np.array(b, float), 0, atol=1e-4)
 
 
-def test_curves_of_several_runs_share_a_picture(finished):
+def test_worth_says_which_images_the_set_lacks(finished):
+    factors = np.stack(np.unravel_index(np.arange(11), (3, 4)), 1)  # all but (2, 3)
+    np.savez(finished / "holes.npz", images=np.zeros((11, 32, 32, 3), np.uint8), labels=factors)
+    with pytest.raises(ValueError, match="no image with"):
+        sample.main(["worth", str(finished / "run"), "--data", str(finished / "holes.npz"),
+                     "--count", "11"])
+
+
+def test_curves_and_importance_have_their_size(finished, tmp_path):
     sample.main(["curves", str(finished / "run"), str(finished / "adagn")])
     assert Image.open(finished / "run" / "curves.png").size == (1520, 720)
+    sample.main(["importance", str(finished / "run"), "--out", str(tmp_path / "i.png")])
+    pixels = np.asarray(Image.open(tmp_path / "i.png")).astype(int)
+    areas = {colour: (pixels == colour).all(-1).sum() for colour in sample.PALETTE[:2]}
+    # The area of a square is its importance: here 1.0 of either factor in all, and 0.1 twice.
+    assert areas[sample.PALETTE[0]] == pytest.approx(39**2, rel=0.05)
+    assert areas[sample.PALETTE[1]] == pytest.approx(39**2, rel=0.05)
+
+
+def test_argument_groups_runs_by_what_differs(finished, monkeypatch, tmp_path, capsys):
+    folders = []
+    for name, variant, reached in [("a", {}, .8), ("b", {"seed": 1}, .6), ("c", {"steps": 5}, .2)]:
+        folders.append(tmp_path / name)
+        shutil.copytree(finished / "run", folders[-1])
+        saved = torch.load(folders[-1] / "checkpoint.pt", weights_only=True)
+        saved["config"].update(variant)
+        torch.save(saved, folders[-1] / "checkpoint.pt")
+        (folders[-1] / "metrics.json").write_text(json.dumps({"disentanglement": reached}))
+    monkeypatch.chdir(tmp_path)
+    sample.main(["argument", *map(str, folders)])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:3]]
+    assert [row[1:5] for row in rows] == [["2", "0.700", "0.600", "0.800"], ["1"] + ["0.200"] * 3]
+    assert float(rows[0][0]) > float(rows[1][0]) and "steps 5" in " ".join(rows[1])
+    assert Path("argument.png").exists()
 
 
 @pytest.mark.parametrize("logarithmic, ys", [(False, (0, 1, 2)), (True, (1, 10, 100)),
-                                             (True, (-1, 0, 1))])  # with a GAN, say
-def test_what_is_straight_on_its_axes_is_plotted_as_a_straight_line(logarithmic, ys):
+                                             (True, (-1, 0, 1))])  # no logarithm of these
+def test_what_is_straight_on_its_axes_is_plotted_straight(logarithmic, ys):
     series = [("name", (255, 0, 0), list(zip((0, 1, 2), ys)))]
     pixels = np.asarray(sample.plot("", "", series, logarithmic=logarithmic))[:, :800]  # no legend
     y, x = (pixels == (255, 0, 0)).all(-1).nonzero()
@@ -1763,7 +1818,112 @@ def test_encode_writes_what_metrics_reads(finished, capsys):
 def test_sample_without_a_verb_lists_the_verbs(capsys):
     sample.main([])
     listed = capsys.readouterr().out
-    assert all(f.__name__ in listed for f in sample.VERBS) and len(sample.VERBS) == 10
+    assert all(f"    {verb} " in listed for verb in "swap traverse export explore argument".split())
+
+
+def test_an_exported_file_is_used_like_its_run(finished, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    sample.main(["export", str(finished / "run"), "small.pt"])
+    monkeypatch.setattr(sample, "SHIPPED", tmp_path / "small.pt")
+    capsys.readouterr()
+    sample.main(["swap", "--count", "2", "--steps", "3"])
+    assert "no RUN given" in capsys.readouterr().out
+    words = ["--count", "2", "--steps", "3", "--out", "of_run.png"]
+    sample.main(["swap", str(finished / "run"), *words])
+    mine, theirs = (np.asarray(Image.open(name)).astype(int) for name in ("swap.png", "of_run.png"))
+    assert mine.shape == theirs.shape and abs(mine - theirs).max() <= 2  # half precision
+    (half, config, about), (whole, whole_config, of_run) = map(
+        train.load_run, ("small.pt", finished / "run"))
+    assert config == whole_config and about["scores"] == of_run["scores"]
+    for (name, a), b in zip(half.state_dict().items(), whole.state_dict().values()):
+        assert a.dtype == b.dtype, name
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def ask(finished):
+    """start(run) serves a page; ask(path, fields, **headers) -> (status, text)."""
+    servers = []
+
+    def start(run):
+        monkey = pytest.MonkeyPatch()
+        begun = threading.Event()
+        serve = http.server.ThreadingHTTPServer.serve_forever
+        monkey.setattr(http.server.ThreadingHTTPServer, "serve_forever", lambda server: (
+            servers.append(server), begun.set(), serve(server))[-1])
+        words = ["explore", str(finished / run), "--no-browser", "--seed", "3"]
+        threading.Thread(target=sample.main, args=(words,), daemon=True).start()
+        assert begun.wait(60)
+        monkey.undo()
+        address = f"http://127.0.0.1:{servers[-1].server_port}"
+
+        def ask(path, fields=None, **headers):
+            query = "?" + urllib.parse.urlencode(fields, safe=",") if fields else ""
+            request = urllib.request.Request(address + path + query, headers=headers)
+            try:
+                with urllib.request.urlopen(request, timeout=60) as reply:
+                    return reply.status, reply.read().decode()
+            except urllib.error.HTTPError as error:
+                return error.code, error.read().decode()
+
+        ask.run = servers[-1].explorer.run
+        for parameter in ask.run.model.denoiser.parameters():  # else it hardly reads its tokens
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+        return ask
+
+    yield start
+    for server in servers:
+        server.shutdown()
+
+
+@pytest.mark.parametrize("run", ["run", "vector", "direct", "adagn"])
+def test_the_page_draws_what_its_sliders_say(ask, run):
+    ask = ask(run)
+    status, page = ask("/")
+    setup = json.loads(re.search(r"const setup = (.*), \$ = ", page)[1])
+    assert status == 200 and not re.search(r"(src|href)=.?(http|//)", page)
+    order = [token["i"] for token in setup["tokens"]]
+    assert order == ORDER if run in ("run", "vector") else sorted(order) == list(range(6))
+    pair = json.loads(ask("/pair", {"source": 7, "target": 2})[1])
+    own, other = pair["places"]
+    fields = lambda places, taken, **more: {
+        "source": 7, "target": 2, "noise": 1, "steps": 3, "places": ",".join(map(str, places)),
+        "taken": ",".join(map(str, taken)), **more}
+    drawn = lambda *a, **k: json.loads(ask("/draw", fields(*a, **k))[1])
+    before, zero = drawn(own, [0] * 6), [0] * 6
+    trained = ask.run
+    code = trained.codes(trained.load([7, 2]))
+    z = torch.randn(1, *trained.model.latent_shape, generator=torch.Generator().manual_seed(1))
+    options = {} if run == "direct" else {"sampler": "dpm", "steps": 3}
+    for codes, answer in [(code[:1], before), (code[1:], drawn(other, [1] * 6))]:
+        assert answer["image"] == sample.data_url(trained.draw(codes, z, options)[0])
+    moved = [own[0] + 300, *own[1:]]
+    with ThreadPoolExecutor(4) as pool:  # requests of others at the same time change nothing
+        images = list(pool.map(lambda places: drawn(places, zero)["image"], [own, moved] * 4))
+    assert set(images[::2]) == {before["image"]} and len(set(images[1::2])) == 1
+    assert images[1] != images[0]
+    maps = np.array(before["maps"])
+    assert maps.shape == ((0,) if run == "adagn" else (6, 256))
+    if run != "adagn":
+        np.testing.assert_allclose(maps.sum(0), 1, atol=1e-3)  # shares of each place
+
+
+def test_the_page_refuses_strangers_and_nonsense(ask):
+    ask = ask("run")
+    good = {"source": 7, "target": 2, "noise": 1, "steps": 3, "places": "0,0,0,0,0,0",
+            "taken": "0,0,0,0,0,1"}
+    for name, value in [("Host", "evil.example"), ("Origin", "http://evil.example"),
+                        ("Origin", "null"), ("Origin", "http://127.0.0.1:1")]:
+        headers = {name: value}
+        assert ask("/draw", good, **headers)[0] == 403 == ask("/", **headers)[0]
+    for wrong in [{"source": -1}, {"source": IMAGES}, {"target": "x"}, {"noise": 2**70},
+                  {"steps": 0}, {"steps": 10**6}, {"places": "0,0"}, {"taken": "2"},
+                  {"places": "nan" + ",0" * 5},
+                  {"places": "1e30" + ",0" * 5}, {"taken": "0,0,0,0,0,2"}, {"a": "b" * 20000}]:
+        assert ask("/draw", {**good, **wrong})[0] == (200 if "a" in wrong else 400), wrong
+    assert ask("/draw")[0] == ask("/pair", {"source": "1"})[0] == 400
+    assert ask("/../train.py")[0] == 404
+    assert ask("/draw", good)[0] == 200  # the server lives
 
 
 @pytest.fixture(scope="module")
@@ -1774,12 +1934,24 @@ def broken(finished):
         (finished / name).mkdir()
         torch.save({**good, "stage": stage}, finished / name / "checkpoint.pt")
     (finished / "damaged" / "metrics.json").write_text("{")
+    (finished / "moved").mkdir()
+    torch.save({**good, "config": {**good["config"], "data": "/no/such.npz"}},
+               finished / "moved" / "checkpoint.pt")
+    (finished / "moved" / "metrics.json").write_text('{"note": "no labels"}')
+    np.savez(finished / "plain.npz", images=np.zeros((3, 40, 30, 3), np.uint8))
+    data.open_dataset(finished / "plain.npz", 32)
     (finished / "damaged" / "log.csv").write_text("a,b\n1,2\n")
     return finished
 
 
 @pytest.mark.parametrize("words, said", [
-    ("swap", "required: RUN"),
+    ("curves", "required: RUN"),
+    ("swap {0}/run --data {0}/nothing", "does not exist"),
+    ("swap {0}/moved --count 1", "say where it is with --data"),
+    ("swap {0}/run --tokens none", "--tokens: invalid token value: 'none'"),
+    ("importance {0}/moved", "has no importance matrix (no labels)"),
+    ("export {0}/run {0}/no/such.pt", "expected a file in a folder that exists"),
+    ("explore {0}/run --port 70000", "--port is 70000; expected 0 to 65535"),
     ("swap {0}/nothing", "checkpoint.pt not found; expected a folder written by train.py"),
     ("swap {0}/unfinished", "has not finished its first stage"),
     ("swap {0}/damaged", "metrics.json is damaged"),
@@ -1802,7 +1974,7 @@ def broken(finished):
     ("encode {0}/run --data {0}/nothing", "does not exist; expected a dataset"),
     ("attention {0}/run --per head", "invalid choice: 'head'"),
     ("attention {0}/adagn --count 1 --steps 1", "no cross-attention"),
-    ("worth {0}/run", "expected a dataset of all combinations"),
+    ("worth {0}/run --data {0}/plain.npz --count 2", "whose images are labelled with factors"),
     ("curves {0}/nothing", "log.csv not found"),
     ("curves {0}/damaged", "is no log of this version")])
 def test_what_is_wrong_is_said_in_one_line_and_nothing_is_written(broken, capsys, words, said):
