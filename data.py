@@ -512,7 +512,8 @@ def find_labels(found, arrays):
     for key in keys:
         names = DSPRITES if key.startswith("latents") else ()
         try:
-            holders = arrays, *[getattr(x, "attrs", {}) for x in (arrays, arrays[key])]
+            hdf5 = isinstance(arrays, h5py.File)
+            holders = [arrays, *([arrays.attrs, arrays[key].attrs] if hdf5 else [])]
             given = [np.ravel(h["factor_names"]) for h in holders if "factor_names" in h]
             names = given[0] if given else names
         except Exception as error:
