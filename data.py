@@ -13,8 +13,7 @@ IDEA      3D Shapes is one room seen 480,000 times.  Six factors number the imag
           Every other dataset is converted once into an .npy file that is memory-mapped, because
           reading one image out of a compressed file costs the thousands packed around it.
 DIFFERS   from the real 3D Shapes: the scene is fitted to fifty published images; tiles and stains
-          are only suggested.  --limit N writes N images spread over all factors: the first N would
-          share one floor hue.  What is not used of a dataset's files or labels, its note says.
+          are only suggested.  What is not used of a dataset's files or labels, its note says.
 TRY       python data.py                        what is rendered
           python data.py --grid grid.png        a picture of fifty images
           python data.py --write shapes3d.h5    the official file's format
@@ -513,9 +512,8 @@ def find_labels(found, arrays):
         names = DSPRITES if key.startswith("latents") else ()
         try:
             hdf5 = isinstance(arrays, h5py.File)
-            holders = [arrays, *([arrays.attrs, arrays[key].attrs] if hdf5 else [])]
-            given = [np.ravel(h["factor_names"]) for h in holders if "factor_names" in h]
-            names = given[0] if given else names
+            for place in [arrays] + ([arrays.attrs, arrays[key].attrs] if hdf5 else []):
+                names = np.ravel(place["factor_names"]) if "factor_names" in place else names
         except Exception as error:
             found.add_note(f"factor_names not used: {error}")
         try:
@@ -565,10 +563,10 @@ def files_below(folder):
         shown = {n for n in folders + names if not n.startswith(".") and n not in NO_DATA}
         left["hidden files or folders"] += len(folders) + len(names) - len(shown)
         folders[:] = sorted(shown & {*folders})
-        useful = [Path(here, n) for n in shown & {*names} if n.lower().endswith(USEFUL)
-                  and os.path.isfile(os.path.join(here, n))]    # no link to nothing
-        files += useful
+        useful = [Path(here, n) for n in shown & {*names} if n.lower().endswith(USEFUL)]
+        useful = [file for file in useful if os.path.isfile(file)]      # no link to nothing
         left["other files"] += len(shown) - len(folders) - len(useful)
+        files += useful
     # CelebA's list of labels may lie beside the images or, as Kaggle packs it, a level higher.
     files += [parent / name for parent in folder.resolve().parents[:2] for name in ATTRIBUTES
               if os.path.isfile(parent / name)]
@@ -579,9 +577,9 @@ def files_below(folder):
 
 def found_folder(path, size, files, note):
     """A folder of pictures, of CelebA if its list names them all; or Cars3D's .mat files."""
+    cars = {file.stem: file for file in files if file.name.endswith("_mesh.mat")}
     order = [Path(name).stem for file in files if file.name == "list.txt"
              for name in file.read_text().split()]              # the folder's own order differs
-    cars = {file.stem: file for file in files if file.name.endswith("_mesh.mat")}
     cars = [cars[name] for name in dict.fromkeys([*order, *cars]) if name in cars]
     lists = [file for file in files if file.name in ATTRIBUTES]
     files = cars or [file for file in files if file.name.lower().endswith(PICTURES)]
@@ -691,7 +689,6 @@ def read_cache(images, labels, stamp):
     if made_from == stamp:
         return dataset
     say(f"{images} was made from another version of the data: converting again")
-    return None
 
 
 def convert(found, blocks, images, labels, stamp):

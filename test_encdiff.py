@@ -37,6 +37,7 @@ import urllib.request
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import h5py
 import numpy as np
@@ -1069,7 +1070,7 @@ def rendered():
 
 
 def listing(folder):
-    return sorted((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob("*"))
+    return sorted((str(p), p.lstat().st_size, p.lstat().st_mtime_ns) for p in folder.rglob("*"))
 
 
 def noise(n, h=64, w=64, c=3, seed=0):
@@ -1089,10 +1090,10 @@ def stored(kind="npz", **arrays):
     buffer = io.BytesIO()
     if kind == "npz":
         np.savez_compressed(buffer, **arrays)
-    else:
-        with h5py.File(buffer, "w") as f:
-            for key, array in arrays.items():
-                f.create_dataset(key, data=array, compression="gzip")
+        return buffer.getvalue()
+    with h5py.File(buffer, "w") as f:
+        for key, array in arrays.items():
+            f.create_dataset(key, data=array, compression="gzip")
     return buffer.getvalue()
 
 
@@ -1116,12 +1117,11 @@ def dataset_of(folder, images, key="images", kind="npz", **arrays):
 
 
 def test_each_index_has_its_factors_in_the_official_order(rendered):
-    f = rendered.factors(np.arange(480000)).numpy()
-    index = f[:, 0] * 48000 + f[:, 1] * 4800 + f[:, 2] * 480 + f[:, 3] * 60 + f[:, 4] * 15 + f[:, 5]
-    assert (index == np.arange(len(rendered))).all()
-    assert rendered.factor_sizes == (10, 10, 10, 8, 4, 15) == tuple(f.max(0) + 1)
-    rows = np.random.default_rng(0).integers(480000, size=99)
-    assert (rendered.find(rendered.factors(rows)) == rows).all()
+    rows = np.arange(480000)
+    f = rendered.factors(rows)
+    assert (f @ torch.tensor([48000, 4800, 480, 60, 15, 1]) == torch.from_numpy(rows)).all()
+    assert rendered.factor_sizes == (10, 10, 10, 8, 4, 15) == tuple(f.amax(0) + 1)
+    assert (rendered.find(f[::4801]) == rows[::4801]).all()
 
 
 @pytest.mark.parametrize("shape", range(4))
@@ -1173,8 +1173,8 @@ def test_a_hue_colours_only_its_own_surface(rendered):
     # Orientation -30 (number 0) shows the dark right wall, +30 (number 14) the dark left one.
     left, right = rendered.planes[[0, 14], 1].reshape(2, 64, 64)[:, 28, [2, 61]].T
     assert left[0] > 1.2 * right[0] and right[1] > 1.2 * left[1]
-    # The sky has one colour; nothing is so bright that int16 would wrap around.
     assert (rendered.images(index)[:, :, 0, 0] == torch.tensor(data.SKY)).all()
+    # Nothing is so bright that int16 would wrap around.
     planes = rendered.planes.astype(int)
     assert (5 * planes[:, :3].sum(1) + planes[:, 3:].max(1)).max() < 32767
 
@@ -1230,13 +1230,12 @@ TURNED = Image.Exif()
 TURNED[274] = 6                             # the camera was held upright: turn it clockwise
 ON_WHITE = np.where(CLEAR[..., None], COLOUR, 255)
 PICTURES = [                                # ending, what is stored, what a viewer shows, options
-    ("png", WIDE, RAMP, {}), ("tif", WIDE, RAMP, {}), ("tif", WIDE.astype(">u2"), RAMP, {}),
-    ("pgm", WIDE, RAMP, {}), ("tif", WIDE.astype("i4"), RAMP, {}),
-    ("tif", RAMP / np.float32(255), RAMP, {}), ("tif", RAMP.astype("f4"), RAMP, {}),
-    ("png", CLEAR > 0, CLEAR, {}),
+    ("png", WIDE, RAMP, {}), ("tif", WIDE.astype(">u2"), RAMP, {}), ("pgm", WIDE, RAMP, {}),
+    ("tif", WIDE.astype("i4"), RAMP, {}), ("tif", RAMP / np.float32(255), RAMP, {}),
+    ("tif", RAMP.astype("f4"), RAMP, {}), ("png", CLEAR > 0, CLEAR, {}),
+    ("png", WIDE // 4112 * 257, RAMP // 16, {}),                # what is dark stays dark
     ("png", RAMP, np.where(RAMP == 50, 255, RAMP), {"transparency": 50}),
     ("png", np.dstack([COLOUR, CLEAR]), ON_WHITE, {}),
-    ("webp", np.dstack([COLOUR, CLEAR]), ON_WHITE, {"lossless": True}),
     ("png", np.dstack([RAMP, CLEAR]), np.where(CLEAR, RAMP, 255), {}),
     ("gif", Image.fromarray(RAMP).convert("P"), np.where(RAMP == 50, 255, RAMP),
      {"transparency": 50, "save_all": True, "append_images": [Image.fromarray(CLEAR)]}),
@@ -1280,7 +1279,7 @@ def test_whole_and_cut_official_sets_keep_their_names(tmp_path, monkeypatch):
 
 def test_labels_of_any_kind_are_numbered(tmp_path):
     n, real = np.arange(12), np.random.default_rng(0).random(12)
-    fields = np.array([*zip(n % 3 * 0.5, np.array([*"xy"])[n % 2])], [("hue", "f4"), ("kind", "S1")])
+    fields = np.array([*zip(n % 3 * 0.5, "xy" * 6)], [("hue", "f4"), ("kind", "S1")])
     for column, levels in [(n % 3 * 0.1 + 0.7, n % 3), (np.float16(n % 3 * 0.1), n % 3),
                            (np.array([0, 1, 1e7])[n % 3], n % 3), (n % 3 - 1, n % 3),
                            (n.reshape(12, 1, 1) % 2 == 1, n % 2), (np.eye(4)[n % 4], n % 4),
@@ -1352,13 +1351,12 @@ def test_cars3d_is_read_in_the_order_of_its_list(tmp_path, kind):
     assert shows(dataset, range(192), np.concatenate(list(cars.values())))
     elevation, azimuth, model = dataset.factors(range(192)).T
     assert (model * 96 + elevation * 24 + azimuth == torch.arange(192)).all()
-    assert (dataset.find(dataset.factors(range(192))) == np.arange(192)).all()
     (tmp_path / "car_001_mesh.mat").unlink()                    # what is left is used
     dataset = data.open_dataset(tmp_path)
     assert dataset.factor_sizes == (4, 24) and shows(dataset, range(96), cars["car_009_mesh"])
 
 
-@pytest.mark.parametrize("kind", ["txt", "txt without count", "csv"])
+@pytest.mark.parametrize("kind", ["txt", "csv"])
 def test_celeba_attributes_and_crop(tmp_path, kind):
     folder, faces = tmp_path / "img_align_celeba", noise(4, 218, 178)
     for k in range(4):                      # PNG inside, so that the crop can be compared exactly
@@ -1366,10 +1364,9 @@ def test_celeba_attributes_and_crop(tmp_path, kind):
     names = [f"Attribute_{j}" for j in range(40)]
     values = np.where(noise(4, 40, 1, 1)[..., 0, 0] > 127, 1, -1)       # (4, 40)
     rows = [names, *([f"{k + 1:06d}.jpg", *map(str, values[k])] for k in range(4))]
-    text = "4\n" * (kind == "txt") + "\n".join(map("  ".join, rows)) + "\n"
-    if kind == "csv":
-        text = "image_id," + "\n".join(map(",".join, rows))
-    (tmp_path / f"list_attr_celeba.{kind[:3]}").write_text(text)
+    (tmp_path / f"list_attr_celeba.{kind}").write_text({
+        "txt": "4\n" + "\n".join(map("  ".join, rows)),
+        "csv": "image_id," + "\n".join(map(",".join, rows))}[kind])
     dataset = data.open_dataset(folder, size=128)
     assert (dataset.name, len(dataset), dataset.attribute_names) == ("CelebA", 3, tuple(names))
     assert dataset.factors([0, 1]).shape == (2, 0)
@@ -1398,6 +1395,7 @@ def test_which_files_of_a_folder_are_the_dataset(tmp_path, capsys):
     write(home / "damaged.png", b"damaged")
     dataset = data.open_dataset(home, cache=home / "b")
     before = listing(tmp_path)
+    data.open_dataset(home, cache=home / "b")
     assert listing(tmp_path) == before      # our cache in it changes nothing
     assert shows(dataset, range(3), np.concatenate(
         [noise(1, 64, 80, seed=k)[:, :, 8:72] for k in (0, 8, 1)])) and len(dataset) == 3
@@ -1452,25 +1450,22 @@ def test_a_cache_is_renewed_but_replaces_no_other_file(tmp_path, capsys):
 
 @pytest.mark.parametrize("place", ["shutil.disk_usage", "np.savez", "os.replace"])
 def test_a_full_disk_leaves_no_half_a_cache(tmp_path, monkeypatch, place):
-    def full(*_, **__):
-        raise OSError(28, "disk full")
-
     path = write(tmp_path / "a.npz", NPZ)
     before = listing(tmp_path)
-    with monkeypatch.context() as m, pytest.raises(OSError, match="disk full.*--cache DIR"):
-        m.setattr(f"data.{place}", full)
+    monkeypatch.setattr(f"data.{place}", mock.Mock(side_effect=OSError(28, "disk full")))
+    with pytest.raises(OSError, match="disk full.*--cache DIR"):
         data.open_dataset(path)
     assert listing(tmp_path) == before
 
 
-@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("ending", [9, 15, 1])                  # SIGKILL, SIGTERM, SIGHUP
 def test_a_killed_conversion_is_begun_anew(tmp_path, ending):
     path = write(tmp_path / "a.npz", NPZ)
-    kill = f"""import os, runpy, sys, numpy
-numpy.savez, sys.argv = lambda *a, **k: os.kill(os.getpid(), {ending}), ["data.py", "--data", "a.npz"]
+    kill = f"""import numpy, os, runpy, sys
+numpy.savez, sys.argv = lambda *a, **k: os.kill(os.getpid(), {ending}), ["", "--data", "a.npz"]
 runpy.run_path({str(HERE / "data.py")!r}, run_name="__main__")"""
     run = subprocess.run([sys.executable, "-c", kill], cwd=tmp_path, capture_output=True)
-    assert run.returncode == (-9 if ending == signal.SIGKILL else 2)
+    assert run.returncode == (-9 if ending == 9 else 2)
     assert not list(tmp_path.glob("*.cache.np?")) and (ending == 9 or len(listing(tmp_path)) == 1)
     assert shows(data.open_dataset(path), range(4), FOUR)
 
@@ -1489,7 +1484,6 @@ runpy.run_path({str(HERE / "data.py")!r}, run_name="__main__")"""
     ("--data x", {"x": b"version https://git-lfs.github.com"}, "but b'version https://git-lfs."),
     ("--data x", {"x": stored("h5", **{"images/1": FOUR})}, "it holds images; expected"),
     ("--data x", {"x": stored(images=FOUR[0, :, :, 0])}, "images uint8 (64, 64); expected"),
-    ("--data x", {"x": stored(images=FOUR.astype(str))}, "<U3 (4, 64, 64, 3); expected"),
     ("--data x", {"x": stored(train=FOUR, test=FOUR)}, "expected 'images', numbers of shape"),
     ("--data x", {"x/car_1_mesh.mat": b"x"}, "car_1_mesh.mat (no array im)"),
     ("--data x", {"x/readme.txt": b"hello"}, "holds no pictures"),
