@@ -296,7 +296,7 @@ def open_dataset(path=None, size=64, cache=None):
     target = Path(cache or where.parent, f"{place}{where.name}.{size}.cache")
     paths = [Path(f"{target}.{ending}") for ending in ("npy", "npz")]
     dataset = read_cache(*paths, stamp)
-    if not dataset:
+    if dataset is None:
         with reading(path):
             found, blocks = (found_folder(where, size, files, note) if path.is_dir()
                              else found_file(path, size))
@@ -491,7 +491,8 @@ def find_images(arrays):
         with contextlib.suppress(AttributeError, KeyError, ValueError):     # it is no array
             shape, dtype = held[key] = next(read_rows(arrays, key))
             layout = len(shape) == 3 or len(shape) == 4 and min(shape[1], shape[3]) <= 4
-            fit += [key] * (layout and dtype.kind in "biuf" and 0 not in shape)
+            if layout and dtype.kind in "biuf" and 0 not in shape:
+                fit.append(key)
     fit = [key for key in IMAGE_KEYS if key in fit][:1] or fit
     if len(fit) != 1:
         known = [f"{k} {held[k][1]} {held[k][0]}" if k in held else k for k in arrays]
@@ -689,6 +690,7 @@ def read_cache(images, labels, stamp):
     if made_from == stamp:
         return dataset
     say(f"{images} was made from another version of the data: converting again")
+    return None
 
 
 def convert(found, blocks, images, labels, stamp):
@@ -742,7 +744,7 @@ def write_shapes3d(path, limit=None):
     if path.exists() or not 1 <= count <= TOTAL:
         raise ValueError(f"{path}, --limit {count}: expected a new file and 1 to {TOTAL} images")
     dataset, indices = RenderedShapes3D(), np.sort(np.arange(count) * STEP % TOTAL)
-    labels = [levels[column] for levels, column in zip(LEVELS, dataset.factors(indices).numpy().T)]
+    labels = [levels[column] for levels, column in zip(LEVELS, dataset.table[indices].T)]
     step = 4800         # neighbours differ little: chunks long in images, small in area pack best
     with replacing([path], count * 1000) as [temporary], h5py.File(temporary, "w") as f:
         f["labels"], f.attrs["factor_names"] = np.stack(labels, 1), FACTORS     # (n, 6)
@@ -764,8 +766,7 @@ def main():
     parser.add_argument("--limit", type=int, help="with --write: this many images, spread evenly")
 
     def fail(message):
-        print("data.py:", *str(message).split(), file=sys.stderr)       # one line
-        sys.exit(2)
+        parser.exit(2, f"data.py: {' '.join(str(message).split())}\n")
 
     parser.error = fail                     # argparse would print its usage as well
     args = parser.parse_args()
