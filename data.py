@@ -392,7 +392,8 @@ def add_labels(found, labels, names=()):
         names, columns = fields, [np.asarray(labels[field]) for field in fields]
     else:
         table = np.squeeze(labels[()])
-        if table.ndim == 2 and np.isin(table, (0, 1)).all() and (table.sum(1) == 1).all():
+        one_hot = table.ndim == 2 and table.dtype.kind in "biuf" and np.isin(table, (0, 1)).all()
+        if one_hot and (table.sum(1) == 1).all():
             names, table = ["class"], table.argmax(1)           # (n, K) -> (n,)
         columns = list(table.T) if table.ndim == 2 else [table]
     if {column.shape for column in columns} != {(found.count,)}:
@@ -488,7 +489,7 @@ def find_images(arrays):
     """-> (name, shape) of the images in a file: named as in IMAGE_KEYS, or alone in their shape."""
     held, fit = {}, []
     for key in arrays:
-        with contextlib.suppress(AttributeError, KeyError, ValueError):     # it is no array
+        with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):  # it is no array
             shape, dtype = held[key] = next(read_rows(arrays, key))
             layout = len(shape) == 3 or len(shape) == 4 and min(shape[1], shape[3]) <= 4
             if layout and dtype.kind in "biuf" and 0 not in shape:

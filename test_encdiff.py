@@ -1301,6 +1301,8 @@ def test_labels_of_any_kind_are_numbered(tmp_path):
     for labels in (real, n[:5], np.array([{}] * 12), np.zeros((12, 2, 2)), np.array(7)):
         dataset = dataset_of(tmp_path, TWELVE, labels=labels)
         assert shows(dataset, n, TWELVE) and dataset.factors(n).shape == (12, 0) and dataset.note
+    texts = dataset_of(tmp_path, TWELVE, labels=[[*"01"], [*"10"]] * 6)
+    assert texts.factor_sizes == (2, 2) and (texts.factors([0, 1]) == torch.eye(2).flip(1)).all()
     dataset = dataset_of(tmp_path, TWELVE, labels=real, classes=n % 3,
                          factor_names=np.array(["pickled"], object))
     assert dataset.factor_names == ("factor 0",) and "factor_names not used" in dataset.note
@@ -1399,8 +1401,7 @@ def test_which_files_of_a_folder_are_the_dataset(tmp_path, capsys):
     assert listing(tmp_path) == before      # our cache in it changes nothing
     assert shows(dataset, range(3), np.concatenate(
         [noise(1, 64, 80, seed=k)[:, :, 8:72] for k in (0, 8, 1)])) and len(dataset) == 3
-    for left in ("hidden files or folders (3)", "folders of runs (1)", "other files (3)",
-                 "damaged files (1)"):
+    for left in "hidden files or folders (3)", "runs (1)", "other files (3)", "damaged files (1)":
         assert left in dataset.note
     assert "damaged.png" in capsys.readouterr().out
     write(home / "a.png", b"damaged too")
