@@ -13,8 +13,7 @@ IDEA      3D Shapes is one room seen 480,000 times.  Six factors number the imag
           Every other dataset is converted once into an .npy file that is memory-mapped, because
           reading one image out of a compressed file costs the thousands packed around it.
 DIFFERS   from the real 3D Shapes: the scene is fitted to fifty published images; tiles and stains
-          are only suggested.  --limit N writes N images spread over all factors: the first N would
-          share one floor hue.  What is not used of a dataset's files or labels, its note says.
+          are only suggested.  What is not used of a dataset's files or labels, its note says.
 TRY       python data.py                        what is rendered
           python data.py --grid grid.png        a picture of fifty images
           python data.py --write shapes3d.h5    the official file's format
@@ -29,6 +28,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import struct
 import sys
 import zipfile
@@ -208,20 +208,13 @@ class Dataset:
     def __len__(self):
         return self.count
 
-    @property
-    def identity(self):
-        """Shim until the branch of the datasets is merged: take that one's."""
-        some = np.arange(self.count)[::max(1, self.count // 64)]
-        digest = zlib.crc32(self.images(some).numpy().tobytes())
-        return {"count": self.count, "size": self.size, "factor_names": list(self.factor_names),
-                "factor_sizes": list(self.factor_sizes), "digest": f"{digest:08x}"}
-
     def __str__(self):
-        labels = [f"{name} {k}" for name, k in zip(self.factor_names, self.factor_sizes)]
-        labels = f"factors {', '.join(labels)}" if labels else "no factors"
-        labels += f", {len(self.attribute_names)} attributes" if self.attribute_names else ""
-        return "; ".join(filter(None, [f"{self.name}: {self.count:,} images of {self.size}x"
-                                       f"{self.size}, {labels}", self.note]))
+        labels = ", ".join(f"{n} {k}" for n, k in zip(self.factor_names, self.factor_sizes))
+        labels = f"factors {labels}" if labels else "no factors"
+        if self.attribute_names:
+            labels += f", {len(self.attribute_names)} attributes"
+        about = f"{self.name}: {self.count:,} images of {self.size}x{self.size}, {labels}"
+        return f"{about}; {self.note}" if self.note else about
 
     def images(self, indices):
         """(B, 3, S, S) uint8."""
@@ -240,14 +233,14 @@ class Dataset:
         whatever the set's order.  ValueError names a combination that no image has."""
         first = {tuple(levels): row for row, levels in reversed([*enumerate(self.table.tolist())])}
         try:
-            return np.array([first[tuple(levels)] for levels in np.asarray(factors).tolist()])
+            return np.array([first[tuple(row)] for row in np.asarray(factors).tolist()], int)
         except KeyError as error:
             raise ValueError(f"{self.name}: no image has {self.factor_names} = {error}") from None
 
     @property
     def identity(self):
-        """What tells this dataset from others wherever it lies, for JSON: all labels count, and 64
-        images.  Of rendered images no pixel counts: another machine may round one differently."""
+        """What tells this dataset from others wherever it lies, for JSON.  The digest is of all
+        labels and 64 images; of no rendered image, as another machine may round one differently."""
         some = np.unique(np.linspace(0, self.count - 1, 64).astype(int))
         pixels = b"rendered" if self.pixels is None else self.pixels[some].tobytes()
         digest = hashlib.sha256(pixels + np.asarray(self.table, "<i4").tobytes()).hexdigest()[:16]
@@ -296,19 +289,19 @@ def open_dataset(path=None, size=64, cache=None):
         raise FileNotFoundError(f"{path} does not exist; expected a dataset file or a folder")
     with reading(path):
         where = path.resolve()
-        files, note = files_below(path) if path.is_dir() else ([path], "")
+        files, note = files_below(path) if path.is_dir() else ([where], "")
         seen = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         stamp = hashlib.sha256(ascii(seen).encode()).hexdigest()    # changes if the source does
     place = f"{zlib.crc32(os.fsencode(where)):08x}-" if cache else ""    # names alone may be equal
-    target = Path(cache or where.parent) / f"{place}{where.name}.{size}.cache"
-    images, labels = Path(f"{target}.npy"), Path(f"{target}.npz")
-    dataset = read_cache(images, labels, stamp)
+    target = Path(cache or where.parent, f"{place}{where.name}.{size}.cache")
+    paths = [Path(f"{target}.{ending}") for ending in ("npy", "npz")]
+    dataset = read_cache(*paths, stamp)
     if dataset is None:
         with reading(path):
-            found, blocks = (found_folder(path, size, files, note) if path.is_dir()
+            found, blocks = (found_folder(where, size, files, note) if path.is_dir()
                              else found_file(path, size))
-        convert(found, blocks, images, labels, stamp)
-        dataset = read_cache(images, labels, stamp)
+        convert(found, blocks, *paths, stamp)
+        dataset = read_cache(*paths, stamp)
     return dataset
 
 
@@ -338,23 +331,27 @@ def decode(picture):
     """A PIL picture of any mode -> (h, w) or (h, w, 3 or 4) uint8, as a viewer shows it: upright as
     its EXIF says, and the first of several frames."""
     picture = ImageOps.exif_transpose(picture)
-    if picture.mode[0] in "IF":                 # grey of more than 8 bits, or floating point
-        grey = np.asarray(picture)
-        whole = picture.mode[0] == "I" and grey.min() >= 0 and grey.max() <= 65535
-        return to_bytes(grey, *((0, 65535) if whole else limits([grey])))
-    return np.asarray(picture.convert("RGBA" if picture.has_transparency_data else "RGB"))
+    if picture.mode[0] not in "IF":
+        return np.asarray(picture.convert("RGBA" if picture.has_transparency_data else "RGB"))
+    grey = np.asarray(picture)                  # of more than 8 bits, or floating point
+    sixteen = picture.mode[0] == "I" and grey.min() >= 0 and grey.max() <= 65535
+    return to_bytes(grey, *((0, 65535) if sixteen else limits([grey])))
 
 
 def limits(blocks):
     """The numbers that mean black and white in these arrays: the first pair below that holds all
-    values, whatever the array is called; else their own least and greatest."""
+    values, whatever the array is called; else their own least and greatest.  Whole numbers may be
+    a camera's, of 10 to 16 bits."""
     low, high = np.inf, -np.inf
     for block in blocks:
         known = np.nan_to_num(block, posinf=0, neginf=0)
         low, high = min(low, known.min()), max(high, known.max())
         if block.dtype == np.uint8 and high > 1:
             break                               # so the rest cannot matter, and may be gigabytes
-    for black, white in [(0, 1), (-1, 1), (0, 255)] + [(0, 65535)] * (block.dtype.kind in "iu"):
+    pairs = [(0, 1), (-0.5, 0.5), (-1, 1), (0, 255)]
+    if block.dtype.kind in "iu":
+        pairs += [(0, 2 ** bits - 1) for bits in (10, 12, 14, 16)]
+    for black, white in pairs:
         slack = (white - black) / 1000          # what resizing or rounding may have added
         if black - slack <= low and high <= white + slack:
             return black, white
@@ -366,7 +363,8 @@ def to_bytes(values, black, white):
     if values.dtype == np.uint8 and (black, white) == (0, 255):
         return values
     values = np.nan_to_num(values.astype(np.float32), nan=black).clip(black, white)
-    return np.rint((values - black) * np.float32(255 / ((white - black) or 1))).astype(np.uint8)
+    scale = np.float32(255 / (float(white) - float(black) or 1))
+    return np.rint((values - np.float32(black)) * scale).astype(np.uint8)
 
 
 def shrink(block, size, how=Image.LANCZOS):
@@ -386,18 +384,25 @@ def shrink(block, size, how=Image.LANCZOS):
 
 
 def add_labels(found, labels, names=()):
-    """labels (n,), (n, F) or one-hot (n, K) of any type: every column becomes a factor, its values
-    numbered in their order.  The note says which columns cannot be."""
-    if labels.shape[:1] != (found.count,) or labels.ndim > 2:
-        raise ValueError(f"shape {labels.shape}; expected one row for each of {found.count:,}")
-    labels = labels.reshape(found.count, -1)                    # (n,) -> (n, 1)
-    numeric, width = labels.dtype.kind in "biuf", labels.shape[1]
-    if numeric and width > 1 and np.isin(labels, (0, 1)).all() and (labels.sum(1) == 1).all():
-        labels, names, width = labels.argmax(1)[:, None], ["class"], 1
-    names = names if len(names) == width else [f"factor {j}" for j in range(width)]
+    """labels (n,), (n, F), one-hot (n, K) or columns with names (a structured array, an HDF5 group)
+    of any type: each column becomes a factor, its values numbered in their order.  The note says
+    which columns cannot."""
+    fields = list(labels) if isinstance(labels, h5py.Group) else labels.dtype.names
+    if fields:
+        names, columns = fields, [np.asarray(labels[field]) for field in fields]
+    else:
+        table = np.squeeze(labels[()])
+        one_hot = table.ndim == 2 and table.dtype.kind in "biuf" and np.isin(table, (0, 1)).all()
+        if one_hot and (table.sum(1) == 1).all():
+            names, table = ["class"], table.argmax(1)           # (n, K) -> (n,)
+        columns = list(table.T) if table.ndim == 2 else [table]
+    if {column.shape for column in columns} != {(found.count,)}:
+        raise ValueError(f"shape {getattr(labels, 'shape', '')}; expected {found.count:,} rows")
+    if len(names) != len(columns):
+        names = FACTORS if are_shapes3d(columns) else [f"factor {j}" for j in range(len(columns))]
     factors, refused = [], []                   # (name, number of levels, level of each image)
-    for name, column in zip(names, labels.T):
-        name = name.decode() if isinstance(name, bytes) else str(name)
+    for name, column in zip(names, columns):
+        name = name.decode(errors="replace") if isinstance(name, bytes) else str(name)
         try:
             factors.append((name, *number(column)))
         except (TypeError, ValueError) as error:
@@ -411,13 +416,22 @@ def add_labels(found, labels, names=()):
         found.add_note("no factor: " + ", ".join(refused))
 
 
+def are_shapes3d(columns):
+    """Whether labels are those of 3D Shapes, of all images or of some."""
+    return len(columns) == 6 and all(
+        column.dtype.kind == "f" and np.isin(column.astype(float).round(4), levels.round(4)).all()
+        for column, levels in zip(columns, LEVELS))
+
+
 def number(column):
     """(n,) labels -> how many different values there are and, (n,), which one each label has, in
     their order.  ValueError, in a few words, if that makes no factor."""
-    if column.dtype.kind == "f":                # what differs by rounding alone is one level
+    if column.dtype.kind == "f":
+        column = column.astype(float)
         if not np.isfinite(column).all():
             raise ValueError("has gaps")
-        column = np.round(column / (np.ptp(column) or 1), 6)
+        if (column % 1).any():                  # what differs by rounding alone is one level
+            column = np.round(column / (np.ptp(column) or 1), 6)
     levels, numbers = np.unique(column, return_inverse=True)
     if len(levels) == 1:
         raise ValueError("never varies")
@@ -430,14 +444,16 @@ def number(column):
 # Full grids that come without labels, told apart by their number of images; last factor fastest.
 MPI3D = ("object colour", "object shape", "object size", "camera height", "background colour",
          "horizontal axis", "vertical axis")
+DSPRITES = ("colour", "shape", "scale", "orientation", "x", "y")    # all are white
 GRIDS = {TOTAL: ("Shapes3D", FACTORS, SIZES),
          1036800: ("MPI3D", MPI3D, (6, 6, 2, 3, 3, 40, 40)),    # toy, realistic, real
          460800: ("MPI3D", MPI3D, (4, 4, 2, 3, 3, 40, 40)),     # complex, and older releases
          17568: ("Cars3D", ("elevation", "azimuth", "object"), (4, 24, 183)),
-         737280: ("dSprites", ("shape", "scale", "orientation", "x", "y"), (3, 6, 40, 32, 32))}
+         737280: ("dSprites", DSPRITES[1:], (3, 6, 40, 32, 32))}
 IMAGE_KEYS = ("images", "imgs", "image")
 LABEL_KEYS = ("factors", "labels", "label", "latents_classes", "latents/classes", "classes")
-PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+PICTURES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".avif", ".webp", ".gif", ".bmp",
+            ".tif", ".tiff", ".tga", ".ppm", ".pgm", ".pbm", ".pnm")
 ATTRIBUTES = ("list_attr_celeba.txt", "list_attr_celeba.csv")
 USEFUL = (*PICTURES, "_mesh.mat", "list.txt", *ATTRIBUTES)      # endings of files that we read
 CELEBA_SHAPE, CELEBA_CROP = (218, 178), np.s_[57:185, 25:153]               # rows, columns
@@ -446,67 +462,91 @@ BLOCK = 1 << 25                                                 # bytes read at 
 STEP = 296657       # of --limit: shares no factor with 480,000 and is near its golden section
 
 
-def read_rows(path, key):
-    """Of an array in an HDF5 file or .npz: its shape and type, then its rows in blocks of some
-    megabytes.  np.load would decompress the 12 GB of MPI3D as a whole."""
-    if h5py.is_hdf5(path):
-        array = h5py.File(path)[key]
+def read_rows(arrays, key):
+    """Of an array in an open HDF5 or .npz file: its shape and type, then its rows in blocks of some
+    megabytes.  numpy would decompress the 12 GB of MPI3D as a whole."""
+    if isinstance(arrays, h5py.File):
+        array = arrays[key]
         yield array.shape, array.dtype
         step = (array.chunks or [1])[0]         # a chunk cut in two would be decompressed twice
         step *= max(1, BLOCK // (step * array[:1].nbytes))
         for at in range(0, len(array), step):
             yield array[at:at + step]
         return
-    with zipfile.ZipFile(path).open(key + ".npy") as file:
+    with arrays.zip.open(key + ".npy") as file:
         np.lib.format.read_magic(file)
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
         yield shape, dtype
         if fortran:                             # an order that can only be read as a whole
-            yield np.load(path)[key]
+            yield arrays[key]
             return
         row = np.dtype((dtype, shape[1:]))
         while block := file.read(max(1, BLOCK // row.itemsize) * row.itemsize):
             yield np.frombuffer(block, row)     # (b, *shape[1:])
 
 
+def find_images(arrays):
+    """-> (name, shape) of the images in a file: named as in IMAGE_KEYS, or alone in their shape."""
+    held, fit = {}, []
+    for key in arrays:
+        with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):  # it is no array
+            shape, dtype = held[key] = next(read_rows(arrays, key))
+            layout = len(shape) == 3 or len(shape) == 4 and min(shape[1], shape[3]) <= 4
+            if layout and dtype.kind in "biuf" and 0 not in shape:
+                fit.append(key)
+    fit = [key for key in IMAGE_KEYS if key in fit][:1] or fit
+    if len(fit) != 1:
+        known = [f"{k} {held[k][1]} {held[k][0]}" if k in held else k for k in arrays]
+        raise ValueError(f"it holds {', '.join(known[:9])}; expected 'images', numbers of shape "
+                         "(n, h, w), (n, h, w, 1 to 4) or (n, 1 to 4, h, w)")
+    return fit[0], held[fit[0]][0]
+
+
+def find_labels(found, arrays):
+    """Adds the first labels of a file that can be numbered; a full set that we know needs none.
+    Whatever is wrong with labels, the images can be used: the note says what is not used."""
+    keys = [key for key in LABEL_KEYS if key in arrays]
+    if not keys and found.count in GRIDS:
+        add_labels(found, grid(GRIDS[found.count][2]))
+    elif not keys:
+        found.add_note(f"no labels ({', '.join(LABEL_KEYS)}), and no full set that we know")
+    for key in keys:
+        names = DSPRITES if key.startswith("latents") else ()
+        try:
+            hdf5 = isinstance(arrays, h5py.File)
+            for place in [arrays] + ([arrays.attrs, arrays[key].attrs] if hdf5 else []):
+                names = np.ravel(place["factor_names"]) if "factor_names" in place else names
+        except Exception as error:
+            found.add_note(f"factor_names not used: {error}")
+        try:
+            add_labels(found, arrays[key], names)
+        except Exception as error:
+            found.add_note(f"{key} not used: {error}")
+        if found.factor_names:
+            break
+
+
 def found_file(path, size):
     """An HDF5's or .npz's Dataset, not yet converted, with its labels if it has any; and its images
     in order, as blocks (b, 3, size, size) uint8."""
     if not path.is_file() or not (h5py.is_hdf5(path) or zipfile.is_zipfile(path)):
-        raise ValueError("it is no complete HDF5 (.h5) or .npz file, and no folder of pictures")
+        start = path.open("rb").read(24) if path.is_file() else "no file"
+        raise ValueError("it is no complete HDF5 (.h5) or .npz file, and no folder of pictures, "
+                         f"but {start}")
     arrays = h5py.File(path) if h5py.is_hdf5(path) else np.load(path)
-    key = next((k for k in IMAGE_KEYS if k in arrays), None)
-    if key is None:
-        raise ValueError(f"it holds {list(arrays)[:9]}; expected an array 'images'")
-    shape, dtype = next(read_rows(path, key))
-    channels_first = len(shape) == 4 and shape[1] <= 4 < shape[3]
-    layout = len(shape) == 3 or channels_first or len(shape) == 4 and shape[3] <= 4
-    if dtype.kind not in "biuf" or not layout or 0 in shape:
-        raise ValueError(f"{key} is {dtype} {shape}; expected numbers of shape (n, h, w), "
-                         "(n, h, w, 1 to 4) or (n, 1 to 4, h, w)")
+    key, shape = find_images(arrays)
+    found = Dataset(path.stem, shape[0], size)
+    find_labels(found, arrays)
 
     def blocks():
         with reading(path):
-            black, white = limits(itertools.islice(read_rows(path, key), 1, None))
-            for block in itertools.islice(read_rows(path, key), 1, None):
-                if channels_first:
-                    block = block.transpose(0, 2, 3, 1)         # -> (b, h, w, c)
+            rows = lambda: itertools.islice(read_rows(arrays, key), 1, None)
+            black, white = limits(rows())
+            for block in rows():
+                if len(shape) == 4 and shape[1] <= 4 < shape[3]:
+                    block = block.transpose(0, 2, 3, 1)         # (b, c, h, w) -> (b, h, w, c)
                 yield shrink(to_bytes(block, black, white), size)
 
-    found = Dataset(path.stem, shape[0], size)
-    label_key = next((k for k in LABEL_KEYS if k in arrays), None)
-    try:
-        if label_key:
-            labels = arrays[label_key]
-            holders = arrays, getattr(arrays, "attrs", {}), getattr(labels, "attrs", {})
-            names = [np.ravel(h["factor_names"]) for h in holders if "factor_names" in h]
-            add_labels(found, labels[()], *names[:1])
-        elif found.count in GRIDS:
-            add_labels(found, grid(GRIDS[found.count][2]))
-        else:
-            found.add_note(f"no labels ({', '.join(LABEL_KEYS)}), and no full set that we know")
-    except Exception as error:          # whatever the labels are, the images can be used
-        found.add_note(f"{label_key} not used: {error}")
     return found, blocks()
 
 
@@ -526,8 +566,9 @@ def files_below(folder):
         left["hidden files or folders"] += len(folders) + len(names) - len(shown)
         folders[:] = sorted(shown & {*folders})
         useful = [Path(here, n) for n in shown & {*names} if n.lower().endswith(USEFUL)]
-        files += filter(os.path.isfile, useful)
+        useful = [file for file in useful if os.path.isfile(file)]      # no link to nothing
         left["other files"] += len(shown) - len(folders) - len(useful)
+        files += useful
     # CelebA's list of labels may lie beside the images or, as Kaggle packs it, a level higher.
     files += [parent / name for parent in folder.resolve().parents[:2] for name in ATTRIBUTES
               if os.path.isfile(parent / name)]
@@ -538,9 +579,9 @@ def files_below(folder):
 
 def found_folder(path, size, files, note):
     """A folder of pictures, of CelebA if its list names them all; or Cars3D's .mat files."""
+    cars = {file.stem: file for file in files if file.name.endswith("_mesh.mat")}
     order = [Path(name).stem for file in files if file.name == "list.txt"
              for name in file.read_text().split()]              # the folder's own order differs
-    cars = {file.stem: file for file in files if file.name.endswith("_mesh.mat")}
     cars = [cars[name] for name in dict.fromkeys([*order, *cars]) if name in cars]
     lists = [file for file in files if file.name in ATTRIBUTES]
     files = cars or [file for file in files if file.name.lower().endswith(PICTURES)]
@@ -643,11 +684,12 @@ def read_cache(images, labels, stamp):
         made_from = about.pop("stamp")
         about = {key: tuple(v) if isinstance(v, list) else v for key, v in about.items()}
         pixels = np.asarray(np.load(images, mmap_mode="r"))
+        dataset = Dataset(**about, table=table, pixels=pixels)
     except Exception as error:
         raise ValueError(f"{images} or {labels.name} is in the way, no whole cache of ours "
                          f"({error}); delete both, or give --cache DIR") from None
     if made_from == stamp:
-        return Dataset(**about, table=table, pixels=pixels)
+        return dataset
     say(f"{images} was made from another version of the data: converting again")
     return None
 
@@ -703,7 +745,7 @@ def write_shapes3d(path, limit=None):
     if path.exists() or not 1 <= count <= TOTAL:
         raise ValueError(f"{path}, --limit {count}: expected a new file and 1 to {TOTAL} images")
     dataset, indices = RenderedShapes3D(), np.sort(np.arange(count) * STEP % TOTAL)
-    labels = [levels[column] for levels, column in zip(LEVELS, dataset.factors(indices).numpy().T)]
+    labels = [levels[column] for levels, column in zip(LEVELS, dataset.table[indices].T)]
     step = 4800         # neighbours differ little: chunks long in images, small in area pack best
     with replacing([path], count * 1000) as [temporary], h5py.File(temporary, "w") as f:
         f["labels"], f.attrs["factor_names"] = np.stack(labels, 1), FACTORS     # (n, 6)
@@ -725,8 +767,7 @@ def main():
     parser.add_argument("--limit", type=int, help="with --write: this many images, spread evenly")
 
     def fail(message):
-        print("data.py:", *str(message).split(), file=sys.stderr)       # one line
-        sys.exit(2)
+        parser.exit(2, f"data.py: {' '.join(str(message).split())}\n")
 
     parser.error = fail                     # argparse would print its usage as well
     args = parser.parse_args()
@@ -746,4 +787,6 @@ def main():
 
 
 if __name__ == "__main__":
+    for ending in (signal.SIGTERM, signal.SIGHUP):      # a kill or a closed terminal tidies up, too
+        signal.signal(ending, signal.default_int_handler)
     main()
