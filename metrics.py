@@ -83,15 +83,6 @@ def as_numbers(array, name, whole=False):
     return array
 
 
-def check_codes(codes, name="codes"):
-    """codes as float64 (n, N) or (n, N, d)."""
-    codes = as_numbers(codes, name)
-    if codes.ndim not in (2, 3) or codes.size == 0:
-        raise ValueError(f"{name} has shape {codes.shape}; expected (samples, codes) or (samples, "
-                         f"codes, width), none of them 0")
-    return codes
-
-
 def check_factors(factors, samples, name="factors"):
     """factors as int64 (n, F), one row a code."""
     factors = as_numbers(factors, name, whole=True).astype(np.int64)
@@ -101,29 +92,25 @@ def check_factors(factors, samples, name="factors"):
     return factors
 
 
-def pca_tokens(codes, fit_on=None):
-    """Vector-valued codes (n, N, d) -> (n, N): each token along its first principal axis.
+def scalar_codes(codes, fit_on=None, name="codes"):
+    """codes as finite float64 (n, N): vector-valued ones (n, N, d) along their main axis, by PCA.
 
     The factor scores want one number a code. fit_on (m, N, d) gives mean and axis (default: codes).
     An eigenvector's sign is arbitrary; its largest entry is made positive, so that two runs agree.
     """
-    codes = check_codes(codes)
-    basis = codes if fit_on is None else check_codes(fit_on, "fit_on")
-    if codes.ndim != 3 or basis.shape[1:] != codes.shape[1:]:
-        raise ValueError(f"codes of shape {codes.shape}, basis from {basis.shape}; expected "
-                         f"(samples, codes, width) with the same codes and width")
+    codes = as_numbers(codes, name)
+    basis = codes if fit_on is None else as_numbers(fit_on, "fit_on")
+    if codes.ndim not in (2, 3) or codes.size == 0 or basis.shape[1:] != codes.shape[1:]:
+        raise ValueError(f"{name} has shape {codes.shape}, fitted on {basis.shape}; expected "
+                         f"(samples, codes) or (samples, codes, width), none of them 0")
+    if codes.ndim == 2:
+        return codes
     mean = basis.mean(0)                                             # (N, d)
     centred = (basis - mean).transpose(1, 2, 0)                      # (m, N, d) -> (N, d, m)
     spread = centred @ centred.transpose(0, 2, 1)                    # (N, d, m) @ (N, m, d)
     axis = np.linalg.eigh(spread)[1][:, :, -1]                       # (N, d); eigenvalues ascend
     largest = np.take_along_axis(axis, np.abs(axis).argmax(1)[:, None], axis=1)     # (N, 1)
     return np.einsum("nkd,kd->nk", codes - mean, axis * np.sign(largest))  # (n, N, d) -> (n, N)
-
-
-def scalar_codes(codes):
-    """codes checked, and vector-valued ones reduced: always (n, N)."""
-    codes = check_codes(codes)
-    return pca_tokens(codes) if codes.ndim == 3 else codes
 
 
 # ---- DCI -----------------------------------------------------------------------------------------
@@ -138,17 +125,14 @@ def dci(train_codes, train_factors, test_codes, test_factors, seed=0):
     A factor with one value in train_factors is left out, its importance 0. D of a single factor,
     C of a single code are 0 / 0, so absent. "note" says what is missing.
     """
-    train_codes = check_codes(train_codes, "train_codes")
-    test_codes = check_codes(test_codes, "test_codes")
+    test_codes = scalar_codes(test_codes, train_codes, "test_codes")
+    train_codes = scalar_codes(train_codes, name="train_codes")
     train_factors = check_factors(train_factors, len(train_codes), "train_factors")
     test_factors = check_factors(test_factors, len(test_codes), "test_factors")
-    shapes = [table.shape[1:] for table in (train_codes, test_codes, train_factors, test_factors)]
     learnt = np.flatnonzero(np.ptp(train_factors, axis=0)).tolist()
-    if shapes[0] != shapes[1] or shapes[2] != shapes[3] or not learnt:
-        raise ValueError(f"train_codes, test_codes, train_factors, test_factors have rows of "
-                         f"{shapes}; expected the same in both, and a factor that varies")
-    if train_codes.ndim == 3:
-        train_codes, test_codes = pca_tokens(train_codes), pca_tokens(test_codes, train_codes)
+    if test_factors.shape[1] != train_factors.shape[1] or not learnt:
+        raise ValueError(f"train_factors has shape {train_factors.shape}, test_factors "
+                         f"{test_factors.shape}; expected the same factors, and one that varies")
     importance, right = np.zeros((train_codes.shape[1], train_factors.shape[1])), []      # (N, F)
     for j in learnt:
         trees = fit_trees(train_codes, train_factors[:, j], seed=seed)
@@ -159,7 +143,7 @@ def dci(train_codes, train_factors, test_codes, test_factors, seed=0):
     scores = {"informativeness_train": float(right[0]), "informativeness_test": float(right[1]),
               "importance": importance}
     missing = [f"DCI leaves out factor {j}, which has one value in the training samples"
-               for j in range(shapes[2][0]) if j not in learnt]
+               for j in range(train_factors.shape[1]) if j not in learnt]
     for key, table, what in (("disentanglement", importance[:, learnt], "factors"),
                              ("completeness", importance[:, learnt].T, "codes")):
         if table.shape[1] > 1:
@@ -393,16 +377,12 @@ def load_lpips(alexnet_file, linear_file):
     for path, keys in ((alexnet_file, convolutions), (linear_file, linear)):
         try:
             stored = torch.load(path, map_location="cpu", weights_only=True)
+            weights |= {key: stored[key].float() for key in keys}
         except OSError:
             raise
         except Exception:  # torch's words advise unsafe loading
-            raise ValueError(f"{path} is no file of weights: a git-lfs pointer, perhaps, or cut "
-                             f"short") from None
-        missing = [key for key in keys if key not in stored]
-        if missing:
-            raise ValueError(f"{path} has no {missing[0]}; expected AlexNet's weights first, then "
-                             f"the linear ones: are the two files in this order?")
-        weights |= {key: stored[key].float() for key in keys}
+            raise ValueError(f"{path} has no {keys[0]}: is it the other of the two files, a "
+                             f"git-lfs pointer, or cut short?") from None
     return weights
 
 
@@ -480,12 +460,11 @@ def fid(images_a, images_b, inception_file, batch=64):
 #       gain = (nl nr / n) (mean_l - mean_r)^2
 #   is how much the squared distances to the mean shrink. The cut after 3 has the means -1/3 and
 #   1/3: its gain is (3 3 / 6) (2/3)^2 = 2/3. After 1, 2, 4, 5 it is 2/15, 1/3, 1/12, 8/15.
-# 4 TREE. Split, then split both halves, then all four quarters: depth 3, at most 8 leaves. The
-#   example stops at depth 1: the leaves are 1 2 3 and 4 5 6.
-# 5 LEAF. Its samples move their scores by one step, a tenth of Newton's, so that later trees can
-#   mend it: slope of the log likelihood over curvature, sum r / sum |r|(1-|r|). On the left
-#   -1 / (3 2/9) / 10 = -3/20, on the right 3/20; p becomes .301 and .367.
-# Then 2 again: each of a hundred rounds mends what the sum of those before still gets wrong.
+# 4 TREE. Split, then both halves, then all four quarters: depth 3, at most 8 leaves. The example
+#   stops at depth 1: the leaves are 1 2 3 and 4 5 6.
+# 5 LEAF. Its samples move their scores by a tenth of Newton's step: slope of the log likelihood
+#   over curvature, sum r / sum |r|(1-|r|). On the left -1 / (3 2/9) / 10 = -3/20, on the right
+#   3/20; p becomes .301 and .367. Then 2 again: each of a hundred rounds mends what is left.
 # K > 2 CLASSES: K scores a sample, softmax for sigmoid, K trees a round, one for each class, whose
 # r is 1 - p for the class it is and -p for the others, and (K-1)/K of the step.
 # IMPORTANCE of a code: the gains of all splits on it, over all trees, as a share of all gains.
@@ -499,8 +478,8 @@ class Trees(NamedTuple):
     """Fitted trees: what `predict` needs, and what each code was worth to them."""
     classes: np.ndarray           # (K,) the labels
     start: np.ndarray             # first scores: K of them, or 1 if K = 2
-    rounds: list                  # of lists, one tree a score: (code, c, tree if <= c, tree if
-    #                               not), or at a leaf the step
+    rounds: list                  # of lists, a tree a score: (code, c, tree if <= c, tree if not),
+    #                               or at a leaf the step
     importance: np.ndarray        # (N,) sums to 1, or all 0 if no code could be split
 
 
@@ -508,7 +487,8 @@ def fit_trees(codes, labels, rounds=100, rate=0.1, depth=3, seed=0):
     """Boosted trees that read labels (n,) from codes (n, N)."""
     classes, label = np.unique(labels, return_inverse=True)
     columns, K = np.ascontiguousarray(codes.T, dtype=np.float64), len(classes)      # (N, n)
-    order = columns.argsort(axis=1, kind="stable")                   # (N, n): samples by each code
+    # (N, n): the samples by each code. int32 is filtered twice as fast as int64.
+    order = columns.argsort(axis=1, kind="stable").astype(np.int32)
     rank = np.stack([np.unique(column, return_inverse=True)[1] for column in columns])
     rank = rank.astype(np.float32) if rank.max(1).min() < len(codes) - 1 else None  # no equal codes
     used, rng = np.zeros(len(columns)), np.random.default_rng(seed)  # used (N,): the gains so far
@@ -592,9 +572,12 @@ def best_split(r, order, columns, rank, rng):
 
 def gains(left_sum, left_count, total, count):
     """Gain of each cut from what lies left of it. With s of k samples there and S of n in all,
-    k (n-k) / n (s/k - (S-s)/(n-k))^2  =  (s - S k/n)^2 n / (k (n-k))."""
-    share = count / (left_count * (count - left_count))
-    return (left_sum - total * (left_count / count)) ** 2 * share
+    k (n-k) / n (s/k - (S-s)/(n-k))^2  =  (S k/n - s)^2 n / (k (n-k)): in place, for speed."""
+    gain = total * (left_count / count)
+    gain -= left_sum
+    gain *= gain
+    gain *= count / (left_count * (count - left_count))
+    return gain
 
 
 # ---- python metrics.py ---------------------------------------------------------------------------
@@ -624,16 +607,14 @@ def worked_example():
 
 def read_table(path):
     """The arrays `codes` and `factors` of an .npz file."""
-    found = "no arrays"
     try:
         with np.load(path) as table:
-            found = table.files
             return table["codes"], table["factors"]
     except OSError:
         raise
     except Exception:  # a dozen kinds, whose words are for programmers or advise unsafe loading
-        raise ValueError(f"{path} has {found}, or is damaged; expected codes and factors, "
-                         f"numbers: np.savez(path, codes=c, factors=f)") from None
+        raise ValueError(f"{path} is damaged or lacks an array of numbers; expected an .npz by "
+                         f"np.savez(path, codes=codes, factors=factors)") from None
 
 
 def main(arguments=None):
@@ -658,18 +639,13 @@ def main(arguments=None):
 
 def report(scores):
     """Prints a line a score, what is missing, and the importances."""
-    for name, key, remark in (
-            ("FactorVAE score", "factor_vae", f"{scores['active_dims']} active codes"),
-            ("disentanglement", "disentanglement", "the paper's DCI"),
-            ("completeness", "completeness", ""),
-            ("informativeness", "informativeness_test", f"on {scores['dci_test']} new samples"),
-            ("MIG", "mig", "")):
-        if key in scores:
-            print(f"{name:<16} {scores[key]:7.4f}  {remark}".rstrip())
-    if scores["note"]:
-        print("note:", scores["note"])
+    importance, note = scores.pop("importance", ()), scores.pop("note")
+    for name, value in scores.items():
+        print(f"{name:<22}{round(value, 4)}")
+    if note:
+        print("note:", note)
     print("importance of each code (row) for each factor (column)")
-    for code, row in enumerate(scores.get("importance", ())):
+    for code, row in enumerate(importance):
         print(f"{code:4d} " + "".join(f"{value:6.2f}" for value in row))
 
 
