@@ -10,14 +10,12 @@ IDEA      The factor scores fill a table "which code knows which factor", and as
             FactorVAE score   which code stands still while one factor is held fixed? Votes.
             DCI               which codes does a classifier use to read a factor? Boosted trees.
             MIG               how many nats do a code and a factor share? A 2-d histogram.
-          What a reader gets wrong: FactorVAE and DCI's D do not mind a factor spread over several
-          codes; C and MIG do, and with 20 codes for 6 factors stay well below D. "DCI" in the
-          paper's tables is D alone. Never read one score alone.
+          FactorVAE and DCI's D do not mind a factor spread over several codes; C and MIG do, and
+          with 20 codes for 6 factors stay well below D. "DCI" in the paper's tables is D alone.
 DIFFERS   from disentanglement_lib 1.5: FactorVAE votes on a pool encoded once and never for a dead
           code, DCI never tests on its training samples, the trees are our own. On one table of
-          4,500 x 8 codes its code and ours give MIG .104189 .104189, D .296 .297, C .291 .292,
-          informativeness .588 .587, FactorVAE score .856 .852 (README has the script). DCI of
-          10,000 x 20 codes and Shapes3D's factors takes half a minute on one core, there 226 s.
+          4,500 x 8 codes its code and ours give MIG .104189 .104189, D .2967 .2966, C .2914 .2915,
+          informativeness .587 .587, FactorVAE score .856 .852 (README has the script).
           From the public TAD script: AUROC is exact, not summed over a grid of thresholds.
 TRY       python metrics.py              the trees, worked step by step on six numbers
           python metrics.py codes.npz    all factor scores of your own `codes` and `factors`
@@ -37,10 +35,9 @@ import torch.nn.functional as F
 def evaluate(codes, factors, seed=0, dci_train=10_000, dci_test=5_000):
     """All factor scores of a table of codes, as a dict that json.dump accepts.
 
-    codes (n, N) or (n, N, d) finite, factors (n, F) integers. FactorVAE score and MIG use all n
-    samples, DCI random ones: dci_train + dci_test of them, or two thirds and one third of fewer.
-    A score that cannot be computed is absent and takes no other with it; "note" says in one line
-    what is missing and why, "" if nothing is. ValueError: codes or factors are no such tables.
+    codes (n, N) or (n, N, d) finite, factors (n, F) integers, else ValueError. FactorVAE score and
+    MIG use all n samples, DCI random dci_train + dci_test, or two thirds and one third of fewer.
+    A score that cannot be computed is absent; "note" says why in one line, "" if none is missing.
     """
     codes = scalar_codes(codes)
     factors = check_factors(factors, len(codes))
@@ -120,13 +117,13 @@ def dci(train_codes, train_factors, test_codes, test_factors, seed=0):
 
     For each factor, boosted trees learn to read it from the codes; importance[i, j] says how much
     those of factor j used code i. D and C: 0 to 1; one code a factor scores 1, codes that know
-    nothing about 0, one code for two equal factors D = 1 - log 2 / log F. Informativeness is
-    accuracy averaged over factors; chance is the mean of the largest class shares.
-    A factor with one value in train_factors is left out, its importance 0. D of a single factor,
-    C of a single code are 0 / 0, so absent. "note" says what is missing.
+    nothing about 0. Informativeness is accuracy averaged over factors. A factor with one value in
+    train_factors is left out, its importance 0; D of a single factor and C of a single code are
+    0 / 0, so absent. "note" says what is missing.
+    10,000 + 5,000 samples of 20 codes and six factors take 33 s of a CPU core, 4,000 + 2,000 12 s.
     """
-    test_codes = scalar_codes(test_codes, train_codes, "test_codes")
-    train_codes = scalar_codes(train_codes, name="train_codes")
+    train_codes, test_codes = (scalar_codes(train_codes, name="train_codes"),
+                               scalar_codes(test_codes, train_codes, "test_codes"))
     train_factors = check_factors(train_factors, len(train_codes), "train_factors")
     test_factors = check_factors(test_factors, len(test_codes), "test_factors")
     learnt = np.flatnonzero(np.ptp(train_factors, axis=0)).tolist()
@@ -158,8 +155,8 @@ def focus(importance):
 
     A row scores 1 - entropy / (largest entropy possible); rows count by their share of the total.
     """
-    # 1e-11 as in disentanglement_lib: an unused code has equal shares, scores 0, and has no weight.
-    share = (importance + 1e-11) / (importance + 1e-11).sum(1, keepdims=True)
+    share = importance + 1e-11       # as in disentanglement_lib: an unused code has equal shares
+    share = share / share.sum(1, keepdims=True)
     score = 1 + (share * np.log(share)).sum(1) / np.log(importance.shape[1])        # (rows,)
     weight = importance.sum(1) if importance.sum() > 0 else np.ones(len(importance))
     return float((score * weight).sum() / weight.sum())
@@ -181,9 +178,7 @@ def factor_vae_score(represent, dataset, pool=50_000, seed=0, **votes):
     return factor_vae_votes(np.concatenate(codes), dataset.factors(rows), seed=seed, **votes)
 
 
-# A dead code hardly varies, in a batch or at large: a ratio of two rounding errors could win every
-# vote. A code is active from this std on; a living code of a tiny scale must be scaled up first.
-ACTIVE = 0.05
+ACTIVE = 0.05  # from this std on a code votes: of a dead one, rounding errors would win every vote
 
 
 def factor_vae_votes(codes, factors, train_votes=10_000, eval_votes=5_000, batch=64, seed=0):
@@ -193,9 +188,8 @@ def factor_vae_votes(codes, factors, train_votes=10_000, eval_votes=5_000, batch
     spread over everything? A code belongs to the factor it got most training votes for; the score
     is the share of fresh votes that go where they belong. 0 to 1; one code a factor scores 1, codes
     that know nothing about 1/F. The original encodes 64 new images a vote; we draw 64 rows of the
-    table that share a value, with replacement. A value with fewer than `batch` rows is never held;
-    a factor without another, or with one value only, is left out; "note" says so. ValueError: no
-    active code, or fewer than two factors left (a single one would own every code and score 1).
+    table that share a value. A value in fewer than `batch` rows is never held, a factor without
+    another is left out; "note" says so. ValueError: no active code, or fewer than two factors left.
     """
     codes = scalar_codes(codes)
     factors = check_factors(factors, len(codes))
@@ -253,9 +247,8 @@ def mutual_information(joint):
 def mig(codes, factors, bins=20):
     """Mutual information gap (Chen et al., NeurIPS 2018): a factor's best code minus its second.
 
-    Mutual information by equal-width bins of a code, over the factor's entropy, averaged over
-    factors. 0 to 1; one code a factor scores 1, random codes about 0, and two codes that know a
-    factor equally well 0, which is harsh on 20 codes for 6 factors.
+    Mutual information by equal-width bins of a code, over the factor's entropy, averaged. 0 to 1;
+    one code a factor scores 1, random codes, or two equal codes for each factor, about 0.
     """
     codes = scalar_codes(codes)
     factors = check_factors(factors, len(codes))
@@ -263,8 +256,7 @@ def mig(codes, factors, bins=20):
     factors = factors[:, np.ptp(factors, axis=0) > 0]
     if N < 2 or factors.size == 0:
         raise ValueError("it compares two codes, and needs a factor that varies")
-    width = np.ptp(codes, axis=0)
-    width[width == 0] = 1                                            # a constant code: one bin
+    width = np.maximum(np.ptp(codes, axis=0), 1e-300)                # a constant code: one bin
     binned = ((codes - codes.min(0)) / width * bins).astype(np.int64).clip(max=bins - 1)   # (n, N)
     gaps = []
     for labels in factors.T:
@@ -326,10 +318,10 @@ def check_pair(x, y):
     if x.shape != y.shape or x.ndim != 4:
         raise ValueError(f"images of shape {tuple(x.shape)} and {tuple(y.shape)}; "
                          f"expected one shape (B, C, H, W)")
-    for name, images in (("x", x), ("y", y)):
-        if not (images.is_floating_point() and images.min() >= 0 and images.max() <= 1):
-            raise ValueError(f"{name} is {images.dtype} in {images.min():.4g} .. {images.max():.4g}"
-                             f"; expected floats in [0, 1]: (images + 1) / 2, clamped")
+    both = torch.cat([x, y])
+    if not (both.is_floating_point() and both.min() >= 0 and both.max() <= 1):
+        raise ValueError(f"images are {both.dtype} from {both.min():.4g} to {both.max():.4g}; "
+                         f"expected floats in [0, 1]: (images + 1) / 2, clamped")
 
 
 def mse(x, y):
@@ -342,8 +334,8 @@ def ssim(x, y):
     """Structural similarity of each image (B,) (Wang et al., IEEE TIP 2004), on [0, 1].
 
     Do luminance, contrast and structure agree in every 11 x 11 Gaussian window, sigma 1.5? -1 to 1;
-    equal images 1, unrelated noise about 0. Zeros are padded at the border, as in the code behind
-    Diff-AE's numbers, which the paper compares with; Wang et al. use only windows that fit.
+    equal images 1, noise about 0. Zeros are padded at the border, as in the code behind Diff-AE's
+    numbers, which the paper compares with; Wang et al. use only windows that fit.
     """
     check_pair(x, y)
     bell = torch.exp(-torch.arange(-5, 6, dtype=x.dtype, device=x.device) ** 2 / (2 * 1.5 ** 2))
@@ -389,9 +381,9 @@ def load_lpips(alexnet_file, linear_file):
 def lpips(x, y, weights):
     """Learned perceptual distance of each image (B,) (Zhang et al., CVPR 2018), images in [0, 1].
 
-    AlexNet's features after each ReLU, scaled to unit length at each pixel; their squared
-    differences, weighted by channel as fitted to human judgements, averaged over pixels, summed
-    over layers. 0 for equal images; no upper end, most pairs under 1. 32 x 32 pixels or more.
+    Squared differences of AlexNet's features, each pixel's scaled to unit length, weighted by
+    channel as fitted to human judgements, averaged over pixels, summed over layers. 0 for equal
+    images; no upper end, most pairs under 1. 32 x 32 pixels or more.
     """
     check_pair(x, y)
     # ImageNet's channels, for images in [-1, 1]: (3,) -> (3, 1, 1) each
@@ -416,14 +408,13 @@ def frechet_distance(feats_a, feats_b):
     |mean difference|^2 + trace(A + B - 2 (A B)^(1/2)), A and B the covariances. 0 for equal sets,
     no upper end. Biased upwards for few samples: compare only figures from equally many.
     """
-    a, b = (torch.from_numpy(as_numbers(feats, name))
-            for feats, name in ((feats_a, "feats_a"), (feats_b, "feats_b")))
+    a = torch.from_numpy(as_numbers(feats_a, "feats_a"))
+    b = torch.from_numpy(as_numbers(feats_b, "feats_b"))
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
         raise ValueError(f"feats_a has shape {tuple(a.shape)}, feats_b {tuple(b.shape)}; expected "
                          f"(samples, features), equally wide, 2 samples or more")
     cov_a, cov_b = a.T.cov(), b.T.cov()                              # (D, D)
-    # A B has the eigenvalues of the symmetric A^(1/2) B A^(1/2), and the trace of a square root is
-    # the sum of the eigenvalues' roots: no square root of an unsymmetric matrix is needed.
+    # A B has the eigenvalues of the symmetric A^(1/2) B A^(1/2), whose roots sum to the trace.
     values, vectors = torch.linalg.eigh(cov_a)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T          # (D, D) @ (D, D)
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
@@ -436,15 +427,12 @@ def fid(images_a, images_b, inception_file, batch=64):
     inception_file: NVIDIA's TorchScript inception-2015-12-05.pt, which resizes the images itself.
     TorchScript is a program: run only a file you trust. The paper takes 10,000 images a side.
     """
-    feats = []
-    for images in (images_a, images_b):
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"images are {images.dtype} of shape {tuple(images.shape)}; "
-                             f"expected uint8 (n, 3, H, W)")
-        network = torch.jit.load(inception_file, map_location=images.device).eval()
-        with torch.no_grad():
-            feats.append(torch.cat([network(part, return_features=True)      # (batch, 2048)
-                                    for part in images.split(batch)]))
+    if not images_a.dtype == images_b.dtype == torch.uint8:
+        raise ValueError(f"images are {images_a.dtype} and {images_b.dtype}; expected uint8")
+    network = torch.jit.load(inception_file, map_location=images_a.device).eval()
+    with torch.no_grad():
+        feats = [torch.cat([network(part, return_features=True) for part in images.split(batch)])
+                 for images in (images_a, images_b)]                 # (n, 2048), (m, 2048)
     return frechet_distance(*feats)
 
 
@@ -468,18 +456,15 @@ def fid(images_a, images_b, inception_file, batch=64):
 # K > 2 CLASSES: K scores a sample, softmax for sigmoid, K trees a round, one for each class, whose
 # r is 1 - p for the class it is and -p for the others, and (K-1)/K of the step.
 # IMPORTANCE of a code: the gains of all splits on it, over all trees, as a share of all gains.
-# Residuals are largest in the first rounds, so these have the largest say.
-# This is scikit-learn's GradientBoostingClassifier with its defaults (2 samples to split, 1 in a
-# leaf, all samples and codes for each tree, friedman_mse, c midway between two values, ties
-# between codes broken at random).
+# This is scikit-learn's GradientBoostingClassifier with its defaults: 1 sample in a leaf, all
+# samples and codes for each tree, c midway between two values, ties broken at random.
 
 
 class Trees(NamedTuple):
-    """Fitted trees: what `predict` needs, and what each code was worth to them."""
+    """Fitted trees. Each is (code, c, tree if code <= c, tree if not), or at a leaf its step."""
     classes: np.ndarray           # (K,) the labels
     start: np.ndarray             # first scores: K of them, or 1 if K = 2
-    rounds: list                  # of lists, a tree a score: (code, c, tree if <= c, tree if not),
-    #                               or at a leaf the step
+    rounds: list                  # of lists: a tree a score
     importance: np.ndarray        # (N,) sums to 1, or all 0 if no code could be split
 
 
@@ -561,8 +546,8 @@ def best_split(r, order, columns, rank, rng):
         here = rank.take(order + np.arange(0, N * n, n)[:, None])
         gain *= here[:, 1:] > here[:, :-1]
     at = gain.argmax(axis=1)                                         # (N,)
-    # Equal codes gain equally; first come, first served would give one of them all the importance.
-    # scikit-learn asks the codes in random order; we add noise just above the rounding of float32.
+    # Equal codes gain equally and must share the importance: scikit-learn asks the codes in random
+    # order; we add noise just above the rounding of float32.
     best = gain[np.arange(N), at] * (1 + 1e-6 * rng.random(N))
     code = best.argmax()
     below, above = columns[code, order[code, at[code]:at[code] + 2]]
