@@ -813,13 +813,12 @@ def test_metrics_factor_vae_of_perfect_and_ignorant_codes():
     assert ignorant["train_score"] > ignorant["score"]       # chance favours the votes learnt from
 
 
-def represent_mixed(factors):
-    """Six codes, the sixth dead, most mixing factors: the score is well inside (0, 1)."""
-    a, b, c, d = (factors / torch.tensor([8.0, 7.0, 5.0, 4.0])).T
-    return torch.stack([a + 0.9 * b, b + 0.8 * c, (a * d + c) / 2, 0.7 * d + c, a * b, 0 * a], 1)
-
-
 def test_metrics_factor_vae_from_a_pool_is_the_original_protocol():
+    def represent_mixed(factors):
+        """Six codes, the sixth dead, most mixing factors: the score is well inside (0, 1)."""
+        a, b, c, d = (factors / torch.tensor([8.0, 7.0, 5.0, 4.0])).T
+        return torch.stack([a + .9 * b, b + .8 * c, (a * d + c) / 2, .7 * d + c, a * b, 0 * a], 1)
+
     everything = torch.from_numpy(all_combinations(9, 8, 6, 5))
     rng, votes = np.random.default_rng(1), np.zeros((2, 4, 5), dtype=int)
     spread = represent_mixed(everything)[:, :5].var(0)
@@ -969,21 +968,15 @@ def test_metrics_evaluate_is_one_table_for_json_and_the_command_line(tmp_path, c
 
 
 GREY = torch.full((1, 3, 8, 8), 0.5)
-
-
-def with_value(array, place, value):
-    array = array.astype(float)
-    array[place] = value
-    return array
-
-
 PERFECT = all_combinations(4, 3).repeat(60, axis=0)
 OBJECTS = np.arange(720)[:, None] // 5 % 12                      # 60 rows each: too few for a vote
 NOISY = np.append(PERFECT, np.random.default_rng(0).normal(size=(720, 1)), axis=1)
+RARE, HALF, NAN = PERFECT.copy(), 1.0 * PERFECT, NOISY.copy()
+RARE[0, 1], HALF[3, 1], NAN[7, 2] = 9, 0.5, np.nan
 
 
 @pytest.mark.parametrize("codes, factors, missing, reason", [
-    (NOISY, with_value(PERFECT, (0, 1), 9), "", "leave out rare values of factor 1"),
+    (NOISY, RARE, "", "leave out rare values of factor 1"),
     (np.append(NOISY, OBJECTS, 1), np.append(PERFECT, OBJECTS, 1), "", "votes leave out factor 2"),
     (NOISY, np.insert(PERFECT, 1, 7, axis=1), "", "DCI leaves out factor 1, which has one value"),
     (NOISY[:, :1], PERFECT[:, :1], "factor_vae disentanglement completeness mig", "two codes"),
@@ -1001,11 +994,11 @@ def test_metrics_give_each_score_that_can_be_given(codes, factors, missing, reas
 
 
 @pytest.mark.parametrize("name, arguments, message", [
-    ("evaluate", (with_value(NOISY, (7, 2), np.nan), PERFECT), r"codes\[7, 2\] is nan.*drop"),
+    ("evaluate", (NAN, PERFECT), r"codes\[7, 2\] is nan.*drop"),
     ("evaluate", (NOISY[:, :0], PERFECT), r"codes has shape \(720, 0\)"),
     ("evaluate", (NOISY, PERFECT.astype(str)), "factors has dtype <U.*number the values"),
     ("evaluate", (NOISY[:710], PERFECT), r"factors has shape \(720, 2\).*710 rows"),
-    ("evaluate", (NOISY, with_value(PERFECT, (3, 1), 0.5)), r"factors\[3, 1\] is 0.5.*integers"),
+    ("evaluate", (NOISY, HALF), r"factors\[3, 1\] is 0.5.*integers"),
     ("evaluate", (NOISY, PERFECT, 0, 0), "DCI on 0"),
     ("dci", (NOISY, PERFECT, NOISY[:, :2], PERFECT), r"\(720, 2\), fitted on \(720, 3\)"),
     ("dci", (NOISY, PERFECT * 0, NOISY, PERFECT), "one that varies"),
