@@ -87,8 +87,7 @@ class Config:
     heads: int = field(8, "", "1 or more")  # attention heads of the U-Net
     dropout: float = field(0.1, "dropout in the residual blocks of the U-Net", "0 to below 1")
     skip_dropout: float = field(0.0, "dropout of channels in the U-Net's skips", "0 to below 1")
-    self_attention: bool = field(True, "attention among the positions of the U-Net; without it "
-                                 "each position has a learned vector of its own")
+    self_attention: bool = field(True, "attention among positions; without: learned positions")
     conditioning: str = field("cross", "how tokens reach the U-Net: by cross-attention, or by "
                               "scale and shift of its norms", ("cross", "adagn"))
     decoder: str = field("diffusion", "direct: one pass without noise", ("diffusion", "direct"))
@@ -220,8 +219,8 @@ def train_jointly(run, dataset, model, checkpoint):
         model.measure_latents(to_float(some.to(machine.device)))
     average = copy.deepcopy(model).requires_grad_(False).eval()
     average.first_stage = model.first_stage  # frozen: one copy will do
-    sizes, state = (config.steps, config.batch), (model, optimizer, average)
-    start = run.start_stage(stage, *sizes, checkpoint, *state)
+    start = run.start_stage(stage, config.steps, config.batch, checkpoint, model, optimizer,
+                            average)
     network = DistributedDataParallel(model) if machine.world > 1 else model
     for step in range(start, config.steps):
         seed_step(config, stage, step)
@@ -276,11 +275,8 @@ def encode(model, dataset, indices, device):
 
 @torch.no_grad()
 def score(run, dataset, model, train, test, mapped=False):
-    """All scores that the labels allow, DCI on train + test samples (fewer from a small dataset).
-
-    mapped: also score the tokens of the scalars, through PCA (Table 9). Returns a dict for
-    metrics.json; its "note" says why a score is missing, if one is.
-    """
+    """All scores that the labels allow, as a dict; its "note" says why one is missing. DCI is on
+    train + test samples. mapped: also of the tokens of the scalars, through PCA (Table 9)."""
     train, test = min(train, len(dataset) * 2 // 3), min(test, len(dataset) // 3)
     generator = torch.Generator().manual_seed(run.config.seed)
     # Without repetition: no image may be in DCI's training and test samples.
@@ -320,7 +316,6 @@ def work(run, dataset, checkpoint):
         scores = score(run, dataset, average, 10_000, 5_000, mapped=True)
         pictures(run, dataset, average, config.steps)
         run.finish(scores)
-    run.machine.wait()
 
 
 # ---- Machinery: Muon, pictures, device, run folder, flags. Skip on first reading. ---------------
@@ -332,7 +327,7 @@ RANGES = {"0 or more": lambda v: 0 <= v < math.inf, "1 or more": lambda v: 1 <= 
           "above 0": lambda v: 0 < v < math.inf, "0 to below 1": lambda v: 0 <= v < 1,
           "each 1 or more": lambda v: v and min(v) >= 1}
 # What may change when a run is resumed: where and how well it goes on, not what it is.
-CHANGEABLE = ("data", "cache", "precision", "steps", "lr", "lr_decay", "score_every")
+CHANGEABLE = {"data", "cache", "precision", "steps", "lr", "lr_decay", "score_every"}
 RUNNING = threading.Lock()  # torch has one random generator: two runs at once would share it
 
 
@@ -380,9 +375,8 @@ def quick_look(run, dataset, average, step):
         pictures(run, dataset, average, step)
         known = {k: v for k, v in scores.items() if k in Run.SCORES}
         run.log(stage="joint training", step=step, **known)
-        words = [f"{k} {v:.3f}" for k, v in known.items()] + [scores.get("note", "")]
-        run.print(f"  quick score at step {step}: " + "  ".join(filter(None, words)))
-    run.machine.wait()
+        words = "  ".join(f"{k} {v:.3f}" for k, v in known.items())
+        run.print(f"  quick score at step {step}: {words}  {scores.get('note', '')}")
 
 
 @torch.no_grad()
@@ -402,7 +396,7 @@ def pictures(run, dataset, model, step):
     swapped[range(N), range(N)] = codes[1]
     swapped = model.sample(model.tokens(swapped), noise=noise[:1].repeat(N, 1, 1, 1))
     row = [*images[:2], *swapped]
-    row += [torch.ones_like(images[0])] * (-len(row) % 11)
+    row += [torch.ones_like(images[0])] * (-len(row) % 11)  # white, up to whole rows
     for name in ("swap.png", f"progress/{step:07d}.png"):
         run.png(name, [row[i:i + 11] for i in range(0, len(row), 11)])
 
@@ -414,8 +408,8 @@ def step_flops(config):
         model, image = build_model(config).train(), torch.zeros(1, 3, config.size, config.size)
         model.first_stage.quantizer.ready.fill_(True)
         first = vq.FirstStageLoss(model.first_stage).requires_grad_(True)
-        batches, flops = (FIRST_STAGE[config.autoencoder]["batch"], config.batch), {}
-        for stage, batch, module in zip(Run.STAGES, batches, (first, model)):
+        flops, first_batch = {}, FIRST_STAGE[config.autoencoder]["batch"]
+        for stage, batch, module in zip(Run.STAGES, (first_batch, config.batch), (first, model)):
             with FlopCounterMode(display=False) as image_flops:
                 loss = module(image)
                 (loss[0] if module is first else loss).backward()
@@ -462,16 +456,12 @@ class Machine:
         return batch.chunk(self.world)[self.rank]
 
     def mean(self, value):
-        """The mean of a number over the processes."""
+        """The mean of a number over the processes, which wait for one another here."""
         if self.world == 1:
             return value
         value = torch.tensor(value, device=self.device)
         dist.all_reduce(value)
         return value.item() / self.world
-
-    def wait(self):
-        if self.world > 1:
-            dist.barrier()
 
 
 def say(text, file=None, **options):
@@ -510,14 +500,18 @@ def write_atomically(path, save):
 
 
 @contextlib.contextmanager
-def reading(path, expected="what train.py or sample.py export wrote"):
+def reading(path, expected="a folder written by train.py, or a file by sample.py export"):
     """Within, whatever a damaged, foreign or missing file provokes is a ValueError of one line."""
     try:
         yield
+        return
+    except OSError as error:
+        found = "not found" if isinstance(error, FileNotFoundError) else f"not readable: {error}"
     except Exception as error:
-        plain = isinstance(error, (ValueError, RuntimeError, OSError)) and str(error).strip()
+        plain = isinstance(error, (ValueError, RuntimeError)) and str(error).strip()
         reason = plain.splitlines()[-1].strip() if plain else type(error).__name__
-        raise ValueError(f"{path} cannot be used: {reason}; expected {expected}") from None
+        found = f"is damaged or foreign: {reason}"
+    raise ValueError(f"{path} {found}; expected {expected}")
 
 
 def load_checkpoint(path):
@@ -529,8 +523,8 @@ def load_checkpoint(path):
             raise ValueError(f"format {checkpoint['format']}; this version reads {FORMAT}")
         checkpoint["config"] = Config(**checkpoint["config"])
         check(checkpoint["config"])
-        known = {"model", "ema", "commit", "data"} <= checkpoint.keys()
-        if not known or checkpoint["stage"] not in Run.STAGES or checkpoint["step"] < 0:
+        if (not {"model", "ema", "commit", "data", "step"} <= checkpoint.keys()
+                or checkpoint["stage"] not in Run.STAGES):
             raise ValueError("parts are missing")
     return checkpoint
 
@@ -553,7 +547,7 @@ def load_run(path, device="cpu"):
     about = {name: checkpoint[name] for name in ("step", "commit", "data")}
     about.update(scores=checkpoint.get("scores", {}), folder=path if path.is_dir() else Path())
     if (path / "metrics.json").is_file():
-        with reading(path / "metrics.json", f"JSON; make it with: python train.py --resume {path}"):
+        with reading(path / "metrics.json", f"JSON; for a new one: train.py --resume {path}"):
             about["scores"] = json.loads((path / "metrics.json").read_text())
     return model.to(device).eval().requires_grad_(False), checkpoint["config"], about
 
@@ -615,8 +609,7 @@ class Run:
         self.write("config.json", json.dumps(dataclasses.asdict(self.config), indent=1))
         self.print(f"{dataset}\n{self.machine.kind}, {self.config.precision}, "
                    f"{torch.get_num_threads()} threads, processes: {self.machine.world}")
-        for name, part in [("first stage", model.first_stage), ("encoder", model.encoder),
-                           ("token maps", model.token_map), ("denoiser", model.denoiser)]:
+        for name, part in model.named_children():
             self.print(f"{name:12s} {sum(p.numel() for p in part.parameters()):>12,} parameters")
         self.flops = step_flops(self.config)
 
@@ -709,10 +702,9 @@ class Run:
         """progress.gif: the swap pictures of all quick looks and of the end, in turn."""
         frames = []
         for path in sorted((self.folder / "progress").glob("*.png")):
-            frame = ImageOps.expand(Image.open(path), (0, 14, 0, 0), "white")  # room at the top
-            ImageDraw.Draw(frame).text((3, 1), f"step {int(path.stem):,}", "black")
-            frame.thumbnail((704, 704))
-            frames.append(frame)
+            frames.append(ImageOps.expand(Image.open(path), (0, 14, 0, 0), "white"))
+            ImageDraw.Draw(frames[-1]).text((3, 1), f"step {int(path.stem):,}", "black")
+            frames[-1].thumbnail((704, 704))
         if frames:
             options = dict(duration=[800] * (len(frames) - 1) + [2500], loop=0)  # milliseconds
             self.write("progress.gif", lambda file: frames[0].save(
@@ -727,12 +719,13 @@ class Run:
         content = {"config": dataclasses.asdict(self.config), "commit": self.commit,
                    "tflop": sum(tflop), **scores}
         self.write("metrics.json", json.dumps(content, indent=1))
-        numbers = [f"{k:24s} {v:.3f}\n" for k, v in scores.items() if isinstance(v, float)]
-        note = scores.get("note", "") and scores["note"] + "\n"
-        self.print(f"{''.join(numbers)}{note}compute: {sum(tflop):,.1f} TFLOP = {tflop[0]:,.1f} "
-                   f"(first stage) + {tflop[1]:,.1f} (joint training)\ndone in {minutes:.0f} "
-                   f"minutes; weights, scores, pictures are in {self.folder}\n"
-                   f"next: python sample.py swap {self.folder}")
+        lines = [f"{k:24s} {v:.3f}" for k, v in scores.items() if isinstance(v, float)]
+        lines += [scores["note"]] if scores.get("note") else []
+        lines += [f"compute: {sum(tflop):,.1f} TFLOP = {tflop[0]:,.1f} (first stage) + "
+                  f"{tflop[1]:,.1f} (joint training)",
+                  f"done in {minutes:.0f} minutes; weights, scores, pictures are in {self.folder}",
+                  f"next: python sample.py swap {self.folder}"]
+        self.print("\n".join(lines))
 
 
 def to_float(images):
@@ -818,10 +811,8 @@ def make_parser():
             text += f", {allowed}"
         elif allowed:
             options["choices"] = tuple(allowed)
-        if f.name in SMALL:
-            text += f" (small: {show(SMALL[f.name])}, paper: {show(f.default)})"
-        elif f.default != "":
-            text += f" (default: {show(f.default)})"
+        if f.default != "":
+            text += f" (small: {show(SMALL.get(f.name, f.default))}, paper: {show(f.default)})"
         parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=text,
                             **options)
     return parser
@@ -844,10 +835,10 @@ def parse(arguments):
     old = checkpoint["config"]
     config = dataclasses.replace(old, **given)
     check(config)
-    changed = [f"{name} {getattr(old, name)} -> {getattr(config, name)}" for name in given
-               if getattr(config, name) != getattr(old, name) and name not in CHANGEABLE]
+    changed = [f"{name} {getattr(old, name)} -> {getattr(config, name)}"
+               for name in given.keys() - CHANGEABLE if getattr(old, name) != getattr(config, name)]
     need(not changed, "resume", resume, f"no other values ({', '.join(changed)}): of all flags "
-         f"only {', '.join(CHANGEABLE)} may change. Train a new run with --out")
+         f"only {', '.join(sorted(CHANGEABLE))} may change. Train a new run with --out")
     if checkpoint["stage"] == "joint training" and "steps" in given:
         need(config.steps >= checkpoint["step"], "steps", config.steps,
              f"{checkpoint['step']} or more, as many as {resume} has done")
@@ -879,10 +870,10 @@ def main(arguments=()):
         need(not config.data or Path(config.data).exists(), "data", config.data,
              "the place where the dataset is now: nothing is found there")
         if not machine.main:  # the others read the cache that the main process writes
-            machine.wait()
+            machine.mean(0.0)
         dataset = data.open_dataset(config.data or None, config.size, config.cache or None)
         if machine.main:
-            machine.wait()
+            machine.mean(0.0)
         here, there = dataset.identity, checkpoint["data"] if checkpoint else {}
         other = [f"{k} {there[k]}, not {here.get(k)}" for k in there if there[k] != here.get(k)]
         need(not other, "data", dataset.name, f"the dataset of {folder}: {'; '.join(other)}")
