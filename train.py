@@ -839,7 +839,7 @@ def parse(arguments):
                for name in given.keys() - CHANGEABLE if getattr(old, name) != getattr(config, name)]
     need(not changed, "resume", resume, f"no other values ({', '.join(changed)}): of all flags "
          f"only {', '.join(sorted(CHANGEABLE))} may change. Train a new run with --out")
-    if checkpoint["stage"] == "joint training" and "steps" in given:
+    if "steps" in given and checkpoint["stage"] == "joint training":
         need(config.steps >= checkpoint["step"], "steps", config.steps,
              f"{checkpoint['step']} or more, as many as {resume} has done")
     return config, Path(resume), checkpoint, device
