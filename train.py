@@ -7,8 +7,8 @@ IDEA      Two stages. (1) The autoencoder of vq.py learns to compress images; it
           (2) Encoder, token maps and U-Net are trained together, by eq. (3) and nothing else.
           Everything random in a step is drawn after seeding with (seed, stage, step), so a run that
           was interrupted goes on bit for bit without storing random states. P processes share one
-          batch, its timesteps and its noise, so they do what one process would do up to the order
-          of summation, but for dropout, which draws other masks, and BatchNorm, which sees a share.
+          batch, its timesteps and its noise: they do what one would do up to the order of
+          summation, but dropout draws other masks, and BatchNorm sees a share.
           What is scored, drawn and shipped is the moving average (EMA) of the weights.
 DIFFERS   How long the first stage was trained the paper does not say: 10,000 steps are our choice.
           The moving average starts fast and slows down, so that a short run is not scored on its
@@ -18,11 +18,9 @@ TRY       python train.py --steps 50 --vq-steps 250 --out runs/try   ->   a run 
 import argparse
 import contextlib
 import copy
-import csv
 import ctypes
 import dataclasses
 import datetime
-import io
 import json
 import math
 import os
@@ -59,13 +57,13 @@ import vq
 
 
 def field(default, meaning, allowed=None):
-    """A field of Config: its flag's --help text, and its choices or its range (a key of RANGES)."""
+    """A field of Config: --help text ("": no flag), and its choices or range (a key of RANGES)."""
     return dataclasses.field(default=default, metadata={"help": meaning, "allowed": allowed})
 
 
 @dataclasses.dataclass
 class Config:
-    """Every hyperparameter, and so every flag, of a run. The defaults are the preset `paper`."""
+    """Every hyperparameter of a run. The defaults are the preset `paper`."""
 
     data: str = field("", "dataset file or folder; without it Shapes3D is rendered")
     cache: str = field("", "folder for the converted dataset; without it: beside the dataset")
@@ -82,33 +80,28 @@ class Config:
     num_tokens: int = field(20, "number of concept tokens, N", "1 or more")
     token_dim: int = field(32, "width of a concept token, d", "1 or more")
     # The denoiser (unet.py)
-    channels: int = field(64, "width of the U-Net's first level, a multiple of 4", "1 or more")
+    channels: int = field(64, "width of the U-Net's first level, a multiple of 8", "1 or more")
     multipliers: tuple = field((1, 2, 4, 4), "widths of the U-Net's levels, each with half the "
                                "side of the one before, in units of --channels", "each 1 or more")
     blocks: int = field(2, "residual blocks in each level of the U-Net", "1 or more")
-    heads: int = field(8, "attention heads of the U-Net", "1 or more")
+    heads: int = field(8, "", "1 or more")  # attention heads of the U-Net
     dropout: float = field(0.1, "dropout in the residual blocks of the U-Net", "0 to below 1")
-    skip_dropout: float = field(0.0, "dropout of whole channels in the skip connections of the "
-                                "U-Net", "0 to below 1")
-    self_attention: bool = field(True, "attention among the positions of the U-Net; without it "
-                                 "each position has a learned vector of its own")
+    skip_dropout: float = field(0.0, "dropout of channels in the U-Net's skips", "0 to below 1")
+    self_attention: bool = field(True, "attention among positions; without: learned positions")
     conditioning: str = field("cross", "how tokens reach the U-Net: by cross-attention, or by "
                               "scale and shift of its norms", ("cross", "adagn"))
     decoder: str = field("diffusion", "direct: one pass without noise", ("diffusion", "direct"))
     schedule: str = field("cosine", "noise schedule", encdiff.SCHEDULES)
-    timesteps: int = field(1000, "diffusion timesteps, T", "1 or more")
+    timesteps: int = field(1000, "", "1 or more")  # T, the paper's
     regularizer: str = field("none", "constraint on the codes, Table 11", encdiff.REGULARIZERS)
     # Joint training
     low_noise_first: float = field(0.0, "first share of the joint steps, in which a timestep is "
                                    "the lowest of three draws", "0 to below 1")
     steps: int = field(75_000, "training steps of encoder and denoiser", "0 or more")
     batch: int = field(64, "images in a joint training step", "1 or more")
-    optimizer: str = field("adamw", "muon: orthogonal steps for weight matrices, AdamW for the "
-                           "rest", ("adamw", "muon"))
-    lr: float = field(1e-4, "AdamW's learning rate in joint training; Muon's is ten times it",
-                      "above 0")
-    lr_decay: float = field(0.0, "last share of the joint steps, in which the learning rate falls "
-                            "to 0", "0 to below 1")
+    optimizer: str = field("adamw", "muon: orthogonal steps for matrices", ("adamw", "muon"))
+    lr: float = field(1e-4, "AdamW's learning rate in joint training; Muon's: ten times", "above 0")
+    lr_decay: float = field(0.0, "last share of the joint steps, with --lr falling", "0 to below 1")
     ema: float = field(0.9999, "decay of the averaged weights in a joint step", "0 to below 1")
     score_every: int = field(7_500, "joint steps between quick scores; 0: none", "0 or more")
 
@@ -118,11 +111,10 @@ class Config:
 
 # `paper`: why 75,000 steps? The paper only says a day on one V100, where 7,500 steps take minutes;
 # a public rerun of the authors' configuration reaches DCI .99 between 56 and 86 thousand steps.
-# `small`, the default, is what two CPU cores can do. Its latents of 8x8 are much cheaper to denoise
-# than 16x16. Less width, a lighter encoder, a higher learning rate that decays. Four things take
-# the steps from 9,000 to 3,000 (README, "What we learned"): Muon; learned positions, by which
-# attention tells places apart from the first step on; dropped skip connections, so that more has
-# to come from the tokens; and low noise in the first third of the steps, where form pays too.
+# `small`, the default, is what two CPU cores can do: latents of 8x8, less width, a lighter encoder.
+# Four things take its steps from 9,000 to 3,000 (README, "What we learned"): Muon; learned
+# positions, by which attention tells places apart from the first step on; dropped skip connections,
+# so that more has to come from the tokens; and low noise first, where form pays too.
 SMALL = dict(vq_steps=4_000, autoencoder="linear", encoder="cnn_patch", token_dim=16, channels=48,
              multipliers=(1, 2), blocks=1, heads=4, dropout=0.0, skip_dropout=0.3,
              self_attention=False, ema=0.999, low_noise_first=1 / 3, steps=3_000, optimizer="muon",
@@ -151,9 +143,9 @@ def build_model(config):
     encoder = encdiff.ENCODERS[c.encoder](outputs, c.size, ENCODER_WIDTH, **more)
     if c.tokens == "vector":
         encoder, token_map = encdiff.vector_valued(encoder, c.num_tokens, c.token_dim)
-    names = ("channels", "multipliers", "blocks", "heads", "token_dim", "dropout", "skip_dropout",
-             "conditioning", "num_tokens")
-    options = {name: getattr(c, name) for name in names}
+    options = {name: getattr(c, name) for name in (
+        "channels", "multipliers", "blocks", "heads", "token_dim", "dropout", "skip_dropout",
+        "conditioning", "num_tokens")}
     options.update(latent_channels=latent_channels, side=None if c.self_attention else side)
     parts = [first_stage, encoder, token_map]
     rest = [(latent_channels, side, side), c.schedule, c.timesteps]
@@ -185,9 +177,9 @@ def train_first_stage(run, dataset, model, checkpoint):
     loss_of = vq.FirstStageLoss(autoencoder, recipe["squared"]).to(machine.device)
     loss_of.requires_grad_(True).train()
     optimizer = Optimizer(autoencoder, config, recipe["lr"], betas=(0.9, 0.99), weight_decay=1e-4)
-    start = run.start_stage(stage, checkpoint, loss_of, optimizer)
-    network, parameters = machine.parallel(loss_of), list(loss_of.parameters())
-    progress, counts = Progress(run, stage, start, steps, recipe["batch"]), 0
+    start = run.start_stage(stage, steps, recipe["batch"], checkpoint, loss_of, optimizer)
+    network = DistributedDataParallel(loss_of) if machine.world > 1 else loss_of
+    counts = 0
     for step in range(start, steps):
         seed_step(config, stage, step)
         indices = torch.randint(len(dataset), (recipe["batch"],))
@@ -197,22 +189,22 @@ def train_first_stage(run, dataset, model, checkpoint):
             with torch.no_grad():
                 whole = to_float(dataset.images(indices).to(machine.device))
                 autoencoder.quantizer.initialise(autoencoder.encode(whole))
-        with machine.autocast(config):
+        with torch.autocast(machine.kind, torch.bfloat16, config.precision == "bf16"):
             loss, reconstruction, codes = network(images)
         loss.backward()
         if 0 < recipe["encoder_steps"] <= step:
             autoencoder.encoder.zero_grad()  # the latent stays as it is, the decoder goes on
-        norm = clip_grad_norm_(parameters, CLIP).item()
-        progress.add(step, loss.item(), norm)
+        norm = clip_grad_norm_(loss_of.parameters(), CLIP).item()
+        run.note(step, loss.item(), norm)
         optimizer.step(lr)
         loss_of.zero_grad()  # now, not before `backward`: the next activations need the room
         counts = counts + torch.bincount(codes.flatten(), minlength=len(codebook))
-        if progress.due(step + 1):
+        if run.due(step + 1):
             used, perplexity = vq.codebook_usage(counts)
-            progress.log(step + 1, lr=lr, mse=F.mse_loss(reconstruction, images).item(),
-                         codes_used=used, perplexity=perplexity)
+            run.report(step + 1, lr=lr, mse=F.mse_loss(reconstruction, images).item(),
+                       codes_used=used, perplexity=perplexity)
             counts = 0
-        run.checkpoint(stage, step + 1, loss_of, optimizer)
+        run.checkpoint(step + 1)
     autoencoder.requires_grad_(False).eval()
 
 
@@ -220,7 +212,6 @@ def train_jointly(run, dataset, model, checkpoint):
     """Stage 2: encoder, token maps and denoiser by eq. (3). Returns the averaged model."""
     config, machine, stage = run.config, run.machine, "joint training"
     model.to(machine.device).train()
-    parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = Optimizer(model, config, config.lr, weight_decay=WEIGHT_DECAY)
     if not checkpoint:
         seed_step(config, stage, -1)
@@ -228,9 +219,9 @@ def train_jointly(run, dataset, model, checkpoint):
         model.measure_latents(to_float(some.to(machine.device)))
     average = copy.deepcopy(model).requires_grad_(False).eval()
     average.first_stage = model.first_stage  # frozen: one copy will do
-    start = run.start_stage(stage, checkpoint, model, optimizer, average)
-    network = machine.parallel(model)
-    progress = Progress(run, stage, start, config.steps, config.batch)
+    start = run.start_stage(stage, config.steps, config.batch, checkpoint, model, optimizer,
+                            average)
+    network = DistributedDataParallel(model) if machine.world > 1 else model
     for step in range(start, config.steps):
         seed_step(config, stage, step)
         indices = torch.randint(len(dataset), (config.batch,))
@@ -240,59 +231,22 @@ def train_jointly(run, dataset, model, checkpoint):
         images = to_float(dataset.images(machine.share(indices)).to(machine.device))
         t, noise = machine.share(t).to(machine.device), machine.share(noise).to(machine.device)
         lr = learning_rate(config.lr, step, config.steps, config.lr_decay)
-        with machine.autocast(config):
+        with torch.autocast(machine.kind, torch.bfloat16, config.precision == "bf16"):
             loss = network(images, t, noise)  # Eq. (3)
         loss.backward()
-        norm = clip_grad_norm_(parameters, CLIP).item()
-        progress.add(step, loss.item(), norm)
+        norm = clip_grad_norm_(model.parameters(), CLIP).item()
+        run.note(step, loss.item(), norm)
         optimizer.step(lr)
         model.zero_grad()
         update_average(average, model, min(config.ema, (1 + step) / (10 + step)))
-        if progress.due(step + 1):
-            progress.log(step + 1, lr=lr)
+        if run.due(step + 1):
+            run.report(step + 1, lr=lr)
         if config.score_every and (step + 1) % config.score_every == 0 and step + 1 < config.steps:
             quick_look(run, dataset, average, step + 1)
-        run.checkpoint(stage, step + 1, model, optimizer, average)
+        run.checkpoint(step + 1)
     if start < config.steps:
-        run.save(stage, config.steps, model, optimizer, average)
+        run.save(config.steps)
     return average
-
-
-class Optimizer:
-    """AdamW for all parameters; with --optimizer muon it has only what Muon leaves to it.
-
-    Muon (Jordan et al. 2024) makes each step of a weight matrix orthogonal, so that directions of
-    small gradients learn as fast as those of large ones. It is for the matrices inside encoder,
-    denoiser and decoder: not for the layers where they begin and end, nor for the token maps.
-    """
-
-    OUTER = re.compile(r"token_map|conv_in|conv_out|encoder\.(out|1)\.|decoder\.0\.|positions|start")
-
-    def __init__(self, model, config, lr, **adamw):
-        rest = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        inner = [name for name, p in rest.items() if config.optimizer == "muon"
-                 and p.ndim in (2, 4) and not self.OUTER.search(name)]
-        self.weights = [rest.pop(name) for name in inner]
-        # torch's Muon takes matrices alone: (out, in, 3, 3) -> (out, in * 9), in the same memory.
-        self.matrices = [torch.nn.Parameter(p.detach().flatten(1)) for p in self.weights]
-        self.parts = [torch.optim.AdamW(rest.values(), lr, fused=True, **adamw)]
-        if inner:
-            self.parts.append(torch.optim.Muon(self.matrices, lr, WEIGHT_DECAY))
-
-    def step(self, lr):
-        """One step downhill; lr is AdamW's learning rate, and Muon's is ten times that."""
-        for matrix, weight in zip(self.matrices, self.weights):
-            matrix.grad = None if weight.grad is None else weight.grad.flatten(1)
-        for part, scale in zip(self.parts, (1, 10)):
-            part.param_groups[0]["lr"] = scale * lr
-            part.step()
-
-    def state_dict(self):
-        return {"parts": [part.state_dict() for part in self.parts]}
-
-    def load_state_dict(self, state):
-        for part, its_state in zip(self.parts, state["parts"], strict=True):
-            part.load_state_dict(its_state)
 
 
 def averaged(model):
@@ -321,19 +275,16 @@ def encode(model, dataset, indices, device):
 
 @torch.no_grad()
 def score(run, dataset, model, train, test, mapped=False):
-    """All scores that the labels allow, DCI on train + test samples (fewer from a small dataset).
-
-    mapped: also score the tokens of the scalars, through PCA (Table 9). Returns a dict for
-    metrics.json; its "note" says why a score is missing, if one is.
-    """
+    """All scores that the labels allow, as a dict; its "note" says why one is missing. DCI is on
+    train + test samples. mapped: also of the tokens of the scalars, through PCA (Table 9)."""
     train, test = min(train, len(dataset) * 2 // 3), min(test, len(dataset) // 3)
     generator = torch.Generator().manual_seed(run.config.seed)
     # Without repetition: no image may be in DCI's training and test samples.
     indices = torch.randperm(len(dataset), generator=generator)[:train + test]
     options = dict(seed=run.config.seed, dci_train=train, dci_test=test)
+    if not dataset.factor_sizes and not dataset.attribute_names:
+        return {"note": "the dataset has no labels: nothing is scored"}
     try:
-        if not dataset.factor_sizes and not dataset.attribute_names:
-            return {"note": "the dataset has no labels: nothing is scored"}
         codes = encode(model, dataset, indices, run.machine.device)
         if dataset.attribute_names:
             return {"note": "attributes are scored by TAD, not by FactorVAE score and DCI",
@@ -356,8 +307,7 @@ def work(run, dataset, checkpoint):
     run.introduce(dataset, model)
     with run.stoppable():
         if config.first_stage and not checkpoint:  # ablations share one
-            lender, *_ = load_run(config.first_stage)
-            restore(model.first_stage, [lender.first_stage.state_dict()], config.first_stage)
+            model.first_stage = load_run(config.first_stage)[0].first_stage
         elif not checkpoint or checkpoint["stage"] == "first stage":
             train_first_stage(run, dataset, model, checkpoint)
             checkpoint = None
@@ -366,10 +316,56 @@ def work(run, dataset, checkpoint):
         scores = score(run, dataset, average, 10_000, 5_000, mapped=True)
         pictures(run, dataset, average, config.steps)
         run.finish(scores)
-    run.machine.wait()
 
 
-# ---- Machinery: pictures, device, run folder, flags. Skip on first reading. ---------------------
+# ---- Machinery: Muon, pictures, device, run folder, flags. Skip on first reading. ---------------
+
+FORMAT = 4  # of checkpoint.pt; to be raised when its contents change
+CHECKPOINT_SECONDS = 120  # between two checkpoints
+LOG_EVERY = 100  # steps between two lines of log.csv
+RANGES = {"0 or more": lambda v: 0 <= v < math.inf, "1 or more": lambda v: 1 <= v < math.inf,
+          "above 0": lambda v: 0 < v < math.inf, "0 to below 1": lambda v: 0 <= v < 1,
+          "each 1 or more": lambda v: v and min(v) >= 1}
+# What may change when a run is resumed: where and how well it goes on, not what it is.
+CHANGEABLE = {"data", "cache", "precision", "steps", "lr", "lr_decay", "score_every"}
+RUNNING = threading.Lock()  # torch has one random generator: two runs at once would share it
+
+
+class Optimizer:
+    """AdamW; with --optimizer muon only for what Muon leaves to it.
+
+    Muon (Jordan et al. 2024) makes each step of a weight matrix orthogonal, so that directions of
+    small gradients learn as fast as those of large ones. It is for the matrices inside encoder,
+    denoiser and decoder: not for the layers where they begin and end, nor for the token maps.
+    """
+
+    OUTER = r"token_map|conv_in|conv_out|encoder\.(out|1)\.|decoder\.0\.|positions|start"
+
+    def __init__(self, model, config, lr, **adamw):
+        rest = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        inner = [name for name, p in rest.items() if config.optimizer == "muon"
+                 and p.ndim in (2, 4) and not re.search(self.OUTER, name)]
+        self.weights = [rest.pop(name) for name in inner]
+        # torch's Muon takes matrices alone: (out, in, 3, 3) -> (out, in * 9), in the same memory.
+        self.matrices = [torch.nn.Parameter(p.detach().flatten(1)) for p in self.weights]
+        self.parts = [torch.optim.AdamW(rest.values(), lr, fused=True, **adamw)]
+        if inner:
+            self.parts.append(torch.optim.Muon(self.matrices, lr, WEIGHT_DECAY))
+
+    def step(self, lr):
+        """One step downhill; lr is AdamW's learning rate, and Muon's is ten times that."""
+        for matrix, weight in zip(self.matrices, self.weights):
+            matrix.grad = None if weight.grad is None else weight.grad.flatten(1)
+        for part, scale in zip(self.parts, (1, 10)):
+            part.param_groups[0]["lr"] = scale * lr
+            part.step()
+
+    def state_dict(self):
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state):
+        for part, its_state in zip(self.parts, state["parts"], strict=True):
+            part.load_state_dict(its_state)
 
 
 def quick_look(run, dataset, average, step):
@@ -379,9 +375,8 @@ def quick_look(run, dataset, average, step):
         pictures(run, dataset, average, step)
         known = {k: v for k, v in scores.items() if k in Run.SCORES}
         run.log(stage="joint training", step=step, **known)
-        words = [f"{k} {v:.3f}" for k, v in known.items()] + [scores.get("note", "")]
-        run.print(f"  quick score at step {step}: " + "  ".join(filter(None, words)))
-    run.machine.wait()
+        words = "  ".join(f"{k} {v:.3f}" for k, v in known.items())
+        run.print(f"  quick score at step {step}: {words}  {scores.get('note', '')}")
 
 
 @torch.no_grad()
@@ -389,7 +384,7 @@ def pictures(run, dataset, model, step):
     """samples.png: images, their first-stage reconstructions, samples from their tokens.
     swap.png: source and target, then the source with one token after the other from the target.
     Images and noise are the same at every step; progress/ keeps the swap pictures of all steps."""
-    device, N = run.machine.device, run.config.num_tokens
+    N, device = run.config.num_tokens, run.machine.device
     generator = torch.Generator().manual_seed(run.config.seed)
     indices = torch.randint(len(dataset), (8,), generator=generator)
     images = to_float(dataset.images(indices).to(device))
@@ -401,7 +396,7 @@ def pictures(run, dataset, model, step):
     swapped[range(N), range(N)] = codes[1]
     swapped = model.sample(model.tokens(swapped), noise=noise[:1].repeat(N, 1, 1, 1))
     row = [*images[:2], *swapped]
-    row += [torch.ones_like(images[0])] * (-len(row) % 11)
+    row += [torch.ones_like(images[0])] * (-len(row) % 11)  # white, up to whole rows
     for name in ("swap.png", f"progress/{step:07d}.png"):
         run.png(name, [row[i:i + 11] for i in range(0, len(row), 11)])
 
@@ -411,95 +406,36 @@ def step_flops(config):
     backward and the optimizer's, as torch counts them, a multiply-add as two."""
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
         model, image = build_model(config).train(), torch.zeros(1, 3, config.size, config.size)
-        first = vq.FirstStageLoss(model.first_stage).requires_grad_(True)
         model.first_stage.quantizer.ready.fill_(True)
-        flops = {}
-        for stage, module, loss_of, batch in [
-                ("first stage", model.first_stage, lambda images: first(images)[0],
-                 FIRST_STAGE[config.autoencoder]["batch"]),
-                ("joint training", model, model, config.batch)]:
-            with FlopCounterMode(display=False) as of_one_image:
-                loss_of(image).backward()
-            with FlopCounterMode(display=False) as of_the_optimizer:
+        first = vq.FirstStageLoss(model.first_stage).requires_grad_(True)
+        flops, first_batch = {}, FIRST_STAGE[config.autoencoder]["batch"]
+        for stage, batch, module in zip(Run.STAGES, (first_batch, config.batch), (first, model)):
+            with FlopCounterMode(display=False) as image_flops:
+                loss = module(image)
+                (loss[0] if module is first else loss).backward()
+            with FlopCounterMode(display=False) as rest:
                 Optimizer(module, config, config.lr).step(config.lr)
-            flops[stage] = (batch * of_one_image.get_total_flops()
-                            + of_the_optimizer.get_total_flops())
-            module.requires_grad_(False)  # the first stage is frozen before the second begins
+            flops[stage] = batch * image_flops.get_total_flops() + rest.get_total_flops()
+            first.requires_grad_(False)  # the first stage is frozen before the second begins
     return flops
-
-
-class Progress:
-    """Mean loss and speed of a stage since its last log line, and the time left."""
-
-    def __init__(self, run, stage, start, steps, batch):
-        self.run, self.stage, self.start, self.steps, self.batch = run, stage, start, steps, batch
-        self.began, self.losses, self.norm = time.monotonic(), [], 0.0
-
-    def add(self, step, loss, norm):
-        """Note a step's loss. Raises ValueError if it or the gradient is not finite."""
-        self.losses.append(loss)
-        self.norm = norm
-        if not math.isfinite(norm):  # the same in all processes: gradients are averaged
-            config = self.run.config
-            advice = " --precision fp32" * (config.precision == "bf16")
-            advice += f" --lr {config.lr / 3:.1g}" * (self.stage == "joint training")
-            advice = f"--resume {self.run.folder}{advice}" if advice else "--seed 1, or another"
-            raise ValueError(f"loss {loss:.4g} and gradient norm {norm} in step {step + 1} of the "
-                             f"{self.stage}; the last good checkpoint is kept. Try: "
-                             f"python train.py {advice}")
-        if step - self.start == 19:
-            each, tflop = (time.monotonic() - self.began) / 20, self.run.tflop
-            said = f"the {self.stage} takes about {hours(each * self.steps)}"
-            if self.stage == "first stage" and tflop:  # the other at as many FLOP a second
-                whole = each * self.steps * sum(tflop.values()) / tflop[self.stage]
-                said += f" and the whole run about {hours(whole)}"
-            self.run.print(f"at this speed {said} hours here; Ctrl-C saves, --resume goes on")
-
-    def due(self, step):
-        return step % LOG_EVERY == 0 or step == self.steps
-
-    def log(self, step, **row):
-        """A row of log.csv and a line on the terminal; then all means start anew."""
-        now, loss = time.monotonic(), self.run.machine.mean(float(np.mean(self.losses)))
-        speed = len(self.losses) / (now - self.began)  # steps a second
-        self.losses, self.began, rate = [], now, speed * self.batch
-        self.run.log(stage=self.stage, step=step, loss=loss, grad_norm=self.norm,
-                     images_per_second=rate, **row)
-        more = "".join(f"  {name.replace('_', ' ')} {value:.3g}" for name, value in row.items())
-        self.run.print(f"{self.stage} {step}/{self.steps}  loss {loss:.4f}{more}  "
-                       f"{rate:.0f} img/s  left {hours((self.steps - step) / speed)}")
-
-
-def hours(seconds):
-    return f"{math.ceil(seconds / 60) // 60}:{math.ceil(seconds / 60) % 60:02d}"
-
-
-def devices():
-    """The kinds of device there are here, the best first."""
-    there = (torch.cuda.is_available(), torch.backends.mps.is_available(), True)
-    return [kind for kind, found in zip(("cuda", "mps", "cpu"), there) if found]
-
-
-def keep_memory():
-    """Make glibc keep the memory that tensors leave; where there is another libc, do nothing."""
-    # By default it gives the memory of each large tensor back at once, and the system then hands
-    # out zeroed pages of 4 kB one by one, in every step again.
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        for option in ((-4, 0), (-1, -1), (-8, 1)):  # no mmap, no trimming, one heap: see malloc.h
-            mallopt(*option)
 
 
 class Machine:
     """Device, precision and, under torchrun, this process's share of the work."""
 
     def __init__(self, device=None):
-        need(device in (None, *devices()), "device", device, "one of " + ", ".join(devices()))
-        self.kind = device or devices()[0]
+        kinds = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+        kinds.append("cpu")  # the best first
+        need(device in (None, *kinds), "device", device, "one of " + ", ".join(kinds))
+        self.kind = device or kinds[0]
         self.world, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+        self.main = self.rank == 0  # the one that writes, logs and scores
         self.device = torch.device(self.kind)
-        if self.kind == "cpu":
-            keep_memory()
+        # By default glibc gives the memory of each large tensor back at once, and the system then
+        # hands out zeroed pages of 4 kB one by one, in every step again. Another libc stays as is.
+        with contextlib.suppress(AttributeError, OSError, TypeError):
+            for option in ((-4, 0), (-1, -1), (-8, 1)) * (self.kind == "cpu"):
+                ctypes.CDLL(None).mallopt(*option)  # no mmap, no trimming, one heap: see malloc.h
         if self.world > 1 and self.kind == "cuda":
             self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(self.device)
@@ -508,65 +444,33 @@ class Machine:
             # a dataset or scores. If one process dies, torchrun itself ends the others.
             dist.init_process_group("nccl" if self.kind == "cuda" else "gloo",
                                     timeout=datetime.timedelta(days=7))
-        self.main = self.rank == 0  # the one that writes, logs and scores
 
     def fast_bf16(self):
         if self.kind == "cuda":
             return torch.cuda.is_bf16_supported(including_emulation=False)
-        if self.kind == "cpu":
-            capabilities = torch.cpu.get_capabilities()
-            return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16"))
-        return False  # MPS: not tried
-
-    def autocast(self, config):
-        return torch.autocast(self.kind, torch.bfloat16, enabled=config.precision == "bf16")
+        there = torch.cpu.get_capabilities() if self.kind == "cpu" else {}  # MPS: not tried
+        return any(there.get(name) for name in ("amx_bf16", "avx512_bf16"))
 
     def share(self, batch):
         """This process's slice of something drawn for the whole batch."""
-        size = len(batch) // self.world
-        return batch[self.rank * size:(self.rank + 1) * size]
-
-    def parallel(self, module):
-        """The module, its gradients averaged over the processes if there are several."""
-        return DistributedDataParallel(module) if self.world > 1 else module
+        return batch.chunk(self.world)[self.rank]
 
     def mean(self, value):
-        """The mean of a number over the processes."""
+        """The mean of a number over the processes, which wait for one another here."""
         if self.world == 1:
             return value
         value = torch.tensor(value, device=self.device)
         dist.all_reduce(value)
         return value.item() / self.world
 
-    def wait(self):
-        if self.world > 1:
-            dist.barrier()
-
-    def main_first(self, work):
-        """work() in the main process, then in the others: they read the cache that it writes."""
-        if not self.main:
-            self.wait()
-        result = work()
-        if self.main:
-            self.wait()
-        return result
-
-
-FORMAT = 4  # of checkpoint.pt; to be raised when its contents change
-CHECKPOINT_SECONDS = 120
-LOG_EVERY = 100  # steps between two lines of log.csv
-
 
 def say(text, file=None, **options):
     """print that never ends a run: a closed pipe or terminal is silence, other letters escapes."""
     stream = file or sys.stdout
     try:
-        try:
-            print(text, file=stream, flush=True, **options)
-        except UnicodeEncodeError:  # a folder's name on a terminal of another alphabet
-            code = stream.encoding
-            print(text.encode(code, "backslashreplace").decode(code), file=stream, flush=True,
-                  **options)
+        with contextlib.suppress(AttributeError):  # a notebook's stream has all letters anyway
+            stream.reconfigure(errors="backslashreplace")
+        print(text, file=stream, flush=True, **options)
     except (OSError, ValueError):  # nobody listens: nor to what is flushed when Python ends
         with contextlib.suppress(OSError, ValueError, AttributeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
@@ -585,86 +489,67 @@ def write_atomically(path, save):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         # torch.save meets a failed write with a RuntimeError of its own, about positions.
         reason = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(reason, OSError):
-            raise
-        raise OSError(f"cannot write {path}: {reason.strerror or reason}; what was there before is "
-                      "untouched. Free space or make the folder writable, then resume") from None
+        raise OSError(f"cannot write {path}: {getattr(reason, 'strerror', 0) or error}; what was "
+                      "there before is untouched. Free space or make the folder writable, then "
+                      "resume") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+@contextlib.contextmanager
+def reading(path, expected="a folder written by train.py, or a file by sample.py export"):
+    """Within, whatever a damaged, foreign or missing file provokes is a ValueError of one line."""
+    try:
+        yield
+        return
+    except OSError as error:
+        found = "not found" if isinstance(error, FileNotFoundError) else f"not readable: {error}"
+    except Exception as error:
+        plain = isinstance(error, (ValueError, RuntimeError)) and str(error).strip()
+        reason = plain.splitlines()[-1].strip() if plain else type(error).__name__
+        found = f"is damaged or foreign: {reason}"
+    raise ValueError(f"{path} {found}; expected {expected}")
 
 
 def load_checkpoint(path):
-    """The checkpoint in a run folder, or in a file of sample.py export, as a dict.
-    Raises ValueError or OSError with one line. Nothing in the file is executed."""
+    """The dict in a run folder or a file of sample.py export. Nothing in the file is executed."""
     path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} not found; expected a folder written by train.py --out, "
-                                "or a file written by sample.py export")
-    try:
+    with reading(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint["format"] != FORMAT:
             raise ValueError(f"format {checkpoint['format']}; this version reads {FORMAT}")
         checkpoint["config"] = Config(**checkpoint["config"])
         check(checkpoint["config"])
-        known = {"model", "ema", "commit", "data"} <= checkpoint.keys()
-        if not known or checkpoint["stage"] not in Run.STAGES or checkpoint["step"] < 0:
-            raise KeyError
-    except Exception as error:  # torch.load raises whatever a damaged or foreign file provokes
-        reason = error if type(error) is ValueError else type(error).__name__
-        reason = getattr(error, "strerror", None) or reason
-        raise ValueError(f"{path} is not a checkpoint for train.py: {reason}. Train a new run"
-                         ) from None
+        if (not {"model", "ema", "commit", "data", "step"} <= checkpoint.keys()
+                or checkpoint["stage"] not in Run.STAGES):
+            raise ValueError("parts are missing")
     return checkpoint
 
 
 def load_run(path, device="cpu"):
-    """A trained run for use, from its folder or from a file of sample.py export.
+    """A trained run, from its folder or from a file of sample.py export, else ValueError.
 
     Returns an EncDiff with averaged weights in float32, in eval mode; its Config; and a dict:
-    scores (of metrics.json, or {}), step, commit, data (the dataset's identity) and folder (Path
-    for pictures). Raises ValueError or OSError with one line if there is no trained model.
+    scores (of metrics.json), step, commit, data (the dataset's identity), folder (for pictures).
     """
     checkpoint, path = load_checkpoint(path), Path(path)
     if checkpoint["stage"] == "first stage":
         raise ValueError(f"{path} has not finished its first stage; "
                          f"go on with: python train.py --resume {path}")
     model = build_model(checkpoint["config"])
-    # abar_T is too small for the half precision that a file may have: it comes from the config.
-    known = {"alpha_bar": model.alpha_bar}
-    restore(model, (checkpoint["model"], checkpoint["ema"], known), path)
+    with reading(path):
+        # abar_T is too small for the half precision that a file may have: it comes from the config.
+        model.load_state_dict({**checkpoint["model"], **checkpoint["ema"],
+                               "alpha_bar": model.alpha_bar})
     about = {name: checkpoint[name] for name in ("step", "commit", "data")}
     about.update(scores=checkpoint.get("scores", {}), folder=path if path.is_dir() else Path())
     if (path / "metrics.json").is_file():
-        try:
+        with reading(path / "metrics.json", f"JSON; for a new one: train.py --resume {path}"):
             about["scores"] = json.loads((path / "metrics.json").read_text())
-        except ValueError:
-            raise ValueError(f"{path / 'metrics.json'} is damaged; expected what train.py wrote. "
-                             f"Make it anew with: python train.py --resume {path}") from None
     return model.to(device).eval().requires_grad_(False), checkpoint["config"], about
-
-
-def restore(module, states, path):
-    """load_state_dict of these, joined; ValueError of one line if names or shapes do not fit."""
-    try:
-        module.load_state_dict({k: v for state in states for k, v in state.items()})
-    except Exception as error:  # whatever a foreign file provokes
-        reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
-        raise ValueError(f"the weights in {path} do not fit the config: {reason}. "
-                         f"Train a new run") from None
-
-
-def commit():
-    """The commit of this code, with -dirty if it was changed since; "" outside a git checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    with contextlib.suppress(OSError):  # there is no git
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    return ""
-
-
-class Stopped(KeyboardInterrupt):
-    """A run was asked to stop, and everything is saved: the message says how to go on."""
 
 
 class Run:
@@ -682,24 +567,23 @@ class Run:
         self.identity, self.rows = identity or {}, list(rows)  # of the dataset; of log.csv
         self.stop = False  # set by a signal; the step under way is finished first
         self.began = self.saved = time.monotonic()
-        self.commit, self.tflop, self.lock = commit(), {}, None
+        self.print = say if machine.main else lambda text: None
+        self.commit, self.lock = "", None
+        with contextlib.suppress(OSError):  # there may be no git; "" too outside a git checkout
+            command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+            self.commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
     def __enter__(self):
         """Take the folder, or raise ValueError (it is in use) or OSError (it cannot be written)."""
-        if not self.machine.main:
-            return self
-        with contextlib.suppress(OSError):  # why it cannot be made is said when we write below
+        if self.machine.main:
             self.folder.mkdir(parents=True, exist_ok=True)
-        try:  # a database's lock goes with its process, however that ends, on every system
-            self.lock = sqlite3.connect(self.folder / "lock", timeout=0)
-            self.lock.execute("BEGIN EXCLUSIVE")
-        except sqlite3.Error as error:
-            if "is locked" in str(error):
-                raise ValueError(f"{self.folder} is in use by another process; "
-                                 f"wait for it or choose another --out") from None
-            self.write("lock.tmp", lambda file: None)  # says why if nothing can be written at all
-            (self.folder / "lock.tmp").unlink()  # some network file systems just have no locks
-            self.print(f"{self.folder} cannot be locked ({error}): nothing else may write there")
+            try:  # a database's lock goes with its process, however that ends, on every system
+                self.lock = sqlite3.connect(self.folder / "lock", timeout=0)
+                self.lock.execute("BEGIN EXCLUSIVE")
+            except sqlite3.Error as error:  # some network file systems just have no locks
+                need("is locked" not in str(error), "out", self.folder,
+                     "another folder: this one is in use by another process")
+                say(f"{self.folder} cannot be locked ({error}): nothing else may write there")
         return self
 
     def __exit__(self, *_):
@@ -708,7 +592,7 @@ class Run:
 
     @contextlib.contextmanager
     def stoppable(self):
-        """Within, a signal lets the step finish; then all is saved, and Stopped is raised."""
+        """Within, a signal lets the step finish; then `checkpoint` saves all and raises."""
         old, names = {}, ("SIGINT", "SIGTERM", "SIGHUP")  # Ctrl-C, kill, a closed terminal
         if threading.current_thread() is threading.main_thread():  # other threads get no signals
             for number in (getattr(signal, name) for name in names if hasattr(signal, name)):
@@ -722,67 +606,91 @@ class Run:
 
     def introduce(self, dataset, model):
         """Say what is trained with what, and count what that costs."""
-        config, machine = self.config, self.machine
-        self.write_json("config.json", dataclasses.asdict(config))
-        self.print(f"{dataset}\n{machine.kind}, {config.precision}, {torch.get_num_threads()} "
-                   f"threads, {machine.world} process{'es' * (machine.world > 1)}")
-        for name, part in [("first stage", model.first_stage), ("encoder", model.encoder),
-                           ("token maps", model.token_map), ("denoiser", model.denoiser)]:
+        self.write("config.json", json.dumps(dataclasses.asdict(self.config), indent=1))
+        self.print(f"{dataset}\n{self.machine.kind}, {self.config.precision}, "
+                   f"{torch.get_num_threads()} threads, processes: {self.machine.world}")
+        for name, part in model.named_children():
             self.print(f"{name:12s} {sum(p.numel() for p in part.parameters()):>12,} parameters")
-        if machine.main:
-            steps = {"first stage": 0 if config.first_stage else config.vq_steps,
-                     "joint training": config.steps}
-            self.tflop = {k: n * steps[k] / 1e12 for k, n in step_flops(config).items()}
+        self.flops = step_flops(self.config)
 
-    def start_stage(self, stage, checkpoint, module, optimizer, average=None):
+    def start_stage(self, stage, steps, batch, checkpoint, module, optimizer, average=None):
         """Restore a stage from its checkpoint, or save its beginning. Returns its first step."""
-        if not checkpoint:
-            self.save(stage, 0, module, optimizer, average)
-            return 0
-        self.print(f"resumed at step {checkpoint['step']} of the {stage}")
-        restore(module, [checkpoint.pop("model")], self.folder)  # pop: to hold the weights but once
-        restore(optimizer, [checkpoint.pop("optimizer")], self.folder)
-        if average is not None:
-            restore(average, [module.state_dict(), checkpoint.pop("ema")], self.folder)
-        return checkpoint["step"]
+        self.stage, self.steps, self.batch = stage, steps, batch
+        self.state, self.start = (module, optimizer, average), 0
+        if checkpoint:
+            self.start = checkpoint["step"]
+            self.print(f"resumed at step {self.start} of the {stage}")
+            with reading(self.folder):  # pop: to hold the weights but once
+                module.load_state_dict(checkpoint.pop("model"))
+                optimizer.load_state_dict(checkpoint.pop("optimizer"))
+                if average is not None:
+                    average.load_state_dict({**module.state_dict(), **checkpoint.pop("ema")})
+        else:
+            self.save(0)
+        self.losses, self.since = [], time.monotonic()  # of the next report
+        return self.start
+
+    def note(self, step, loss, norm):
+        """Note a step's loss. Raises ValueError if the gradient's norm is not finite."""
+        self.losses.append(loss)
+        self.norm = norm
+        if not math.isfinite(norm):  # the same in all processes: gradients are averaged
+            advice = " --precision fp32" * (self.config.precision == "bf16")
+            advice += f" --lr {self.config.lr / 3:.1g}" * (self.stage == "joint training")
+            advice = f"--resume {self.folder}{advice}" if advice else "--seed 1, or another"
+            raise ValueError(f"loss {loss:.4g} and gradient norm {norm} in step {step + 1} of the "
+                             f"{self.stage}; the last good checkpoint is kept. Try: "
+                             f"python train.py {advice}")
+
+    def due(self, step):
+        return step % LOG_EVERY == 0 or step in (20, self.steps)  # 20: to say how long it takes
+
+    def report(self, step, **row):
+        """A row of log.csv and a line on the terminal: mean loss and speed since the last ones."""
+        now, loss = time.monotonic(), self.machine.mean(float(np.mean(self.losses)))
+        speed = len(self.losses) / (now - self.since)  # steps a second
+        self.losses, self.since, rate = [], now, speed * self.batch
+        self.log(stage=self.stage, step=step, loss=loss, grad_norm=self.norm,
+                 images_per_second=rate, **row)
+        flops, later = self.flops[self.stage], self.stage == "first stage"
+        left = self.steps - step + later * self.config.steps * self.flops["joint training"] / flops
+        more = "".join(f"  {name.replace('_', ' ')} {value:.3g}" for name, value in row.items())
+        self.print(f"{self.stage} {step}/{self.steps}  loss {loss:.4f}{more}  {rate:.0f} img/s  "
+                   f"{left / speed / 3600:.2f} hours left here")
 
     def write(self, name, save):
+        """save: a text, or what writes to the open file that it is given."""
         if self.machine.main:
-            write_atomically(self.folder / name, save)
+            write_atomically(self.folder / name, save if callable(save) else
+                             lambda file: file.write(save.encode()))
 
-    def write_json(self, name, content):
-        self.write(name, lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))
-
-    def save(self, stage, step, model, optimizer, ema=None):
-        state = {"format": FORMAT, "config": dataclasses.asdict(self.config),
-                 "commit": self.commit, "stage": stage, "step": step, "data": self.identity,
-                 "log": self.rows, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                 "ema": {} if ema is None else averaged(ema)}
-        self.write("checkpoint.pt", lambda file: torch.save(state, file))
+    def save(self, step):
+        module, optimizer, average = self.state
+        content = {"format": FORMAT, "config": dataclasses.asdict(self.config),
+                   "commit": self.commit, "stage": self.stage, "step": step, "data": self.identity,
+                   "log": self.rows, "model": module.state_dict(),
+                   "optimizer": optimizer.state_dict(),
+                   "ema": {} if average is None else averaged(average)}
+        self.write("checkpoint.pt", lambda file: torch.save(content, file))
         self.saved = time.monotonic()
 
-    def checkpoint(self, stage, step, *state):
-        """Save if it is time to. If asked to stop: save, and raise Stopped."""
+    def checkpoint(self, step):
+        """Save if it is time to. If asked to stop: save, and raise KeyboardInterrupt."""
         stop = self.machine.mean(float(self.stop)) > 0  # in any process
         if stop or time.monotonic() - self.saved > CHECKPOINT_SECONDS:
-            self.save(stage, step, *state)
+            self.save(step)
         if stop:
-            raise Stopped(f"stopped after step {step} of the {stage}; go on with: "
-                          f"python train.py --resume {self.folder}")
+            raise KeyboardInterrupt(f"stopped after step {step} of the {self.stage}; go on with: "
+                                    f"python train.py --resume {self.folder}")
 
     def log(self, **row):
         """Add a row to log.csv. The rows are in the checkpoint too, so a resumed log has no gap."""
         self.rows.append(row)
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, self.COLUMNS)
-        writer.writeheader()
+        text = ",".join(self.COLUMNS) + "\n"
         for row in self.rows:
-            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-        self.write("log.csv", lambda file: file.write(text.getvalue().encode()))
-
-    def print(self, text):
-        if self.machine.main:
-            say(text)
+            values = (row.get(column, "") for column in self.COLUMNS)
+            text += ",".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in values) + "\n"
+        self.write("log.csv", text)
 
     def png(self, name, rows):
         """rows: image tensors (K, 3, S, S) in [-1, 1] -> one PNG, a row of K images each."""
@@ -791,18 +699,13 @@ class Run:
         self.write(name, lambda file: Image.fromarray(picture.numpy()).save(file, "PNG"))
 
     def gif(self):
-        """progress.gif: the swap pictures of all quick looks and of the end, one after the other.
-        """
+        """progress.gif: the swap pictures of all quick looks and of the end, in turn."""
         frames = []
         for path in sorted((self.folder / "progress").glob("*.png")):
-            frame = ImageOps.expand(Image.open(path), (0, 14, 0, 0), "white")  # room at the top
-            ImageDraw.Draw(frame).text((3, 1), f"step {int(path.stem):,}", "black")
-            frame.thumbnail((704, 704))
-            frames.append(frame)
-        # A GIF takes about a byte a pixel: where all frames exceed 1.5 MB, take every second, ...
-        pixels = sum(frame.width * frame.height for frame in frames)
-        frames = frames[::-(1 + pixels // 1_500_000)][::-1]  # always with the last
-        if len(frames) > 1:
+            frames.append(ImageOps.expand(Image.open(path), (0, 14, 0, 0), "white"))
+            ImageDraw.Draw(frames[-1]).text((3, 1), f"step {int(path.stem):,}", "black")
+            frames[-1].thumbnail((704, 704))
+        if frames:
             options = dict(duration=[800] * (len(frames) - 1) + [2500], loop=0)  # milliseconds
             self.write("progress.gif", lambda file: frames[0].save(
                 file, "GIF", save_all=True, append_images=frames[1:], **options))
@@ -810,13 +713,16 @@ class Run:
     def finish(self, scores):
         """metrics.json, progress.gif and the last lines of a run."""
         self.gif()
-        total, minutes = sum(self.tflop.values()), (time.monotonic() - self.began) / 60
-        self.write_json("metrics.json", {"config": dataclasses.asdict(self.config),
-                                         "commit": self.commit, "tflop": total, **scores})
+        steps = (0 if self.config.first_stage else self.config.vq_steps, self.config.steps)
+        tflop = [n * flops / 1e12 for n, flops in zip(steps, self.flops.values())]
+        minutes = (time.monotonic() - self.began) / 60
+        content = {"config": dataclasses.asdict(self.config), "commit": self.commit,
+                   "tflop": sum(tflop), **scores}
+        self.write("metrics.json", json.dumps(content, indent=1))
         lines = [f"{k:24s} {v:.3f}" for k, v in scores.items() if isinstance(v, float)]
         lines += [scores["note"]] if scores.get("note") else []
-        parts = " + ".join(f"{tflop:,.1f} ({stage})" for stage, tflop in self.tflop.items())
-        lines += [f"compute: {total:,.1f} TFLOP = {parts}",
+        lines += [f"compute: {sum(tflop):,.1f} TFLOP = {tflop[0]:,.1f} (first stage) + "
+                  f"{tflop[1]:,.1f} (joint training)",
                   f"done in {minutes:.0f} minutes; weights, scores, pictures are in {self.folder}",
                   f"next: python sample.py swap {self.folder}"]
         self.print("\n".join(lines))
@@ -830,11 +736,6 @@ def to_float(images):
 def to_bytes(images):
     """Float images in [-1, 1] -> uint8, on the CPU."""
     return ((images.cpu() + 1) * 127.5).round().clamp(0, 255).byte()
-
-
-RANGES = {"0 or more": lambda v: 0 <= v < math.inf, "1 or more": lambda v: 1 <= v < math.inf,
-          "above 0": lambda v: 0 < v < math.inf, "0 to below 1": lambda v: 0 <= v < 1,
-          "each 1 or more": lambda v: v and min(v) >= 1}
 
 
 def need(ok, name, found, expected):
@@ -852,24 +753,17 @@ def check(config):
             need(RANGES[allowed](value), f.name, value, allowed)
         elif allowed:
             need(value in allowed, f.name, value, "one of " + ", ".join(map(str, allowed)))
-    left = encdiff.cumulative(encdiff.beta_schedule(c.schedule, c.timesteps))[-1].float()
-    sizes, levels = vq.KINDS[c.autoencoder], len(c.multipliers)
+    sizes, levels, unit = vq.KINDS[c.autoencoder], len(c.multipliers), math.lcm(4, c.heads)
     factor = sizes.get("patch", 1) * 2 ** (len(sizes["multipliers"]) - 1)
     for ok, name, expected in [
-            (c.channels % 4 == 0, "channels", "a multiple of 4"),
-            (all(c.channels * m % c.heads == 0 for m in c.multipliers), "heads",
-             f"a divisor of the widths {[c.channels * m for m in c.multipliers]}"),
+            (c.channels % unit == 0, "channels", f"a multiple of {unit}"),
             (c.size % (factor * 2 ** (levels - 1)) == 0, "multipliers",
              f"{levels} levels that halve the latent's side of {c.size / factor:g} evenly"),
-            (c.timesteps > 1 and left > 0, "timesteps",
-             f"2 or more, but so few that {c.schedule} leaves some signal at the end"),
             (c.vq_steps or c.first_stage, "vq_steps", "1 or more, or a run with --first-stage"),
             (c.conditioning == "cross" or c.decoder == "diffusion", "decoder",
              "diffusion with --conditioning adagn: the direct decoder attends to the tokens"),
-            (c.regularizer != "sparse" or c.decoder == "diffusion", "regularizer",
-             "another one with --decoder direct: its penalty is added to the diffusion loss"),
-            (c.regularizer == "none" or c.tokens == "scalar", "regularizer",
-             "none with --tokens vector: the constraints are on scalars"),
+            (c.regularizer == "none" or c.tokens == "scalar" and c.decoder == "diffusion",
+             "regularizer", "none with --tokens vector or --decoder direct"),
             (c.regularizer != "orthogonal" or c.num_tokens <= c.token_dim, "num_tokens",
              f"at most --token-dim, {c.token_dim}, tokens that are orthogonal")]:
         need(ok, name, getattr(c, name), expected)
@@ -892,17 +786,15 @@ def one_line_errors():
         text = "out of memory; try a smaller --batch" if memory else " ".join(str(error).split())
         say(f"error: {text}", file=sys.stderr)
         sys.exit(2)
-    except Stopped as stop:
-        say(str(stop), file=sys.stderr)
-        sys.exit(130)
-    except KeyboardInterrupt:
-        say("interrupted; nothing half-written is left", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        say(str(stop) or "interrupted; nothing half-written is left", file=sys.stderr)
         sys.exit(130)
     finally:
         say("", end="")  # flushes what argparse printed, also into a closed pipe
 
 
 def make_parser():
+    """The flags of a run, and one for each field of Config that has a help text."""
     parser = Parser("train.py", description="Train EncDiff: first stage, joint training, scores.")
     parser.add_argument("--preset", choices=PRESETS, help="set of values for the flags below; "
                         "small (default): for two CPU cores; paper: the paper's, for a GPU")
@@ -910,29 +802,20 @@ def make_parser():
     parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
     parser.add_argument("--device", choices=("cuda", "mps", "cpu"),
                         help="where to compute (default: the best that is here)")
-    show = lambda v: " ".join(map(str, v)) if isinstance(v, tuple) else (
-        f"{v:.4g}" if isinstance(v, float) else v)
-    for f in dataclasses.fields(Config):
+    show = lambda v: round(v, 4) if isinstance(v, float) else str(v).strip("()")
+    for f in [f for f in dataclasses.fields(Config) if f.metadata["help"]]:
         kind, allowed, text = type(f.default), f.metadata["allowed"], f.metadata["help"]
-        options = dict(type=kind, metavar={str: "PATH", int: "N", float: "X"}.get(kind))
-        if kind is bool:
-            options = dict(action=argparse.BooleanOptionalAction)
-        elif kind is tuple:
-            options = dict(type=int, nargs="+", metavar="N")
-        elif allowed and allowed not in list(RANGES):
-            options = dict(type=kind, choices=tuple(allowed))
-        text += f", {allowed}" if isinstance(allowed, str) else ""
-        if f.name in SMALL:
-            text += f" (small: {show(SMALL[f.name])}, paper: {show(f.default)})"
-        elif f.default != "":
-            text += f" (default: {show(f.default)})"
-        parser.add_argument("--" + f.name.replace("_", "-"), dest=f.name, help=text,
-                            default=argparse.SUPPRESS, **options)
+        options = {bool: dict(action=argparse.BooleanOptionalAction),
+                   tuple: dict(type=int, nargs="+")}.get(kind, dict(type=kind))
+        if isinstance(allowed, str):
+            text += f", {allowed}"
+        elif allowed:
+            options["choices"] = tuple(allowed)
+        if f.default != "":
+            text += f" (small: {show(SMALL.get(f.name, f.default))}, paper: {show(f.default)})"
+        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=text,
+                            **options)
     return parser
-
-
-# What may change when a run is resumed: where and how well it goes on, not what it is.
-CHANGEABLE = ("data", "cache", "precision", "steps", "lr", "lr_decay", "score_every")
 
 
 def parse(arguments):
@@ -948,55 +831,49 @@ def parse(arguments):
         say(f"preset {preset}")
         return config, Path(out or f"runs/{preset}-{config.seed}"), None, device
     need(not (out or preset), "resume", resume, "no --out and no --preset beside it")
-    need(not Path(resume).is_file(), "resume", resume, "the folder of a run")
     checkpoint = load_checkpoint(resume)
-    saved = dataclasses.asdict(checkpoint["config"])
-    config = Config(**{**saved, **given})
+    old = checkpoint["config"]
+    config = dataclasses.replace(old, **given)
     check(config)
-    wanted = dataclasses.asdict(config)
-    changed = [f"{name} {saved[name]} -> {wanted[name]}" for name in given
-               if wanted[name] != saved[name] and name not in CHANGEABLE]
+    changed = [f"{name} {getattr(old, name)} -> {getattr(config, name)}"
+               for name in given.keys() - CHANGEABLE if getattr(old, name) != getattr(config, name)]
     need(not changed, "resume", resume, f"no other values ({', '.join(changed)}): of all flags "
-         f"only {', '.join(CHANGEABLE)} may change. Train a new run with --out")
-    if checkpoint["stage"] == "joint training" and "steps" in given:
+         f"only {', '.join(sorted(CHANGEABLE))} may change. Train a new run with --out")
+    if "steps" in given and checkpoint["stage"] == "joint training":
         need(config.steps >= checkpoint["step"], "steps", config.steps,
              f"{checkpoint['step']} or more, as many as {resume} has done")
     return config, Path(resume), checkpoint, device
 
 
-RUNNING = threading.Lock()  # torch has one random generator: two runs at once would share it
-
-
 def main(arguments=()):
-    """The command line, also to be called from Python: main(["--steps", "100"]).
-
-    Everything that can be refused is refused before any work, with a ValueError or OSError of one
-    line; a signal ends it with Stopped, when everything is saved.
-    """
+    """The command line, also to be called from Python: main(["--steps", "100"]). What cannot work
+    is a ValueError or OSError of one line before any work; a signal is KeyboardInterrupt."""
     if not RUNNING.acquire(blocking=False):
         raise ValueError("train.main is at work in another thread; expected one run a process")
     try:
         config, folder, checkpoint, device = parse([str(word) for word in arguments])
-        if config.first_stage and not checkpoint:
-            kind = load_run(config.first_stage)[1].autoencoder
-            need(kind == config.autoencoder, "autoencoder", config.autoencoder,
-                 f"{kind}, the kind of {config.first_stage}")
         machine = Machine(device)
         if config.precision == "auto":
-            config = dataclasses.replace(
-                config, precision="bf16" if machine.fast_bf16() else "fp32")
-        for name, batch in [("batch", config.batch),
-                            ("autoencoder", FIRST_STAGE[config.autoencoder]["batch"])]:
-            need(batch % machine.world == 0, name, getattr(config, name),
-                 f"images a step, here {batch}, that {machine.world} processes can share")
-        need(checkpoint or not (folder / "checkpoint.pt").exists(), "out", folder,
-             f"a folder that holds no run yet, or --resume {folder}")
-        need(not checkpoint or {"optimizer", "log"} <= checkpoint.keys(), "resume", folder,
-             "the folder of a run: what sample.py exported cannot go on")
-        need(not checkpoint or not config.data or Path(config.data).exists(), "data", config.data,
-             f"the place where the dataset of {folder} is now: nothing is found there")
-        dataset = machine.main_first(
-            lambda: data.open_dataset(config.data or None, config.size, config.cache or None))
+            config.precision = "bf16" if machine.fast_bf16() else "fp32"
+        if checkpoint:
+            need(folder.is_dir() and "log" in checkpoint, "resume", folder,
+                 "the folder of a run: what sample.py exported cannot go on")
+        else:
+            need(not (folder / "checkpoint.pt").exists(), "out", folder,
+                 f"a folder that holds no run yet, or --resume {folder}")
+            kind = config.first_stage and load_run(config.first_stage)[1].autoencoder
+            need(kind in ("", config.autoencoder), "autoencoder", config.autoencoder,
+                 f"{kind}, the kind of {config.first_stage}")
+        both = (config.batch, FIRST_STAGE[config.autoencoder]["batch"])
+        need(math.gcd(*both) % machine.world == 0, "batch", config.batch, f"a number of images, "
+             f"here {both[0]} and {both[1]} a step, that {machine.world} processes can share")
+        need(not config.data or Path(config.data).exists(), "data", config.data,
+             "the place where the dataset is now: nothing is found there")
+        if not machine.main:  # the others read the cache that the main process writes
+            machine.mean(0.0)
+        dataset = data.open_dataset(config.data or None, config.size, config.cache or None)
+        if machine.main:
+            machine.mean(0.0)
         here, there = dataset.identity, checkpoint["data"] if checkpoint else {}
         other = [f"{k} {there[k]}, not {here.get(k)}" for k in there if there[k] != here.get(k)]
         need(not other, "data", dataset.name, f"the dataset of {folder}: {'; '.join(other)}")
