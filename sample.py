@@ -766,8 +766,8 @@ i.ring { border: 2px solid #dd6b1c } .slide i { position: absolute; bottom: 2px;
 <figure><img alt="target"><figcaption><i class="ring"></i> target</figcaption></figure></div>
 <button onclick="state.source = some(); take('s')">new source</button>
 <button onclick="state.target = some(); draw()">new target</button>
-<button onclick="take('t')">take all from target</button><button onclick="take('s')">reset</button>
-<span id="noisy"><button onclick="state.noise++; draw()">another noise</button><small>solver steps
+<button onclick="take('t')">take all from target</button> <button onclick="take('s')">reset</button>
+<span id="noisy"><button onclick="state.noise++; draw()">another noise</button> <small>solver steps
 </small> <input id="steps" type="number" min="1" aria-label="solver steps" onchange="draw()"></span>
 </section><div><div id="used"></div><details id="idle"><summary>tokens in little use</summary>
 </details><p>A dot is where the source is, a ring where the target. Point at the name of a token to

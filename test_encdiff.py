@@ -1713,7 +1713,7 @@ def test_kl_estimated_on_latents_agrees_with_the_closed_form(finished, capsys, t
 def test_worth_is_a_factors_share_of_the_latent_at_each_noise(tmp_path, capsys):
     rows = np.array([4, 0, 5, 2, 1, 3])  # the set is in no order
     dataset = types.SimpleNamespace(
-        factor_names=("a", "b"), factor_sizes=(2, 3),
+        name="toy", factor_names=("a", "b"), factor_sizes=(2, 3),
         factors=lambda indices: torch.from_numpy(np.stack(np.divmod(rows[indices], 3), 1)),
         find=lambda factors: np.argsort(rows)[factors[:, 0] * 3 + factors[:, 1]])
     model = tiny_model(timesteps=100)
