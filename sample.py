@@ -62,6 +62,11 @@ ROUND = [digit * 10.0**power for power in range(-9, 10) for digit in (1, 2, 5)] 
 font = ImageFont.load_default  # Pillow's own, so that no font file is needed
 
 
+def to_picture(image):
+    """An image tensor (3, S, S) in [-1, 1] as a PIL image."""
+    return Image.fromarray(train.to_bytes(image).permute(1, 2, 0).numpy())
+
+
 def grid(rows, labels, headings=()):
     """Rows of image tensors (K, 3, S, S), at the left of each its label of one or two lines."""
     K, _, S, _ = rows[0].shape
@@ -69,8 +74,8 @@ def grid(rows, labels, headings=()):
     side = S * max(1, min(128, 640 // len(rows)) // S)
     big, small, gap = font(17), font(13), 3
     labels = [label.partition("\n")[::2] for label in labels]
-    widths = [max(big.getlength(name), small.getlength(remark)) for name, remark in labels]
-    left, top, pitch = 20 + int(max(widths)), 28 if headings else gap, side + gap
+    left = 20 + int(max(max(big.getlength(name), small.getlength(more)) for name, more in labels))
+    top, pitch = 28 if headings else gap, side + gap
     canvas = Image.new("RGB", (left + K * pitch, top + len(rows) * pitch), "white")
     draw = ImageDraw.Draw(canvas)
     for k, heading in enumerate(headings):
@@ -79,8 +84,8 @@ def grid(rows, labels, headings=()):
         y = top + r * pitch
         draw.text((10, y + side // 2 - 9 * bool(remark)), name, "black", big, anchor="lm")
         draw.text((10, y + side // 2 + 11), remark, "dimgray", small, anchor="lm")
-        for k, image in enumerate(train.to_bytes(row).permute(0, 2, 3, 1).numpy()):  # (K, S, S, 3)
-            tile = Image.fromarray(image).resize((side, side), Image.Resampling.NEAREST)
+        for k, image in enumerate(row):
+            tile = to_picture(image).resize((side, side), Image.Resampling.NEAREST)
             canvas.paste(tile, (left + k * pitch, y))
     return canvas
 
@@ -191,6 +196,10 @@ class Trained:
         """Random images of the dataset (count, 3, S, S) in [-1, 1]."""
         return self.load(self.some(count))
 
+    def seen(self):
+        """Codes of many random images (M, N) or (M, N, d): which values occur in the data."""
+        return self.codes(self.images(min(2000, len(self.dataset))))
+
     def noise(self, count):
         """z_T (count, C, h, w), drawn on the CPU: a seed means the same on every device."""
         return torch.randn(count, *self.model.latent_shape).to(self.device)
@@ -206,45 +215,41 @@ class Trained:
 
 
 def choose_samplers(args, config):
-    """--sampler, --steps, --eta -> [(name, options of EncDiff.sample)], or a ValueError."""
-    T, eta = config.timesteps, args.eta
+    """--sampler, --steps -> [(name, options of EncDiff.sample)], or a ValueError."""
+    T, complexity = config.timesteps, args.verb == "complexity"
     if config.decoder == "direct":
-        train.need(not (args.sampler or args.steps or eta is not None), "decoder", "direct here",
-                   "no --sampler, --steps or --eta, as it draws in one pass")
+        train.need(not (args.sampler or args.steps), "decoder", "direct here",
+                   "no --sampler or --steps, as it draws in one pass")
         return [("direct decoder", {})]
     usual = {"dpm": min(20, T), "ddim": min(200, T), "ddpm": T}
-    every = args.verb == "complexity" and not args.steps
-    names = args.sampler or (list(usual) if every else ["dpm"])
+    names = args.sampler or (list(usual) if complexity and not args.steps else ["dpm"])
     steps = args.steps or [usual[name] for name in names]
+    train.need(len(names) == 1 or complexity or args.verb == "reconstruct", "sampler",
+               " ".join(names), "one for a picture")
     train.need(len(steps) == len(names), "steps", steps, "one number for each --sampler")
-    train.need(eta is None or "ddim" in names and 0 <= eta <= 1, "eta", eta, "0 to 1, with ddim")
-    chosen = []
     for name, n in zip(names, steps):
         train.need(1 <= n <= T, "steps", n, f"1 to {T}, the timesteps of this run")
         train.need(n == T or name != "ddpm", "steps", n, f"{T} with ddpm, ddim or dpm for fewer")
-        more = {"eta": eta or 0.0} if name == "ddim" else {}
-        chosen.append((f"{name}, {n} steps", {"sampler": name, "steps": n, **more}))
-    return chosen
+    return [(f"{name}, {n} steps", {"sampler": name, "steps": n}) for name, n in zip(names, steps)]
 
 
 def importance_of(run):
-    """DCI's importance (N, F) from a run's scores and the names of its F factors; None if none."""
+    """DCI's importance (N, F) from a run's scores and the names of its F factors, or None, ()."""
     if "importance" not in run.scores:  # no labels, say
         return None, ()
     importance, names = np.array(run.scores["importance"], float), run.factor_names
     if importance.shape != (run.config.num_tokens, len(names)):
-        raise ValueError(f"the importance matrix of {run.name} has shape {importance.shape}; "
-                         f"expected {run.config.num_tokens} codes and the factors {names}. "
-                         "Delete metrics.json to get tokens without names")
+        raise ValueError(f"metrics.json of {run.name} is about other codes or factors; expected "
+                         f"{run.config.num_tokens} codes and {names}. Without it tokens are "
+                         "shown without names")
     return importance, names
 
 
 def named_tokens(run):
-    """{token: the factor that uses it most, or "none"}; {} without scores.
+    """{token: the factor that uses it most, or "none"}, in the order of factors; {} without scores.
 
     A token is named by a factor (DCI's importance) if it provides at least twice the share that it
-    would have if all provided the same. Factors come in their order, for one factor the more
-    important token first.
+    would have if all provided the same. For one factor the more important token comes first.
     """
     importance, names = importance_of(run)
     if importance is None:
@@ -252,8 +257,7 @@ def named_tokens(run):
     strength, factor = importance.max(1), importance.argmax(1)  # (N, F) -> (N,)
     none = strength < min(0.5, 2 / len(strength))
     strength[none], factor[none] = 0, len(names)
-    order = np.lexsort((-strength, factor)).tolist()  # by factor, then by strength
-    return {i: (*names, "none")[factor[i]] for i in order}
+    return {i: (*names, "none")[factor[i]] for i in np.lexsort((-strength, factor)).tolist()}
 
 
 def token_rows(run, args):
@@ -262,9 +266,7 @@ def token_rows(run, args):
     names, N = named_tokens(run), run.config.num_tokens
     wanted = args.tokens
     if wanted is None and names:
-        first = {}
-        for i, name in names.items():
-            first.setdefault(name, i)
+        first = {name: i for i, name in reversed(names.items())}
         wanted = [i for name, i in first.items() if name != "none"]
         missing = [name for name in run.factor_names if name not in first]
         say("a row a factor, that of its most important token (--tokens all: a row a token)"
@@ -316,7 +318,7 @@ def swap(run, args):
 
 def quantiles(run, count):
     """Values that the codes have in the data: (count, N) or (count, N, d), lowest to highest."""
-    seen = run.codes(run.images(min(2000, len(run.dataset))))  # (M, N) or (M, N, d)
+    seen = run.seen()
     order = torch.from_numpy(metrics.scalar_codes(seen)).argsort(0)  # (M, N): images by each token
     rows = (torch.linspace(0.01, 0.99, count) * (len(seen) - 1)).round().long()
     return seen[order[rows].to(run.device), torch.arange(seen.shape[1], device=run.device)]
@@ -358,59 +360,59 @@ def animate(args, folder, rows, labels):
     say(f"wrote {path}, {len(frames)} frames, {file.tell() / 1e6:.1f} MB")
 
 
-def attention_maps(records, per, config):
-    """For each layer the attention (K, P, N) of all calls -> maps (columns, N, S, S), headings."""
-    calls, maps, sides = len(records[0]), [], []
-    shown = torch.linspace(0, calls - 1, min(8, calls)).round().long()  # with --per timestep
+def attention_maps(records, size):
+    """Attention (K, P, N) in each layer and call -> its mean over both, (K, N, size, size)."""
+    maps = []
     for layer in records:
-        layer = torch.stack(layer)  # (calls, K, P, N)
-        layer = layer[shown, 0] if per == "timestep" else layer.mean(0)
-        side = math.isqrt(layer.shape[1])
-        layer = layer.transpose(1, 2).unflatten(2, (side, side))  # (., P, N) -> (., N, side, side)
-        maps.append(F.interpolate(layer, size=(config.size, config.size), mode="bilinear"))
-        sides.append(f"{side}x{side}")
-    if per == "layer":
-        return torch.cat(maps), sides
-    times = encdiff.timesteps_down(config.timesteps, calls)
-    headings = [f"t = {times[call]}" for call in shown] if per == "timestep" else ()
-    return torch.stack(maps).mean(0), headings  # layers (columns, N, S, S) -> (columns, N, S, S)
+        layer = torch.stack(layer).mean(0).transpose(1, 2)  # calls (K, P, N) -> (K, N, P)
+        side = math.isqrt(layer.shape[2])
+        layer = layer.unflatten(2, (side, side))
+        maps.append(F.interpolate(layer, size=(size, size), mode="bilinear"))
+    return torch.stack(maps).mean(0)
 
 
 def heat(images, maps):
-    """Maps (K, S, S) in [0, 1] as colours over images (K, 3, S, S) in grey -> (K, 3, S, S)."""
-    places = np.linspace(0, 1, len(HEAT))
-    colours = [np.interp(maps.cpu().numpy(), places, channel) for channel in zip(*HEAT)]
+    """Maps (K, S, S), lowest to highest, as colours over images (K, 3, S, S) in grey."""
+    maps, places = maps.cpu() - maps.min().item(), np.linspace(0, 1, len(HEAT))
+    shares = (maps / maps.max().clamp(min=1e-6)).numpy()
+    colours = [np.interp(shares, places, channel) for channel in zip(*HEAT)]
     colours = train.to_float(torch.from_numpy(np.stack(colours, 1)))  # 3 (K, S, S) -> (K, 3, S, S)
     return 0.7 * colours + 0.3 * images.cpu().mean(1, keepdim=True)
 
 
 def attention(run, args):
     """which places read which token while an image is drawn (Figures 6, 9)"""
-    (tokens, labels), K = token_rows(run, args), 1 if args.per else args.count
+    (tokens, labels), K = token_rows(run, args), args.count
     codes, noise = run.codes(run.images(K)), run.noise(K)
     with unet.record_attention(run.model.denoiser) as records:
         drawn = run.model.sample(run.model.tokens(codes), noise=noise, **run.samplers[0][1])
     train.need(records, "conditioning", f"{run.config.conditioning} in {run.folder}",
                "cross: there is no cross-attention to show")
-    maps, headings = attention_maps(records, args.per, run.config)
-    images = drawn.expand(len(maps), -1, -1, -1)  # with --per the same one in all columns
-    rows = [images]
+    maps, rows = attention_maps(records, run.config.size), [drawn]
     for row, i in enumerate(tokens):
-        low, high = maps[:, i].min(), maps[:, i].max()
-        rows.append(heat(images, (maps[:, i] - low) / (high - low).clamp(min=1e-6)))
-        labels[row] += ("  " if "\n" in labels[row] else "\n") + f"{low:.2f} - {high:.2f}"
+        rows.append(heat(drawn, maps[:, i]))
+        scale = f"{maps[:, i].min():.2f} - {maps[:, i].max():.2f}"
+        labels[row] += ("  " if "\n" in labels[row] else "\n") + scale
     say("colours run from the lowest to the highest attention of each row, as printed there; "
-          f"if all tokens were attended to alike it would be {1 / run.config.num_tokens:.2f}")
-    save(args, run.folder, grid(rows, ["sample", *labels], headings))
+        f"if all tokens were attended to alike it would be {1 / run.config.num_tokens:.2f}")
+    save(args, run.folder, grid(rows, ["sample", *labels]))
 
 
 def generate(run, args):
     """new combinations: every token is taken from another image"""
-    codes = run.codes(run.images(min(2000, len(run.dataset))))  # (M, N) or (M, N, d)
+    codes = run.seen()
     token = torch.arange(codes.shape[1], device=run.device)
     mixed = codes[torch.randint(len(codes), (args.count, len(token))).to(run.device), token]
     rows = run.draw(mixed, run.noise(args.count)).split(8)
     save(args, run.folder, grid(rows, [""] * len(rows)))
+
+
+def some_timesteps(T):
+    return torch.linspace(0.01 * T, T, 12).round().long().clamp(min=2).tolist()
+
+
+def say_row(name, values):
+    say(f"{name:14s}" + "".join(f" {value:9.4g}" for value in values))
 
 
 def kl(run, args):
@@ -421,15 +423,14 @@ def kl(run, args):
         T = run.config.timesteps
         z0 = batched(run.model.latents, run.images(args.count)).cpu().double()
         second_moment = z0.square().mean().item()
-        say(f"latents of {args.count} images: mean square {second_moment:.3f}")
         title += "; circles: estimated on images"
-    some = torch.linspace(0.01 * T, T, 12).round().long().clamp(min=2).tolist()
-    say("t".ljust(12) + "".join(f"{t:8d}" for t in some))
+    some = some_timesteps(T)
+    say_row("t", some)
     for colour, name in zip(PALETTE, encdiff.SCHEDULES):
         betas = encdiff.beta_schedule(name, T)
         exact = encdiff.kl_bottleneck(betas, second_moment).tolist()
         series.append((name, colour, list(enumerate(exact, 1))[1:]))  # infinite at t = 1
-        say(f"{name:12s}" + "".join(f"{exact[t - 1]:8.4f}" for t in some))
+        say_row(name, [exact[t - 1] for t in some])
         if run:
             estimates, alpha_bar = [], encdiff.cumulative(betas)
             for t in some:  # the expectation in eq. (5) over z_0 and z_t, by Monte Carlo
@@ -438,35 +439,36 @@ def kl(run, args):
                 mean_square = (a * z0 + b * z_t).square().mean()
                 estimates.append(0.5 * (v - 1 - v.log() + mean_square).item())
             series.append(("", colour, list(zip(some, estimates))))
-            say("  estimated".ljust(12) + "".join(f"{e:8.4f}" for e in estimates))
+            say_row("  estimated", estimates)
     save(args, run.folder if run else ".", plot(title, "timestep t", series))
 
 
 def worth(run, args):
     """by how much the loss of eq. (3) rises at each t if one factor is wrong in the codes"""
-    sizes, T, model = run.dataset.factor_sizes, run.config.timesteps, run.model
+    sizes, model, some = run.dataset.factor_sizes, run.model, some_timesteps(run.config.timesteps)
     train.need(sizes, "data", run.dataset.name, "a dataset whose images are labelled with factors")
     train.need(run.config.decoder == "diffusion", "decoder", "direct here", "diffusion")
     factors = run.dataset.factors(run.some(args.count)).numpy()  # (B, F)
+    images, noise = run.load(run.dataset.find(factors)), run.noise(args.count)
+    z0, own, series = model.latents(images), model.tokens(run.codes(images)), []
+
+    def losses(tokens):
+        """The loss at each of the timesteps, of the same noised latents."""
+        for t in some:
+            t = torch.full((args.count,), t, device=run.device)
+            predicted = batched(model.denoiser, model.add_noise(z0, t, noise), t, tokens)
+            yield F.mse_loss(predicted, noise).item()
+
     wrong = []
     for j, size in enumerate(sizes):  # for each image one that differs from it in factor j alone
         others, shift = factors.copy(), torch.randint(1, max(2, size), (args.count,)).numpy()
         others[:, j] = (others[:, j] + shift) % size
         wrong.append(model.tokens(run.codes(run.load(run.dataset.find(others)))))
-    images = run.load(run.dataset.find(factors))
-    z0, own, noise = model.latents(images), model.tokens(run.codes(images)), run.noise(args.count)
-    some = torch.linspace(0.01 * T, T, 12).round().long().clamp(min=1).tolist()
-    loss_of = lambda z_t, t, tokens: F.mse_loss(batched(model.denoiser, z_t, t, tokens), noise)
-    rises = []
-    for time_step in some:
-        t = torch.full((args.count,), time_step, device=run.device)
-        z_t = model.add_noise(z0, t, noise)
-        loss = loss_of(z_t, t, own)
-        rises.append([(loss_of(z_t, t, tokens) - loss).item() for tokens in wrong])
-    say("t".ljust(14) + "".join(f" {t:8d}" for t in some))
-    series = []
-    for name, colour, rise in zip(run.dataset.factor_names, PALETTE * len(sizes), zip(*rises)):
-        say(f"{name:14s}" + "".join(f" {value:8.4f}" for value in rise))
+    least = list(losses(own))
+    say_row("t", some)
+    for name, colour, tokens in zip(run.dataset.factor_names, PALETTE * len(sizes), wrong):
+        rise = np.subtract(list(losses(tokens)), least)
+        say_row(name, rise)
         series.append((name, colour, list(zip(some, rise))))
     save(args, run.folder, plot("rise of the loss if this factor is wrong", "timestep t", series))
 
@@ -486,39 +488,37 @@ def importance(run, args):
     D, C = metrics.focus(matrix.T), metrics.focus(matrix)
     draw.text((10, 22), f"importance of each code for each factor   disentanglement D {D:.3f}   "
               f"completeness C {C:.3f}", "black", font(17), anchor="lm")
-    middle = lambda k: k * cell + cell / 2
-    for j, name in enumerate((*names, "D of the code")):
-        draw.text((left - 10, top + middle(j)), name, "black", font(15), anchor="rm")
-    for i, token in enumerate((*order, "C")):
-        draw.text((left + middle(i), top - 12), str(token), "black", small, anchor="mm")
+    xs, ys = (start + cell // 2 + cell * np.arange(1 + count)
+              for start, count in ((left, columns), (top, rows)))
+    for y, name in zip(ys, (*names, "D of the code")):
+        draw.text((left - 10, y), name, "black", font(15), anchor="rm")
+    for x, token in zip(xs, (*order, "C")):
+        draw.text((x, top - 12), str(token), "black", small, anchor="mm")
+    margins = [(xs[-1], y, row) for y, row in zip(ys, matrix)]
+    margins += [(x, ys[-1], column) for x, column in zip(xs, matrix.T)]
+    for x, y, shares in margins:
+        draw.text((x, y), f"{metrics.focus(shares[None]):.2f}", "dimgray", small, anchor="mm")
     for j, i in np.ndindex(matrix.shape):  # the area of a square is the share of its code
-        x, y, half = left + middle(i), top + middle(j), 19 * min(1, matrix[j, i]) ** 0.5
-        draw.rectangle((x - 19, y - 19, x + 19, y + 19), (243, 244, 246))
-        draw.rectangle((x - half, y - half, x + half, y + half), PALETTE[j % len(PALETTE)])
-    for scores, place in ((matrix.T, lambda k: (left + middle(k), top + middle(rows))),
-                          (matrix, lambda k: (left + middle(columns), top + middle(k)))):
-        for k, row in enumerate(scores):
-            draw.text(place(k), f"{metrics.focus(row[None]):.2f}", "dimgray", small, anchor="mm")
+        for half, colour in ((19, (243, 244, 246)),
+                             (19 * min(1, matrix[j, i]) ** 0.5, PALETTE[j % len(PALETTE)])):
+            draw.rectangle((xs[i] - half, ys[j] - half, xs[i] + half, ys[j] + half), colour)
     save(args, run.folder, canvas)
 
 
 def read_log(folder):
     """log.csv of a run as a list of dicts of strings, "" where nothing was logged."""
-    path = Path(folder) / "log.csv"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} not found; expected a folder written by train.py --out")
-    with open(path, newline="") as file:
-        log = csv.DictReader(file)
-        if tuple(log.fieldnames or ()) != train.Run.COLUMNS:
-            raise ValueError(f"{path} is no log of this version of train.py; expected columns "
-                             + ", ".join(train.Run.COLUMNS))
-        return list(log)
+    path = Path(folder, "log.csv")
+    log = csv.DictReader(path.read_text().splitlines() if path.is_file() else ())
+    if tuple(log.fieldnames or ()) != train.Run.COLUMNS:
+        raise ValueError(f"{path} is not there, or no log of this version; expected a folder "
+                         "written by train.py --out")
+    return list(log)
 
 
-def curves(args):
+def curves(folders, args):
     """losses and scores over training, several runs in one picture"""
     figures, (width, height) = {}, (760, 360)
-    for folder, colour in zip(args.run, PALETTE * len(args.run)):
+    for folder, colour in zip(folders, PALETTE * len(folders)):
         log = read_log(folder)
         for stage in ("first stage", "joint training"):
             for column in ("loss", "mse", "codes_used", *train.Run.SCORES):
@@ -528,13 +528,13 @@ def curves(args):
                     series = figures.setdefault(f"{stage}: {column.replace('_', ' ')}", [])
                     series.append((folder[-28:], colour, points))  # names end where runs differ
     if not figures:
-        raise ValueError(f"{args.run[0]}/log.csv has no losses; expected a run that logged some")
+        raise ValueError(f"{folders[0]}/log.csv has no losses; expected a run that logged some")
     size = width * min(2, len(figures)), height * math.ceil(len(figures) / 2)
     canvas = Image.new("RGB", size, "white")
     for i, (title, series) in enumerate(figures.items()):
         picture = plot(title, "step", series, (width, height), title.endswith(("loss", "mse")))
         canvas.paste(picture, (i % 2 * width, i // 2 * height))
-    save(args, args.run[0], canvas)
+    save(args, folders[0], canvas)
 
 
 def training_tflop(config):
@@ -547,20 +547,19 @@ def training_tflop(config):
 def method(config):
     """What the method of a run is called: the nearest preset, and what differs from that."""
     aside = ("cache", "seed", "precision", "first_stage", "log_every", "score_every")
+    mine = {**dataclasses.asdict(config), "data": Path(config.data).name}
     names = []
     for preset, values in train.PRESETS.items():
         usual = dataclasses.asdict(train.Config(**values))
-        found = {**dataclasses.asdict(config), "data": Path(config.data).name}
-        changed = [f"{name.replace('_', ' ')} {value}" for name, value in found.items()
-                   if value != usual[name] and name not in aside]
-        names.append((len(changed), ", ".join([preset, *changed])))
-    return min(names)[1]
+        names.append([preset, *(f"{name.replace('_', ' ')} {value}" for name, value in mine.items()
+                                if value != usual[name] and name not in aside)])
+    return ", ".join(min(names, key=len))
 
 
-def argument(args):
+def argument(folders, args):
     """DCI disentanglement against training compute: mean and range of the runs of each method"""
     methods = {}  # {name: {TFLOP: [D of each run]}}
-    for folder in args.run:
+    for folder in folders:
         _, config, about = train.load_run(folder)
         first, joint = training_tflop(config)
         points = methods.setdefault(method(config), {})
@@ -644,272 +643,188 @@ def export(run, args):
 
 
 class Explorer:
-    """What the page asks for. An answer depends on its request alone, so clients cannot mix.
+    """Draws for the page. What it answers depends on the request alone, so clients cannot mix.
 
-    A slider moves a token along its first principal component in the data: for scalar tokens that
-    is the scalar itself, for vector tokens an axis of length 1. Requests hold the place on it.
+    A slider moves a token along its first principal component in the data, a scalar along itself.
     """
 
     def __init__(self, run):
         self.run, self.options, self.lock = run, run.samplers[0][1], threading.Lock()
-        seen = run.codes(run.images(min(2000, len(run.dataset)))).cpu()
+        self.most, names = min(200, run.config.timesteps), named_tokens(run)
+        seen = run.seen().cpu()
         seen = seen.reshape(*seen.shape[:2], -1)  # (M, N) -> (M, N, 1); (M, N, d) stays
-        centred = (seen - seen.mean(0)).transpose(0, 1)  # (N, M, d)
-        axis = torch.linalg.svd(centred, full_matrices=False).Vh[:, 0]  # (N, d)
-        self.axis = axis * torch.where(axis.sum(1, keepdim=True) < 0, -1.0, 1.0)
-        low, high = self.places(seen).quantile(torch.tensor([0.01, 0.99]), dim=0).tolist()
-        names, T = named_tokens(run), run.config.timesteps
-        order = names or sorted(range(len(low)), key=lambda i: low[i] - high[i])
+        centred = (seen - seen.mean(0)).transpose(0, 1)
+        axis = torch.linalg.svd(centred, full_matrices=False).Vh[:, 0]
+        self.axis = axis * axis.sum(1, keepdim=True).sign()  # (N, d)
+        low, high = (seen * self.axis).sum(2).quantile(torch.tensor([0.01, 0.99]), dim=0).tolist()
         tokens = [{"i": i, "name": names.get(i, f"token {i}"), "low": low[i], "high": high[i],
-                   "idle": names.get(i) == "none" or high[i] - low[i] < 0.1} for i in order]
-        notes = (("Without scores tokens have no names; they are ordered by spread.", not names),
-                 ("A slider moves a vector along its principal component.", seen.shape[2] > 1),
-                 ("No cross-attention reads these tokens, so there is none to show.",
-                  not unet.cross_attentions(run.model.denoiser)),
-                 ("This decoder draws in one pass: no noise, no solver.", not self.options))
-        self.most = T if self.options.get("sampler") == "ddpm" else min(T, 200)  # solver steps
-        setup = {"run": str(run.name), "images": len(run.dataset), "tokens": tokens,
-                 "steps": self.options.get("steps", 0), "most": self.most,
-                 "notes": [note for note, holds in notes if holds]}
+                   "idle": names.get(i) == "none" or high[i] - low[i] < 0.1}
+                  for i in names or sorted(range(len(low)), key=lambda i: low[i] - high[i])]
+        with unet.record_attention(run.model.denoiser) as layers:
+            notes = "" if layers else "No cross-attention reads these tokens: none can be shown. "
+        notes += "" if names else "Without scores tokens have no names; the widest are first."
+        setup = {"run": str(run.name), "images": len(run.dataset), "tokens": tokens, "notes": notes,
+                 "steps": self.options.get("steps", 0), "most": self.most}
         # A factor may have any name; "<" could end the script that the names are in.
         self.page = PAGE.replace("SETUP", json.dumps(setup).replace("<", "\\u003c"))
 
-    def places(self, codes):
-        """codes (B, N, d) -> their places on the tokens' axes (B, N)."""
-        return (codes * self.axis).sum(-1)
-
-    def draw(self, source, target, noise, steps, places, taken):
-        """The source with some tokens taken from the target, then each moved to its place."""
-        base = torch.stack([source, target])[taken, range(len(taken))]  # (N, d)
-        codes = base + (torch.tensor(places) - self.places(base))[:, None] * self.axis
-        codes = codes if self.run.config.tokens == "vector" else codes[:, 0]
-        generator = torch.Generator().manual_seed(noise)
-        z = torch.randn(1, *self.run.model.latent_shape, generator=generator)
-        options = self.options and {**self.options, "steps": steps}
-        with self.lock, unet.record_attention(self.run.model.denoiser) as records:
-            image = self.run.draw(codes[None].to(self.run.device), z.to(self.run.device), options)
-        maps = attention_maps(records, None, self.run.config)[0][0] if records else []  # (N, S, S)
-        maps = F.adaptive_avg_pool2d(maps, 16).flatten(1).tolist() if records else []  # (N, 256)
-        return {"image": data_url(image[0]), "maps": maps}
-
-    def answer(self, path, asked):
-        """What the page gets for a path and its query. ValueError for what it would never ask."""
-        def whole(name, low, high):
-            train.need(low <= int(asked[name]) <= high, name, asked[name], f"{low} to {high}")
-            return int(asked[name])
-
-        last, N = len(self.run.dataset) - 1, len(self.axis)
-        images = self.run.load([whole("source", 0, last), whole("target", 0, last)])
-        codes = self.run.codes(images).cpu().reshape(2, N, -1)
-        if path == "/pair":
-            return {"images": list(map(data_url, images)), "places": self.places(codes).tolist()}
-        places, taken = ([float(word) for word in asked[name].split(",")]
-                         for name in ("places", "taken"))
-        good = len(places) == len(taken) == N and all(abs(place) < 1e6 for place in places)
-        train.need(good and set(taken) <= {0, 1}, "places", asked["places"], f"{N} finite numbers")
-        return self.draw(*codes, whole("noise", 0, 2**32), whole("steps", 1, self.most), places,
-                         list(map(int, taken)))
-
-
-def data_url(image):
-    """An image (3, S, S) in [-1, 1] as a PNG inside a URL."""
-    file = io.BytesIO()
-    Image.fromarray(train.to_bytes(image).permute(1, 2, 0).numpy()).save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    def draw(self, asked):
+        """tokens=s,t,0.3 asks for token 0 of the source, 1 of the target, 2 moved to place 0.3."""
+        images, words = range(len(self.run.dataset)), asked["tokens"].split(",")
+        allowed = {"source": images, "target": images, "noise": range(2**32),
+                   "steps": range(1, self.most + 1)}
+        for name, values in allowed.items():
+            train.need(int(asked[name]) in values, name, asked[name], f"in {values}")
+        source, target, noise, steps = (int(asked[name]) for name in allowed)
+        images = self.run.load([source, target])
+        own = self.run.codes(images).cpu()  # (2, N) or (2, N, d)
+        ends = own.reshape(2, len(self.axis), -1)
+        places, codes = (ends * self.axis).sum(2), ends[0].clone()  # (2, N), (N, d)
+        train.need(len(words) == len(codes), "tokens", asked["tokens"], f"{len(codes)} of them")
+        for i, word in enumerate(words):
+            if word == "t":
+                codes[i] = ends[1, i]
+            elif word != "s":
+                codes[i] += (float(word) - places[0, i]) * self.axis[i]
+        train.need(codes.abs().max() < 1e6, "tokens", asked["tokens"], "finite places")
+        z = torch.randn(self.run.model.latent_shape, generator=torch.Generator().manual_seed(noise))
+        codes, z = (x.to(self.run.device) for x in (codes.reshape(own[:1].shape), z[None]))
+        with self.lock, unet.record_attention(self.run.model.denoiser) as layers:
+            drawn = self.run.draw(codes, z, self.options and {**self.options, "steps": steps})
+        maps = attention_maps(layers, self.run.config.size).transpose(0, 1) if layers else ()
+        urls = []
+        for image in (*images, *drawn, *(heat(drawn, m)[0] for m in maps)):
+            to_picture(image).save(file := io.BytesIO(), "PNG")
+            urls.append("data:image/png;base64," + base64.b64encode(file.getvalue()).decode())
+        return {"images": urls[:3], "maps": urls[3:], "places": places.tolist()}
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """GET of the page, of a pair of images, of a drawing. All else is refused."""
+    """GET of the page and of what it shows; all else is refused."""
 
     timeout = 10  # seconds that a client has to send its request
     log_message = lambda *_: None
 
     def do_GET(self):
         (path, _, query), host = self.path.partition("?"), self.headers.get("Host", "")
+        kind, status, text = "plain", 404, "there are / and /draw"
         # A foreign page may send requests here, or give 127.0.0.1 a name of its own. Any port is
         # right: the page may be seen through a tunnel.
         if (host.partition(":")[0] not in ("127.0.0.1", "localhost")
                 or self.headers.get("Origin", f"http://{host}") != f"http://{host}"):
-            return self.reply(403, "text/plain", "only the page of this server may ask it")
-        if path == "/":
-            return self.reply(200, "text/html", self.server.explorer.page)
-        if path not in ("/pair", "/draw"):
-            return self.reply(404, "text/plain", "there are /, /pair and /draw")
-        try:
-            asked = dict(urllib.parse.parse_qsl(query, max_num_fields=9))
-            answer = json.dumps(self.server.explorer.answer(path, asked))
-            self.reply(200, "application/json", answer)
-        except (KeyError, ValueError, OverflowError) as error:
-            self.reply(400, "text/plain", f"malformed: {error}")
-
-    def reply(self, status, kind, text):
-        self.send_response(status)
-        self.send_header("Content-Type", f"{kind}; charset=utf-8")
-        self.send_header("Cache-Control", "no-store")
-        self.send_header("Content-Security-Policy", "default-src 'none'; img-src data:; connect-src"
-                         " 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
-                         "frame-ancestors 'none'")
-        self.end_headers()
-        self.wfile.write(text.encode(errors="replace"))
-
-    def handle(self):
+            status, text = 403, "only the page of this server may ask it"
+        elif path == "/":
+            kind, status, text = "html", 200, self.server.explorer.page
+        elif path == "/draw":
+            try:
+                asked = dict(urllib.parse.parse_qsl(query, max_num_fields=9))
+                status, text = 200, json.dumps(self.server.explorer.draw(asked))
+            except (KeyError, ValueError) as error:
+                status, text = 400, f"malformed: {error}"
         with contextlib.suppress(OSError):  # the client went away
-            super().handle()
+            self.send_response(status)
+            self.send_header("Content-Type", f"text/{kind}; charset=utf-8")
+            self.end_headers()
+            self.wfile.write(text.encode(errors="replace"))
 
 
 def explore(run, args):
     """a page on this machine: a slider a token, the image that they draw, where a token is read"""
-    train.need(0 <= args.port < 2**16, "port", args.port, "0 to 65535")
     try:
         server = http.server.ThreadingHTTPServer(("127.0.0.1", args.port), Handler)
-    except OSError as error:
-        raise OSError(f"--port {args.port} cannot be used: {error.strerror}; choose another")
-    # One small image is drawn at a time: threads gain nothing, and beside a busy program they wait
-    # for one another much longer than they work.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    except (OSError, OverflowError) as error:
+        raise OSError(f"--port {args.port} cannot be used: {error}; choose another") from None
+    torch.set_num_threads(1)  # one small image at a time: more threads wait for one another
     with server, contextlib.suppress(KeyboardInterrupt):
         server.explorer, address = Explorer(run), f"http://127.0.0.1:{server.server_port}/"
         say(f"{run.name} is shown at {address} until Ctrl-C")
         if not args.no_browser:
             threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
         server.serve_forever()
-    torch.set_num_threads(threads)
 
 
 PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>encdiff: explore</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
-<style>
-:root { --back: #fbfbfa; --card: #fff; --ink: #1c2024; --soft: #667079; --line: #dfe3e6;
-  --source: #0072b2; --target: #d55e00; color-scheme: light dark }
-@media (prefers-color-scheme: dark) { :root { --back: #15181b; --card: #1f2428; --ink: #e8eaec;
-  --soft: #9aa4ad; --line: #343b41; --source: #56b4e9; --target: #ff9a4d } }
-* { box-sizing: border-box } body { margin: 0; background: var(--back); color: var(--ink) }
-body, button { font: 15px/1.45 system-ui, sans-serif } h1 { font-size: 18px; margin: 4px 0 10px }
-main { max-width: 1360px; margin: auto; padding: 12px; display: grid; gap: 8px 24px }
-small, figcaption, p, summary { color: var(--soft); font-size: 13px } summary { cursor: pointer }
-#images { position: sticky; top: 0; z-index: 1; background: var(--back); padding: 6px 0 }
-#images { display: grid; grid-template-columns: 2fr 2fr 1fr; gap: 10px }
-section { display: contents } .slide { grid-column: 1 / 3; order: 1 }
-figure { margin: 0; position: relative } figcaption { padding-top: 4px; min-height: 42px }
-img, canvas { width: 100%; aspect-ratio: 1; display: block; border-radius: 8px }
-canvas { position: absolute; top: 0; visibility: hidden }
-button { font-size: 13px; padding: 4px 10px; border-radius: 6px; border: 1px solid var(--line) }
-button { background: var(--card); color: var(--ink); cursor: pointer; margin: 0 6px 6px 0 }
-.token { display: grid; grid-template-columns: 1fr auto; gap: 2px 10px; align-items: center;
-  padding: 6px 10px; margin-bottom: 6px; border: 1px solid var(--line); border-radius: 8px }
-.token { background: var(--card) } .token button { margin: 0 }
-.name { border: 0; background: none; text-align: left; padding: 2px; font-size: 15px }
-[aria-pressed=true] { font-weight: 600; color: var(--source) } .slide { position: relative }
-[type=range] { width: 100%; margin: 0 0 9px; height: 20px; accent-color: var(--source) }
-.taken input { accent-color: var(--target) } [type=number] { width: 4.5em; font: inherit }
-i { width: 9px; height: 9px; border-radius: 5px; background: var(--source); display: inline-block }
-.slide i { position: absolute; bottom: 2px; margin-left: -4.5px }
-i.target { background: none; border: 2px solid var(--target) }
-@media (min-width: 900px) { main { grid-template-columns: 1.25fr 1fr } section { display: block }
-  .token { grid-template-columns: 11.5em 1fr auto } .slide { grid-column: 2; order: 0 } }
-</style><main><section><div><h1>encdiff <small id="run"></small></h1></div><div id="images">
-<figure><img id="source" alt="source"><figcaption><i></i> source</figcaption></figure>
-<figure><img id="drawn" alt="drawn"><canvas id="map" width="16" height="16"></canvas>
-<figcaption id="said" aria-live="polite"></figcaption></figure>
-<figure><img id="target" alt="target"><figcaption><i class="target"></i> target</figcaption>
-</figure></div><div id="tools"><button>new <u>s</u>ource</button><button>new <u>t</u>arget</button>
-<button>take <u>a</u>ll from target</button><button><u>r</u>eset</button><button class="noisy">
-another <u>n</u>oise</button><label class="noisy"><small>solver steps</small>
-<input id="steps" type="number" min="1"></label><p id="hint"></p></div></section>
-<div><div id="used"></div><details id="idle"><summary></summary></details></div></main><script>
-"use strict"
+<style>:root { color-scheme: light dark }
+* { box-sizing: border-box; font: 14px/1.4 system-ui, sans-serif } b { font-size: 18px }
+main { max-width: 1360px; margin: auto; display: grid; gap: 8px 24px;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 430px), 1fr)) }
+section { position: sticky; top: 0; z-index: 1; align-self: start; background: Canvas }
+section > div { display: grid; grid-template-columns: 2fr 2fr 1fr; gap: 10px; margin: 8px 0 }
+figure { margin: 0 } img { width: 100%; aspect-ratio: 1; display: block; border-radius: 8px }
+small, p, summary, figcaption { opacity: .7 } figcaption { padding-top: 4px }
+.token, button { border: 1px solid #8884; border-radius: 8px; padding: 4px 10px; margin: 0 0 6px }
+.token { display: flex; flex-wrap: wrap; align-items: center; gap: 4px 10px; --thumb: #2a8ccc }
+button { background: #8881; color: inherit } .name { flex: 1 0 10em; text-align: left }
+.taken { --thumb: #dd6b1c } .slide { flex: 9 1 250px; position: relative }
+[type=range] { width: 100%; margin: 0 0 9px; height: 20px; accent-color: var(--thumb) }
+i { width: 9px; height: 9px; border-radius: 5px; border: 5px solid #2a8ccc; display: inline-block }
+i.ring { border: 2px solid #dd6b1c } .slide i { position: absolute; bottom: 2px; margin-left: -4px }
+</style><main><section><b>encdiff</b> <small id="run"></small><div>
+<figure><img alt="source"><figcaption><i></i> source</figcaption></figure>
+<figure><img alt="drawn"><figcaption id="said" aria-live="polite"></figcaption></figure>
+<figure><img alt="target"><figcaption><i class="ring"></i> target</figcaption></figure></div>
+<button onclick="state.source = some(); take('s')">new source</button>
+<button onclick="state.target = some(); draw()">new target</button>
+<button onclick="take('t')">take all from target</button> <button onclick="take('s')">reset</button>
+<span id="noisy"><button onclick="state.noise++; draw()">another noise</button> <small>solver steps
+</small> <input id="steps" type="number" min="1" aria-label="solver steps" onchange="draw()"></span>
+</section><div><div id="used"></div><details id="idle"><summary>tokens in little use</summary>
+</details><p>A dot is where the source is, a ring where the target. Point at the name of a token to
+see which places read it: yellow most, black least. <span id="notes"></span></p></div></main>
+<template><div class="token"><button class="name"></button><button>from target</button>
+<div class="slide"><i></i><i class="ring"></i><input type="range" step="any"></div></div></template>
+<script>
 const setup = SETUP, $ = id => document.getElementById(id), rows = []
 const some = () => Math.floor(Math.random() * setup.images)
-const state = {source: some(), target: some(), noise: 0, places: [], taken: []}
-let ends, maps = [], shown = null, wanted = null, busy = false, pairs = 0
-async function ask(path, fields) {
-  const answer = await fetch(path + "?" + new URLSearchParams(fields))
-  if (!answer.ok) throw Error(await answer.text())
-  return answer.json()
+const state = {source: some(), target: some(), noise: 0, tokens: setup.tokens.map(() => "s")}
+const take = word => { state.tokens.fill(word); draw() }
+let answer, hovered, next, busy
+function show() {                     // the last answer, and the sliders as they are asked for
+  if (!answer) return
+  const urls = [answer.images[0], answer.maps[hovered] ?? answer.images[2], answer.images[1]]
+  document.querySelectorAll("img").forEach((image, k) => image.src = urls[k])
+  rows.forEach(({low, high, box, slider, dots}, i) => {
+    const ends = answer.places.map(places => places[i]), word = state.tokens[i]
+    const min = Math.min(low, ...ends), max = Math.max(high, ...ends)
+    Object.assign(slider, {min, max, value: {s: ends[0], t: ends[1]}[word] ?? word})
+    dots.forEach((dot, k) =>          // a slider's thumb is 16 pixels wide
+      dot.style.left = `calc(8px + ${(ends[k] - min) / (max - min)} * (100% - 16px))`)
+    box.classList.toggle("taken", word === "t")
+  })
 }
-const failed = error => $("said").textContent = `no answer: ${error.message}`
-async function draw(quick) {          // of the states that come while one is drawn the last counts
-  wanted = {quick}
+async function draw(most = 200) {     // of the states that come while one is drawn the last counts
+  next = {...state, steps: Math.max(1, Math.min(most, setup.most, $("steps").value))}
+  show()
   if (busy) return
   busy = true
-  try { while (wanted) {
-    const began = performance.now(), most = Math.min(setup.most, +$("steps").value || 1)
-    const steps = wanted.quick ? Math.min(5, most) : Math.max(1, most)
-    wanted = null
-    const answer = await ask("draw", {...state, steps}), ms = performance.now() - began
-    $("drawn").src = answer.image; maps = answer.maps
-    const way = setup.steps ? `, ${steps} steps` : ""
-    $("said").textContent = `drawn in ${(ms / 1000).toFixed(2)} s${way}`
-    paint()
-  } } catch (error) { failed(error) } finally { busy = false }
-}
-function paint() {                    // dark where the token is read least, clear where most
-  const map = maps[shown]
-  $("map").style.visibility = map ? "visible" : "hidden"
-  if (!map) return
-  const low = Math.min(...map), high = Math.max(...map), pixels = new ImageData(16, 16)
-  map.forEach((weight, k) => pixels.data[4 * k + 3] = 215 * (high - weight) / (high - low || 1))
-  $("map").getContext("2d").putImageData(pixels, 0, 0)
-  $("said").textContent = `attention to token ${shown}: ${low.toFixed(2)} to ${high.toFixed(2)}`
-}
-function place(i, at, from) {         // token i at this place, from the source (0) or target (1)
-  const row = rows[i], both = [ends[0][i], ends[1][i]]
-  const low = Math.min(row.low, ...both), high = Math.max(row.high, ...both)
-  Object.assign(row.slider, {min: low, max: high, value: at})
-  row.dots.forEach((dot, k) =>        // a slider's thumb is 16 pixels wide
-    dot.style.left = `calc(8px + ${(both[k] - low) / (high - low)} * (100% - 16px))`)
-  row.box.classList.toggle("taken", from === 1)
-  state.places[i] = at; state.taken[i] = from
-}
-async function pair(reset) {
-  const turn = ++pairs
-  try {
-    const {images, places} = await ask("pair", {source: state.source, target: state.target})
-    if (turn !== pairs) return        // a later one is on its way
-    $("source").src = images[0]; $("target").src = images[1]; ends = places
-    if (reset) move(0)
-    else state.taken.forEach((from, i) => place(i, from ? ends[1][i] : state.places[i], from))
-    draw(false)
-  } catch (error) { failed(error) }
-}
-const move = from => { rows.forEach((_, i) => place(i, ends[from][i], from)); draw(false) }
-const actions = {s() { state.source = some(); pair(true) }, a() { move(1) }, r() { move(0) },
-  t() { state.target = some(); pair(false) }, n() { state.noise++; draw(false) }}
-function make(parent, tag, name, fields) {
-  return Object.assign(parent.appendChild(document.createElement(tag)), {className: name}, fields)
+  try { while (next) {
+    const began = performance.now(), query = new URLSearchParams(next)
+    next = null
+    const reply = await fetch("draw?" + query)
+    if (!reply.ok) throw Error(await reply.text())
+    answer = await reply.json()
+    show()
+    $("said").textContent = `drawn in ${((performance.now() - began) / 1000).toFixed(2)} s`
+  } } catch (error) { $("said").textContent = `no answer: ${error.message}` }
+  busy = false
 }
 for (const {i, name, idle, low, high} of setup.tokens) {
-  const box = make($(idle ? "idle" : "used"), "div", "token"), label = make(box, "button", "name")
-  label.append(name)
-  if (name !== "token " + i) make(label, "small", "", {textContent: " token " + i})
-  const slide = make(box, "div", "slide"), dots = [make(slide, "i"), make(slide, "i", "target")]
-  const slider = make(slide, "input", "", {type: "range", step: "any", ariaLabel: `${name} ${i}`})
-  rows[i] = {low, high, box, slider, dots, label}
-  slider.oninput = () => { place(i, +slider.value, state.taken[i]); draw(true) }
-  slider.onchange = () => draw(false)
-  make(box, "button", "", {textContent: "from target"}).onclick = () => {
-    const from = 1 - state.taken[i]; place(i, ends[from][i], from); draw(false) }
-  const pinned = () => rows.findIndex(row => row.label.ariaPressed === "true")
-  label.onmouseenter = label.onfocus = () => { shown = i; paint() }
-  label.onmouseleave = label.onblur = () => { shown = pinned(); paint() }
-  label.onclick = () => { const on = pinned() !== i   // at most one is kept
-    rows.forEach(row => row.label.ariaPressed = "false"); label.ariaPressed = String(on)
-    shown = on ? i : null; paint() }
+  const box = document.querySelector("template").content.firstChild.cloneNode(true)
+  const [label, other] = box.querySelectorAll("button"), slider = box.querySelector("input")
+  rows[i] = {low, high, box, slider, dots: box.querySelectorAll("i")}
+  label.textContent = slider.ariaLabel = name === `token ${i}` ? name : `${name} (token ${i})`
+  slider.oninput = () => { state.tokens[i] = slider.value; draw(5) }
+  slider.onchange = () => draw()
+  other.onclick = () => { state.tokens[i] = state.tokens[i] === "t" ? "s" : "t"; draw() }
+  label.onmouseenter = label.onfocus = () => { hovered = i; show() }
+  label.onmouseleave = label.onblur = () => { hovered = null; show() }
+  $(idle ? "idle" : "used").append(box)
 }
-for (const button of document.querySelectorAll("#tools button"))
-  button.onclick = actions[button.querySelector("u").textContent]
-onkeydown = event => { if (!event.ctrlKey && !event.metaKey && !event.altKey
-  && event.target.type !== "number") actions[event.key]?.() }
-$("run").textContent = setup.run; $("steps").onchange = () => draw(false)
 Object.assign($("steps"), {value: setup.steps, max: setup.most})
-for (const control of document.querySelectorAll(".noisy")) control.hidden = !setup.steps
-$("hint").textContent = ["A dot is where the source is, a ring where the target. Point at the name "
-  + "of a token to see where it is read; click to keep that.", ...setup.notes].join(" ")
-const idle = setup.tokens.filter(token => token.idle).length
-$("idle").hidden = !idle
-document.querySelector("summary").textContent = `${idle} tokens in little use`
-pair(true)
+$("run").textContent = setup.run; $("notes").textContent = setup.notes
+$("noisy").hidden = !setup.steps; $("idle").hidden = setup.tokens.every(token => !token.idle)
+draw()
 </script></html>"""
 
 
@@ -920,71 +835,61 @@ def token(word):
     return word if word == "all" else int(word)
 
 
-def add_verb(verbs, function, count=None, counted="random images", opens=True, **run):
-    """The subcommand of a function, with what all of them take. opens: it opens one run."""
-    purpose = function.__doc__
-    p = verbs.add_parser(function.__name__, help=purpose, description=purpose)
-    p.set_defaults(function=function, opens=opens)
-    p.set_defaults(data=None, sampler=None, steps=None, eta=None)  # verbs without these flags
-    run = run or {"nargs": "?", "help": "folder written by train.py, or file written by export;"
-                  f" default: the trained model that comes with the code, {SHIPPED.name}"}
-    p.add_argument("run", metavar="RUN", **run)
-    if count is not None:
-        p.add_argument("--count", type=int, default=count or None, metavar="N",
-                       help=f"number of {counted} (default: {count or 'all'})")
-    if opens:
-        p.add_argument("--data", metavar="PATH", help="dataset to take images from, if not the "
-                       "one that the run was trained on or if that has moved")
-    p.add_argument("--seed", type=int, default=0, help="fixes all that is random (default: 0)")
-    p.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: the best here")
-    p.add_argument("--out", metavar="FILE", help="default: in the run's folder; in the working "
-                   "directory if RUN is a file")
-    return p
-
-
-def samplers(p, several=False):
-    """How to draw: a picture by one sampler, a table with a line for each of several."""
-    p.add_argument("--sampler", choices=tuple(encdiff.SAMPLERS), nargs="+" if several else 1,
-                   help="default: dpm" + "; all of them" * (p.prog.endswith("complexity")))
-    p.add_argument("--steps", type=int, metavar="N", nargs="+" if several else 1,
-                   help="solver steps (default: dpm 20, ddim 200, ddpm all timesteps)")
-    p.add_argument("--eta", type=float, help="noise that ddim adds, 0 (default) to 1")
-    return p
-
-
-def tokens(p):
-    p.add_argument("--tokens", type=token, nargs="+", metavar="I", help="rows to show: numbers "
-                   "of tokens, or all (default: the most important one of each factor)")
-    return p
+FLAGS = {
+    "run": dict(metavar="RUN", nargs="?", help="folder written by train.py, or file written by "
+                f"export; default: the trained model that comes with the code, {SHIPPED.name}"),
+    "runs": dict(dest="run", metavar="RUN", nargs="+", help="folders written by train.py"),
+    "trained": dict(dest="run", metavar="RUN", help="folder written by train.py"),
+    "file": dict(metavar="FILE", help="file to write: runs/small-0.pt, say"),
+    "--count": dict(type=int, metavar="N", help="number of images, or in traverse of values of a "
+                    "token (default: %(default)s; None means all)"),
+    "--tokens": dict(type=token, nargs="+", metavar="I", help="rows to show: numbers of tokens, or "
+                     "all (default: the most important one of each factor)"),
+    "--sampler": dict(choices=tuple(encdiff.SAMPLERS), nargs="+", help="one for a picture, several "
+                      "for a table (default: dpm; complexity: all of them)"),
+    "--steps": dict(type=int, nargs="+", metavar="N", help="solver steps of each sampler "
+                    "(default: dpm 20, ddim 200, ddpm all timesteps)"),
+    "--lpips": dict(nargs=2, metavar="FILE", help="weights: torchvision's AlexNet, then alex.pth "
+                    "of the lpips package"),
+    "--gif": dict(action="store_true", help="one animation instead, with four images"),
+    "--port": dict(type=int, default=0, help="default: one that is free"),
+    "--no-browser": dict(action="store_true", help="print the address, open nothing"),
+    "--data": dict(metavar="PATH", help="dataset to take images from, if not the one that the run "
+                   "was trained on or if that has moved"),
+    "--seed": dict(type=int, default=0, help="fixes all that is random (default: 0)"),
+    "--device": dict(choices=("cuda", "mps", "cpu"), help="default: the best here"),
+    "--out": dict(metavar="FILE", help="default: in the run's folder; in the working directory if "
+                  "RUN is a file"),
+}
+DRAW, COMMON = "--sampler --steps", " --data --seed --device --out"
+VERBS = {  # the usual --count, and the flags that a verb takes besides the common ones
+    reconstruct: (256, "run --count --lpips " + DRAW),
+    swap: (8, "run --count --tokens " + DRAW),
+    traverse: (9, "run --count --tokens --gif " + DRAW),
+    attention: (8, "run --count --tokens " + DRAW),
+    generate: (32, "run --count " + DRAW),
+    importance: (None, "run"),
+    kl: (256, "run --count"),
+    worth: (256, "run --count"),
+    curves: (None, "runs"),
+    argument: (None, "runs"),
+    complexity: (None, "run " + DRAW),
+    encode: (None, "run --count"),
+    export: (None, "trained file"),
+    explore: (None, "run --port --no-browser"),
+}
 
 
 def build_parser():
     """One subcommand a verb; what a verb does is the docstring of its function."""
     parser = train.Parser("sample.py", description=__doc__.splitlines()[0])
     verbs = parser.add_subparsers(dest="verb", metavar="VERB")
-    verb = functools.partial(add_verb, verbs)
-    samplers(verb(reconstruct, 256), True).add_argument(
-        "--lpips", nargs=2, metavar="FILE",
-        help="weights: torchvision's AlexNet, then alex.pth of the lpips package")
-    tokens(samplers(verb(swap, 8)))
-    tokens(samplers(verb(traverse, 9, "values of a token"))).add_argument(
-        "--gif", action="store_true", help="one animation instead, with four images")
-    tokens(samplers(verb(attention, 8))).add_argument(
-        "--per", choices=("layer", "timestep"), help="one image, and a column for each")
-    samplers(verb(generate, 32))
-    verb(importance)
-    verb(kl, 256)
-    verb(worth, 256)
-    runs = {"nargs": "+", "opens": False, "help": "folder written by train.py"}
-    verb(curves, **runs)
-    verb(argument, **runs)
-    samplers(verb(complexity), True)
-    verb(encode, 0)
-    p = verb(export, help="folder written by train.py")
-    p.add_argument("file", metavar="FILE", help="file to write: runs/small-0.pt, say")
-    p = samplers(verb(explore))
-    p.add_argument("--port", type=int, default=0, help="default: one that is free")
-    p.add_argument("--no-browser", action="store_true", help="print the address, open nothing")
+    for function, (count, flags) in VERBS.items():
+        p = verbs.add_parser(function.__name__, help=function.__doc__, description=function.__doc__)
+        p.set_defaults(function=function, **{flag.strip("-"): None for flag in FLAGS})
+        for flag in (flags + COMMON).split():
+            p.add_argument(*[flag] * ("dest" not in FLAGS[flag]), **FLAGS[flag])
+        p.set_defaults(count=count)
     return parser
 
 
@@ -995,26 +900,20 @@ def parse(arguments):
     if args.verb is None:
         say(parser.format_help())
         return None
-    for path in filter(None, (args.out, getattr(args, "file", None))):
+    for path in filter(None, (args.out, args.file)):
         train.need(Path(path).absolute().parent.is_dir(), "out", path,
                    "a file in a folder that exists")
     train.need(0 <= args.seed < 2**63, "seed", args.seed, "0 to 2^63 - 1")
-    count = getattr(args, "count", None)
-    train.need(count is None or count >= 1, "count", count, "at least 1")
+    train.need(args.count is None or args.count >= 1, "count", args.count, "at least 1")
     return args
 
 
 def main(arguments=None):
     """Run one verb. Raises ValueError or OSError, one line, for what a user gets wrong."""
     args = parse(arguments)
-    if args is None:
-        return
-    if not args.opens:
-        args.function(args)
-    elif args.function is kl and not args.run:
-        kl(None, args)
-    else:
-        args.function(Trained(args), args)
+    if args:
+        unopened = isinstance(args.run, list) or args.function is kl and not args.run
+        args.function(args.run if unopened else Trained(args), args)
 
 
 if __name__ == "__main__":
