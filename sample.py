@@ -4,8 +4,8 @@ WHERE     Read last, after train.py. Reads a run and its dataset; imports all th
 PAPER     arXiv 2402.09712, Figures 2(b) and 5-9, Tables 5 and 8. Eq. (5) is in encdiff.py.
 SHAPES    B images, N tokens, K columns of a picture, S image side; images (B, 3, S, S) in [-1, 1].
 IDEA      How to read the pictures. All rows share their noise z_T: what differs is the token.
-            swap        a row takes ONE token from the target: compared with the row "redrawn", only
-                        the factor that names the row should change
+            swap        a row takes the tokens of ONE factor from the target: compared with the row
+                        "redrawn", only that factor should change
             traverse    one token takes the values that it has in the data, lowest to highest
             attention   which places of the image read a token; each row has its own colour scale
             generate    every token from another image: each combination should be a good picture
@@ -269,7 +269,7 @@ def token_rows(run, args):
         first = {name: i for i, name in reversed(names.items())}
         wanted = [i for name, i in first.items() if name != "none"]
         missing = [name for name in run.factor_names if name not in first]
-        say("a row a factor, that of its most important token (--tokens all: a row a token)"
+        say("a row a factor (--tokens all: a row a token)"
               + f"; no token is named by: {', '.join(missing)}" * bool(missing))
     for i in wanted or ():
         train.need(i == "all" or 0 <= i < N, "tokens", i,
@@ -304,13 +304,17 @@ def reconstruct(run, args):
 
 
 def swap(run, args):
-    """source, target, and the source with one token at a time from the target (Figures 5, 7, 8)"""
-    (tokens, labels), K = token_rows(run, args), args.count
+    """source, target, and the source with one factor's tokens from the target (Figures 5, 7, 8)"""
+    (tokens, labels), K, names = token_rows(run, args), args.count, named_tokens(run)
+    groups = [[i] for i in tokens]
+    if names and not args.tokens:  # all tokens of a factor: it may be spread over several
+        groups = [[j for j in names if names[j] == names[i]] for i in tokens]
+        labels = [f"{names[group[0]]}\ntoken " + " ".join(map(str, group)) for group in groups]
     source, target = run.images(2 * K).split(K)
     codes, other, noise = run.codes(source), run.codes(target), run.noise(K)
-    swapped = torch.stack([codes] * (1 + len(tokens)))  # (rows, K, N) or (rows, K, N, d)
-    for row, i in enumerate(tokens, 1):  # row 0 shows what the source's own tokens draw
-        swapped[row, :, i] = other[:, i]
+    swapped = torch.stack([codes] * (1 + len(groups)))  # (rows, K, N) or (rows, K, N, d)
+    for row, group in enumerate(groups, 1):  # row 0 shows what the source's own tokens draw
+        swapped[row][:, group] = other[:, group]
     drawn = run.draw(swapped.flatten(0, 1), noise.repeat(len(swapped), 1, 1, 1)).split(K)
     labels = ["source", "target", "redrawn\nall of the source", *labels]
     save(args, run.folder, grid([source, target, *drawn], labels))

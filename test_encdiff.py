@@ -499,6 +499,7 @@ def test_scores_of_scalars_and_of_tokens_and_what_is_left(tmp_path, monkeypatch)
     run = train.Run(tmp_path, train.Config(**TINY), train.Machine("cpu"))
     # A token that is its scalar along some direction must score as the scalar does.
     axes = torch.randn(6, 8)
+    model.encoder.out.weight.data *= 1000  # or untrained codes count as not active
     model.token_map.forward = lambda codes: codes[..., None] * axes
     scores = train.score(run, dataset, model, 1500, 500, mapped=True)
     assert [scores[f"mapped_{k}"] for k in train.Run.SCORES] == pytest.approx(
@@ -512,7 +513,8 @@ def test_scores_of_scalars_and_of_tokens_and_what_is_left(tmp_path, monkeypatch)
 
 def test_the_compute_of_small_is_what_whole_steps_took(monkeypatch):
     monkeypatch.setattr(train, "ENCODER_WIDTH", 64)
-    flops = train.step_flops(train.Config(**train.SMALL))  # counted in whole steps, before
+    before = {**train.SMALL, "optimizer": "adamw", "encoder": "cnn_bn"}  # counted in whole steps
+    flops = train.step_flops(train.Config(**before))
     assert flops == pytest.approx({"first stage": 16.9e9, "joint training": 31.8e9}, rel=0.01)
 
 
@@ -1926,6 +1928,7 @@ def test_files_to_be_copied_import_nothing_of_ours():
 
 def test_readmes_snippets_print_what_it_says(monkeypatch, capsys):
     monkeypatch.chdir(HERE)
+    monkeypatch.setattr(train, "ENCODER_WIDTH", 64)
     for snippet in re.findall(r"```python\n(.*?)```", README, re.S):
         exec(snippet, {})
         assert capsys.readouterr().out == "".join(re.findall(r"^# (.*\n)", snippet, re.M)), snippet
