@@ -759,7 +759,7 @@ figure { margin: 0 } img { width: 100%; aspect-ratio: 1; display: block; border-
 small, p, summary, figcaption { opacity: .7 } figcaption { padding-top: 4px }
 .token, button { border: 1px solid #8884; border-radius: 8px; padding: 4px 10px; margin: 0 0 6px }
 .token { display: flex; flex-wrap: wrap; align-items: center; gap: 4px 10px; --thumb: #2a8ccc }
-button { background: #8881; color: inherit } .name { flex: 1 0 10em; text-align: left }
+button { background: #8881; color: inherit } .name { flex: 1 0 13em; text-align: left }
 .taken { --thumb: #dd6b1c } .slide { flex: 9 1 250px; position: relative }
 [type=range] { width: 100%; margin: 0 0 9px; height: 20px; accent-color: var(--thumb) }
 i { width: 9px; height: 9px; border-radius: 5px; border: 5px solid #2a8ccc; display: inline-block }
