@@ -59,6 +59,9 @@ import unet
 import vq
 
 HERE = Path(__file__).parent
+# A shell's background job begins with Ctrl-C ignored, nohup with a closed terminal.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # Sizes and constants with which a training step takes milliseconds.
 vq.KINDS["tiny"] = dict(channels=32, multipliers=(1,), blocks=1, latent_channels=3, patch=4,
                         codebook_size=64)
