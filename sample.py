@@ -412,10 +412,12 @@ def generate(run, args):
 
 
 def some_timesteps(T):
+    """Twelve timesteps from about T/100, but at least 2, up to T: a list of integers."""
     return torch.linspace(0.01 * T, T, 12).round().long().clamp(min=2).tolist()
 
 
 def say_row(name, values):
+    """Print a row of a table: its name and its numbers, each to four significant digits."""
     say(f"{name:14s}" + "".join(f" {value:9.4g}" for value in values))
 
 
@@ -836,6 +838,7 @@ draw()
 
 
 def token(word):
+    """An argument of --tokens: "all" or a number; ValueError, which argparse reports, otherwise."""
     return word if word == "all" else int(word)
 
 
