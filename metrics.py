@@ -595,8 +595,8 @@ def read_table(path):
     try:
         with np.load(path) as table:
             return table["codes"], table["factors"]
-    except OSError:
-        raise
+    except OSError as error:
+        raise OSError(f"{path} cannot be read: {error.strerror or error}") from None
     except Exception:  # a dozen kinds, whose words are for programmers or advise unsafe loading
         raise ValueError(f"{path} is damaged or lacks an array of numbers; expected an .npz by "
                          f"np.savez(path, codes=codes, factors=factors)") from None

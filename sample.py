@@ -543,13 +543,6 @@ def curves(folders, args):
     save(args, folders[0], canvas)
 
 
-def training_tflop(config):
-    """TFLOP of a whole run of this config: (first stage, joint training)."""
-    flops = train.step_flops(config)
-    return (flops["first stage"] * config.vq_steps / 1e12,
-            flops["joint training"] * config.steps / 1e12)
-
-
 def method(config):
     """What the method of a run is called: the nearest preset, and what differs from that."""
     aside = ("cache", "seed", "precision", "first_stage", "log_every", "score_every")
@@ -567,7 +560,7 @@ def argument(folders, args):
     methods = {}  # {name: {TFLOP: [D of each run]}}
     for folder in folders:
         _, config, about = train.load_run(folder)
-        first, joint = training_tflop(config)
+        first, joint = train.training_tflop(config, train.step_flops(config))
         points = methods.setdefault(method(config), {})
         reached = [(int(row["step"]), row["disentanglement"]) for row in read_log(folder)]
         for step, D in [*reached, (config.steps, about["scores"].get("disentanglement"))]:
@@ -605,7 +598,7 @@ def complexity(run, args):
         flops[name] = counter.get_total_flops()
         count = sum(p.numel() for p in module.parameters())
         say(f"{name:12s}{count:14,d}{flops[name] / 1e6:16,.1f}")
-    first, joint = training_tflop(run.config)
+    first, joint = train.training_tflop(run.config, train.step_flops(run.config))
     say(f"\ntraining: first stage {first:,.1f} TFLOP, joint training {joint:,.1f} TFLOP, "
           f"together {first + joint:,.1f}")
     say(f"\nsampler             passes   GFLOPs a sample   seconds a sample, on {run.device}")

@@ -339,7 +339,8 @@ class Optimizer:
     denoiser and decoder: not for the layers where they begin and end, nor for the token maps.
     """
 
-    OUTER = r"token_map|conv_in|conv_out|encoder\.(out|1)\.|decoder\.0\.|positions|start"
+    OUTER = (r"token_map|conv_in|conv_out|encoder\.(0\.)?(out|1)\.|decoder\.0\.|"
+             r"positions|queries|start")
 
     def __init__(self, model, config, lr, **adamw):
         rest = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -418,6 +419,13 @@ def step_flops(config):
             flops[stage] = batch * image_flops.get_total_flops() + rest.get_total_flops()
             first.requires_grad_(False)  # the first stage is frozen before the second begins
     return flops
+
+
+def training_tflop(config, flops):
+    """TFLOP of a run's first stage, 0 if it was borrowed, and of its joint training; flops: of
+    one step of each, as from step_flops."""
+    steps = (0 if config.first_stage else config.vq_steps, config.steps)
+    return [n * flops[stage] / 1e12 for n, stage in zip(steps, Run.STAGES)]
 
 
 class Machine:
@@ -713,8 +721,7 @@ class Run:
     def finish(self, scores):
         """metrics.json, progress.gif and the last lines of a run."""
         self.gif()
-        steps = (0 if self.config.first_stage else self.config.vq_steps, self.config.steps)
-        tflop = [n * flops / 1e12 for n, flops in zip(steps, self.flops.values())]
+        tflop = training_tflop(self.config, self.flops)
         minutes = (time.monotonic() - self.began) / 60
         content = {"config": dataclasses.asdict(self.config), "commit": self.commit,
                    "tflop": sum(tflop), **scores}
