@@ -4,8 +4,7 @@ WHERE     read after metrics.py, before train.py.  Imports numpy, torch, h5py, p
 PAPER     arXiv 2402.09712v2, Sec. 4.1: Shapes3D, MPI3D, Cars3D, CelebA.  No equation lives here.
 SHAPES    B images, F factors, S image size (64 unless asked).  images (B, 3, S, S) uint8, 0..255;
           factors (B, F) int64: column j runs over 0 .. factor_sizes[j] - 1.
-IDEA      3D Shapes is one room seen 480,000 times.  Six factors number the images, the last one
-          turning fastest:
+IDEA      3D Shapes is one room seen 480,000 times.  Six factors number the images:
             ((((floor * 10 + wall) * 10 + object) * 8 + scale) * 4 + shape) * 15 + orientation
           Three of them are only colours.  So we cast rays once for the 8 * 4 * 15 = 480 geometries,
           keep what light does to floor, wall and object apart, and paint any image on demand:
@@ -16,7 +15,6 @@ DIFFERS   from the real 3D Shapes: the scene is fitted to fifty published images
           are only suggested.  What is not used of a dataset's files or labels, its note says.
 TRY       python data.py                        what is rendered
           python data.py --grid grid.png        a picture of fifty images
-          python data.py --write shapes3d.h5    the official file's format
           python data.py --data PATH            what is in there
 """
 import argparse
@@ -202,19 +200,20 @@ class Dataset:
     factor_sizes: tuple = ()
     attribute_names: tuple = ()         # a dataset has factors or attributes, not both
     note: str = ""                      # what of its files or labels is not used, and why
-    table: np.ndarray = None            # (count, F or 40): either of them
+    table: np.ndarray = None            # (count, F or 40): the factors or attributes
     pixels: np.ndarray = None           # (count, 3, size, size) uint8, mapped from disk
 
     def __len__(self):
         return self.count
 
     def __str__(self):
-        labels = ", ".join(f"{n} {k}" for n, k in zip(self.factor_names, self.factor_sizes))
-        labels = f"factors {labels}" if labels else "no factors"
-        if self.attribute_names:
-            labels += f", {len(self.attribute_names)} attributes"
+        factors = ", ".join(f"{n} {k}" for n, k in zip(self.factor_names, self.factor_sizes))
+        labels = f"factors {factors}" if factors else f"{len(self.attribute_names)} attributes"
         about = f"{self.name}: {self.count:,} images of {self.size}x{self.size}, {labels}"
         return f"{about}; {self.note}" if self.note else about
+
+    def add_note(self, text):
+        self.note += "; " * bool(self.note) + text
 
     def images(self, indices):
         """(B, 3, S, S) uint8."""
@@ -222,7 +221,7 @@ class Dataset:
 
     def factors(self, indices):
         """(B, F) int64."""
-        return torch.from_numpy(self.table[np.asarray(indices)]).long()[:, :len(self.factor_names)]
+        return self.attributes(indices)[:, :len(self.factor_names)]
 
     def attributes(self, indices):
         """(B, 40) int64, 0 or 1, of CelebA."""
@@ -246,9 +245,6 @@ class Dataset:
         digest = hashlib.sha256(pixels + np.asarray(self.table, "<i4").tobytes()).hexdigest()[:16]
         return {"count": self.count, "size": self.size, "factor_names": list(self.factor_names),
                 "factor_sizes": list(self.factor_sizes), "digest": digest}
-
-    def add_note(self, text):
-        self.note += "; " * bool(self.note) + text
 
 
 class RenderedShapes3D(Dataset):
@@ -284,12 +280,11 @@ def open_dataset(path=None, size=64, cache=None):
         raise ValueError(f"image size {size}; expected 32, 64 or 128")
     if path is None:
         return RenderedShapes3D(size)
-    path = Path(path)
-    if not path.exists():
+    if not os.path.exists(path):
         raise FileNotFoundError(f"{path} does not exist; expected a dataset file or a folder")
+    where = Path(path).resolve()
     with reading(path):
-        where = path.resolve()
-        files, note = files_below(path) if path.is_dir() else ([where], "")
+        files, note = files_below(where) if where.is_dir() else ([where], "")
         seen = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         stamp = hashlib.sha256(ascii(seen).encode()).hexdigest()    # changes if the source does
     place = f"{zlib.crc32(os.fsencode(where)):08x}-" if cache else ""    # names alone may be equal
@@ -298,8 +293,8 @@ def open_dataset(path=None, size=64, cache=None):
     dataset = read_cache(*paths, stamp)
     if dataset is None:
         with reading(path):
-            found, blocks = (found_folder(where, size, files, note) if path.is_dir()
-                             else found_file(path, size))
+            found, blocks = (found_folder(where, size, files, note) if where.is_dir()
+                             else found_file(where, size))
         convert(found, blocks, *paths, stamp)
         dataset = read_cache(*paths, stamp)
     return dataset
@@ -340,18 +335,15 @@ def decode(picture):
 
 def limits(blocks):
     """The numbers that mean black and white in these arrays: the first pair below that holds all
-    values, whatever the array is called; else their own least and greatest.  Whole numbers may be
-    a camera's, of 10 to 16 bits."""
+    values, whatever the array is called; else their own least and greatest."""
     low, high = np.inf, -np.inf
     for block in blocks:
         known = np.nan_to_num(block, posinf=0, neginf=0)
         low, high = min(low, known.min()), max(high, known.max())
         if block.dtype == np.uint8 and high > 1:
             break                               # so the rest cannot matter, and may be gigabytes
-    pairs = [(0, 1), (-0.5, 0.5), (-1, 1), (0, 255)]
-    if block.dtype.kind in "iu":
-        pairs += [(0, 2 ** bits - 1) for bits in (10, 12, 14, 16)]
-    for black, white in pairs:
+    bits = (10, 12, 14, 16) if block.dtype.kind in "iu" else ()         # a camera's
+    for black, white in [(0, 1), (-0.5, 0.5), (-1, 1), (0, 255), *((0, 2 ** b - 1) for b in bits)]:
         slack = (white - black) / 1000          # what resizing or rounding may have added
         if black - slack <= low and high <= white + slack:
             return black, white
@@ -399,6 +391,8 @@ def add_labels(found, labels, names=()):
     if {column.shape for column in columns} != {(found.count,)}:
         raise ValueError(f"shape {getattr(labels, 'shape', '')}; expected {found.count:,} rows")
     if len(names) != len(columns):
+        if len(names) and names is not DSPRITES:
+            found.add_note(f"factor_names not used: {len(names)} names for {len(columns)} factors")
         names = FACTORS if are_shapes3d(columns) else [f"factor {j}" for j in range(len(columns))]
     factors, refused = [], []                   # (name, number of levels, level of each image)
     for name, column in zip(names, columns):
@@ -440,7 +434,7 @@ def number(column):
     return len(levels), numbers
 
 
-# ---- 4. Recognising what people have -----------------------------------------------------------
+# ---- 4. HDF5 and .npz files --------------------------------------------------------------------
 # Full grids that come without labels, told apart by their number of images; last factor fastest.
 MPI3D = ("object colour", "object shape", "object size", "camera height", "background colour",
          "horizontal axis", "vertical axis")
@@ -452,14 +446,31 @@ GRIDS = {TOTAL: ("Shapes3D", FACTORS, SIZES),
          737280: ("dSprites", DSPRITES[1:], (3, 6, 40, 32, 32))}
 IMAGE_KEYS = ("images", "imgs", "image")
 LABEL_KEYS = ("factors", "labels", "label", "latents_classes", "latents/classes", "classes")
-PICTURES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".avif", ".webp", ".gif", ".bmp",
-            ".tif", ".tiff", ".tga", ".ppm", ".pgm", ".pbm", ".pnm")
-ATTRIBUTES = ("list_attr_celeba.txt", "list_attr_celeba.csv")
-USEFUL = (*PICTURES, "_mesh.mat", "list.txt", *ATTRIBUTES)      # endings of files that we read
-CELEBA_SHAPE, CELEBA_CROP = (218, 178), np.s_[57:185, 25:153]               # rows, columns
-NO_DATA = ("__MACOSX", "Thumbs.db", "desktop.ini", "@eaDir")    # hidden, but without a dot
 BLOCK = 1 << 25                                                 # bytes read at a time
-STEP = 296657       # of --limit: shares no factor with 480,000 and is near its golden section
+
+
+def found_file(path, size):
+    """An HDF5's or .npz's Dataset, not yet converted, with its labels if it has any; and its images
+    in order, as blocks (b, 3, size, size) uint8."""
+    if not path.is_file() or not (h5py.is_hdf5(path) or zipfile.is_zipfile(path)):
+        start = path.open("rb").read(24) if path.is_file() else "no file"
+        raise ValueError("it is no complete HDF5 (.h5) or .npz file, and no folder of pictures, "
+                         f"but {start}")
+    arrays = h5py.File(path) if h5py.is_hdf5(path) else np.load(path)
+    key, shape = find_images(arrays)
+    found = Dataset(path.stem, shape[0], size, table=np.zeros((shape[0], 0)))
+    find_labels(found, arrays)
+
+    def blocks():
+        with reading(path):
+            rows = lambda: itertools.islice(read_rows(arrays, key), 1, None)
+            black, white = limits(rows())
+            for block in rows():
+                if len(shape) == 4 and shape[1] <= 4 < shape[3]:
+                    block = block.transpose(0, 2, 3, 1)         # (b, c, h, w) -> (b, h, w, c)
+                yield shrink(to_bytes(block, black, white), size)
+
+    return found, blocks()
 
 
 def read_rows(arrays, key):
@@ -470,8 +481,7 @@ def read_rows(arrays, key):
         yield array.shape, array.dtype
         step = (array.chunks or [1])[0]         # a chunk cut in two would be decompressed twice
         step *= max(1, BLOCK // (step * array[:1].nbytes))
-        for at in range(0, len(array), step):
-            yield array[at:at + step]
+        yield from (array[at:at + step] for at in range(0, len(array), step))
         return
     with arrays.zip.open(key + ".npy") as file:
         np.lib.format.read_magic(file)
@@ -497,8 +507,8 @@ def find_images(arrays):
     fit = [key for key in IMAGE_KEYS if key in fit][:1] or fit
     if len(fit) != 1:
         known = [f"{k} {held[k][1]} {held[k][0]}" if k in held else k for k in arrays]
-        raise ValueError(f"it holds {', '.join(known[:9])}; expected 'images', numbers of shape "
-                         "(n, h, w), (n, h, w, 1 to 4) or (n, 1 to 4, h, w)")
+        raise ValueError(f"it holds {', '.join(known[:9]) or 'nothing'}; expected 'images', numbers"
+                         " of shape (n, h, w), (n, h, w, 1 to 4) or (n, 1 to 4, h, w)")
     return fit[0], held[fit[0]][0]
 
 
@@ -514,7 +524,7 @@ def find_labels(found, arrays):
         names = DSPRITES if key.startswith("latents") else ()
         try:
             hdf5 = isinstance(arrays, h5py.File)
-            for place in [arrays] + ([arrays.attrs, arrays[key].attrs] if hdf5 else []):
+            for place in [arrays, arrays.attrs, arrays[key].attrs] if hdf5 else [arrays]:
                 names = np.ravel(place["factor_names"]) if "factor_names" in place else names
         except Exception as error:
             found.add_note(f"factor_names not used: {error}")
@@ -526,51 +536,36 @@ def find_labels(found, arrays):
             break
 
 
-def found_file(path, size):
-    """An HDF5's or .npz's Dataset, not yet converted, with its labels if it has any; and its images
-    in order, as blocks (b, 3, size, size) uint8."""
-    if not path.is_file() or not (h5py.is_hdf5(path) or zipfile.is_zipfile(path)):
-        start = path.open("rb").read(24) if path.is_file() else "no file"
-        raise ValueError("it is no complete HDF5 (.h5) or .npz file, and no folder of pictures, "
-                         f"but {start}")
-    arrays = h5py.File(path) if h5py.is_hdf5(path) else np.load(path)
-    key, shape = find_images(arrays)
-    found = Dataset(path.stem, shape[0], size)
-    find_labels(found, arrays)
-
-    def blocks():
-        with reading(path):
-            rows = lambda: itertools.islice(read_rows(arrays, key), 1, None)
-            black, white = limits(rows())
-            for block in rows():
-                if len(shape) == 4 and shape[1] <= 4 < shape[3]:
-                    block = block.transpose(0, 2, 3, 1)         # (b, c, h, w) -> (b, h, w, c)
-                yield shrink(to_bytes(block, black, white), size)
-
-    return found, blocks()
+# ---- 5. Folders: pictures, CelebA, Cars3D ------------------------------------------------------
+PICTURES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".avif", ".webp", ".gif", ".bmp",
+            ".tif", ".tiff", ".tga", ".ppm", ".pgm", ".pbm", ".pnm")
+ATTRIBUTES = ("list_attr_celeba.txt", "list_attr_celeba.csv")
+USEFUL = (*PICTURES, "_mesh.mat", "list.txt", *ATTRIBUTES)      # endings of files that we read
+CELEBA_SHAPE, CELEBA_CROP = (218, 178), np.s_[57:185, 25:153]               # rows, columns
+NO_DATA = ("__MACOSX", "Thumbs.db", "desktop.ini", "@eaDir")    # hidden, but without a dot
 
 
 def files_below(folder):
     """-> the useful files in a folder, sorted, and a note of what is left out.  Follows links to
     folders, but enters each folder once: a link upwards would never end."""
     files, left, unreadable = [], collections.Counter(), []
-    seen = {str(parent) for parent in folder.resolve().parents}
+    entered = {str(parent) for parent in folder.parents}
     for here, folders, names in os.walk(folder, onerror=unreadable.append, followlinks=True):
         run = "config.json" in names and ("checkpoint.pt" in names or "lock" in names)
         left["folders of runs"] += run          # their pictures are of a dataset, not in it
-        if run or os.path.realpath(here) in seen:
+        if run or os.path.realpath(here) in entered:
             folders.clear()
             continue
-        seen.add(os.path.realpath(here))
+        entered.add(os.path.realpath(here))
         shown = {n for n in folders + names if not n.startswith(".") and n not in NO_DATA}
         left["hidden files or folders"] += len(folders) + len(names) - len(shown)
         folders[:] = sorted(shown & {*folders})
-        useful = [Path(here, n) for n in shown & {*names} if n.lower().endswith(USEFUL)]
+        useful = [Path(here, name) for name in shown & {*names} if name.lower().endswith(USEFUL)]
         useful = [file for file in useful if os.path.isfile(file)]      # no link to nothing
         left["other files"] += len(shown) - len(folders) - len(useful)
         files += useful
     # CelebA's list of labels may lie beside the images or, as Kaggle packs it, a level higher.
-    files += [parent / name for parent in folder.resolve().parents[:2] for name in ATTRIBUTES
+    files += [parent / name for parent in folder.parents[:2] for name in ATTRIBUTES
               if os.path.isfile(parent / name)]
     left["unreadable folders"] = len(unreadable)
     note = ", ".join(f"{kind} ({count})" for kind, count in left.items() if count)
@@ -578,39 +573,37 @@ def files_below(folder):
 
 
 def found_folder(path, size, files, note):
-    """A folder of pictures, of CelebA if its list names them all; or Cars3D's .mat files."""
+    """Like found_file: a folder of pictures, of CelebA if its list names them all; or Cars3D."""
     cars = {file.stem: file for file in files if file.name.endswith("_mesh.mat")}
     order = [Path(name).stem for file in files if file.name == "list.txt"
              for name in file.read_text().split()]              # the folder's own order differs
-    cars = [cars[name] for name in dict.fromkeys([*order, *cars]) if name in cars]
     lists = [file for file in files if file.name in ATTRIBUTES]
-    files = cars or [file for file in files if file.name.lower().endswith(PICTURES)]
+    files = ([cars[name] for name in dict.fromkeys([*order, *cars]) if name in cars]
+             or [file for file in files if file.name.lower().endswith(PICTURES)])
     if not files:
         raise ValueError(f"it holds no pictures ({' '.join(PICTURES)}) and no car_*_mesh.mat; "
                          f"{note or 'it is empty'}")
-    found = Dataset(path.resolve().name, len(files), size, note=note)
+    found = Dataset(path.name, len(files), size, note=note, table=np.zeros((len(files), 0)))
     if cars:
-        found.name, found.count = "Cars3D", 96 * len(cars)
-        add_labels(found, grid((len(cars), 4, 24))[:, [1, 2, 0]], GRIDS[17568][1])
+        found.name, found.count = "Cars3D", 96 * len(files)
+        add_labels(found, grid((len(files), 4, 24))[:, [1, 2, 0]], GRIDS[17568][1])
     elif lists:
         add_attributes(found, lists[0], files)
 
     def blocks():
-        bad = []                                                # files left out
+        good, bad = np.ones(len(files), bool), 0
         for k, file in enumerate(files):
             try:
                 yield read_images(file, size, crop=found.attribute_names)
             except Exception as error:      # Pillow raises whatever its many decoders raise
-                bad.append(k)
-                say(f"left out {file} ({error}), {len(bad)} so far")
-                if len(bad) > max(1, len(files) // 100) or len(bad) == len(files):
-                    raise ValueError(f"{path}: {len(bad)} of {k + 1} files cannot be read, the last"
-                                     f" {file} ({error}); expected at most 1%") from None
+                good[k], bad = False, bad + 1
+                say(f"left out {file} ({error}), {bad} so far")
+                if bad > max(1, len(files) // 100) or bad == len(files):
+                    raise ValueError(f"{path}: {bad} of {k + 1} files cannot be read, the last "
+                                     f"{file} ({error}); expected at most 1%") from None
         if bad:
-            found.add_note(f"left out: damaged files ({len(bad)})")
-        if found.table is not None:         # -> (files, images of each, F)
-            table = found.table.reshape(len(files), -1, found.table.shape[1])
-            found.table = np.concatenate(np.delete(table, bad, 0))
+            found.add_note(f"left out: damaged files ({bad})")
+        found.table = found.table[good.repeat(len(found.table) // len(files))]
 
     return found, blocks()
 
@@ -619,7 +612,7 @@ def read_images(file, size, crop):
     """-> (1, 3, S, S) of a picture, cropped to the face if it is CelebA's and not a resized copy;
     (96, 3, S, S) of one of Cars3D's models, whose `im` is (h, w, 3, azimuth, elevation)."""
     if file.name.endswith(".mat"):
-        im = read_mat(file, "im")
+        im = read_mat(file)
         return shrink(im.transpose(4, 3, 0, 1, 2).reshape(96, *im.shape[:3]), size)
     with Image.open(file) as picture:
         image = decode(picture)
@@ -642,20 +635,18 @@ def add_attributes(found, path, files):
     found.table = np.array([rows[file.stem] for file in files]) == "1"
 
 
-def read_mat(path, name):
-    """One uint8 array of a MATLAB file: level 5, or 7.3, which is HDF5."""
+def read_mat(path):
+    """The uint8 array `im` of a MATLAB file: of level 5, or of 7.3, which is HDF5."""
     if h5py.is_hdf5(path):
         with h5py.File(path) as f:
-            return f[name][()].T                                # MATLAB counts columns first
+            return f["im"][()].T                                # MATLAB counts columns first
     for kind, body in mat_elements(path.read_bytes()[128:]):
         if kind == 15:                                          # miCOMPRESSED
             kind, body = next(mat_elements(zlib.decompress(body)))
-        if kind == 14:                                          # miMATRIX
-            _, (_, shape), (_, label), (_, values) = list(mat_elements(body))[:4]
-            if label.decode() == name:
-                shape = np.frombuffer(shape, "<i4")
-                return np.frombuffer(values, np.uint8).reshape(shape, order="F")
-    raise ValueError(f"no array {name}")
+        _, shape, label, values = [part for _, part in mat_elements(body)][:4]
+        if label == b"im":
+            return np.frombuffer(values, np.uint8).reshape(np.frombuffer(shape, "<i4"), order="F")
+    raise ValueError("no array im")
 
 
 def mat_elements(raw):
@@ -671,7 +662,7 @@ def mat_elements(raw):
         at += size if kind == 15 else size + -(at + size) % 8   # what is compressed has no padding
 
 
-# ---- 5. Converting, once -----------------------------------------------------------------------
+# ---- 6. Converting, once -----------------------------------------------------------------------
 # A cache is two files of numpy's own: X.cache.npy are the images (n, 3, S, S) uint8, X.cache.npz
 # the labels `table` (n, width) int32 and, as JSON, all else.  Labels always belong to the images.
 def read_cache(images, labels, stamp):
@@ -685,9 +676,9 @@ def read_cache(images, labels, stamp):
         about = {key: tuple(v) if isinstance(v, list) else v for key, v in about.items()}
         pixels = np.asarray(np.load(images, mmap_mode="r"))
         dataset = Dataset(**about, table=table, pixels=pixels)
-    except Exception as error:
-        raise ValueError(f"{images} or {labels.name} is in the way, no whole cache of ours "
-                         f"({error}); delete both, or give --cache DIR") from None
+    except Exception:                   # its words would advise unsafe loading
+        raise ValueError(f"{images} or {labels.name} is in the way, no whole cache of ours; "
+                         "delete both, or give --cache DIR") from None
     if made_from == stamp:
         return dataset
     say(f"{images} was made from another version of the data: converting again")
@@ -695,91 +686,62 @@ def read_cache(images, labels, stamp):
 
 
 def convert(found, blocks, images, labels, stamp):
-    """Write the cache's two files, whole or not at all."""
+    """Write the cache's two files under temporary names, which become theirs only if all goes well.
+    Two processes at once do the work twice, but safely."""
     size = found.count * 3 * found.size ** 2
     say(f"converting {found.name} to {images}: {found.count:,} images, {size / 1e9:.1f} GB")
-    with replacing([images, labels], size) as (pixels, rest):
+    pixels, rest = temporary = [path.with_suffix(f".{os.getpid()}.tmp{path.suffix}")
+                                for path in (images, labels)]
+    try:
+        images.parent.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(images.parent).free < size:
+            raise OSError("the disk is full")
         with open(pixels, "wb") as f:
             f.seek(128)                                         # the size of numpy's header
             for block in blocks:
                 f.write(np.ascontiguousarray(block))
-            found.count = (f.tell() - 128) // (3 * found.size ** 2)     # some may be left out
+            found.count = len(found.table)                      # some may have been left out
             f.seek(0)
             np.lib.format.write_array_header_1_0(f, {
                 "descr": "|u1", "fortran_order": False,
                 "shape": (found.count, 3, found.size, found.size)})
-        table = np.zeros((found.count, 0)) if found.table is None else found.table
         about = {**vars(found), "stamp": stamp}
-        del about["table"], about["pixels"]
-        with open(rest, "wb") as f:
-            np.savez(f, about=json.dumps(about), table=table.astype("<i4"))
+        table, _ = about.pop("table"), about.pop("pixels")
+        np.savez(rest, about=json.dumps(about), table=table.astype("<i4"))
         labels.unlink(missing_ok=True)      # never old labels beside new images
-
-
-@contextlib.contextmanager
-def replacing(paths, size):
-    """Gives temporary names beside the paths, which become the paths only if all goes well; so no
-    path ever holds half a file.  Two processes at once do the work twice, but safely."""
-    temporary = [path.with_name(f"{path.name}.{os.getpid()}.tmp") for path in paths]
-    try:
-        paths[0].parent.mkdir(parents=True, exist_ok=True)
-        if shutil.disk_usage(paths[0].parent).free < size:      # HDF5 itself would crash later
-            raise OSError("the disk is full")
-        yield temporary
-        for name, path in zip(temporary, paths):
-            os.replace(name, path)
+        os.replace(pixels, images)
+        os.replace(rest, labels)
     except OSError as error:
-        raise OSError(f"cannot write {paths[0]} ({error.strerror or error}); it takes "
+        raise OSError(f"cannot write {images} ({error.strerror or error}); it takes "
                       f"{size / 1e9:.1f} GB, and --cache DIR converts elsewhere") from None
     finally:
-        for name in temporary:
+        for path in temporary:
             with contextlib.suppress(OSError):
-                name.unlink()
-
-
-# ---- 6. Writing the official format ------------------------------------------------------------
-def write_shapes3d(path, limit=None):
-    """The rendered set as 3dshapes.h5: images uint8 (n, 64, 64, 3), labels float64 (n, 6).  With a
-    limit, multiples of STEP modulo 480,000: they meet every level of every factor early on."""
-    path, count = Path(path), TOTAL if limit is None else limit
-    if path.exists() or not 1 <= count <= TOTAL:
-        raise ValueError(f"{path}, --limit {count}: expected a new file and 1 to {TOTAL} images")
-    dataset, indices = RenderedShapes3D(), np.sort(np.arange(count) * STEP % TOTAL)
-    labels = [levels[column] for levels, column in zip(LEVELS, dataset.table[indices].T)]
-    step = 4800         # neighbours differ little: chunks long in images, small in area pack best
-    with replacing([path], count * 1000) as [temporary], h5py.File(temporary, "w") as f:
-        f["labels"], f.attrs["factor_names"] = np.stack(labels, 1), FACTORS     # (n, 6)
-        images = f.create_dataset("images", (count, 64, 64, 3), np.uint8, compression="gzip",
-                                  chunks=(min(count, step), 8, 8, 1))
-        for at in range(0, count, step):
-            images[at:at + step] = dataset.images(indices[at:at + step]).permute(0, 2, 3, 1)
+                path.unlink()
 
 
 # ---- 7. Command line ---------------------------------------------------------------------------
 def main():
     """The command line: one line on standard error and status 2 for what a user gets wrong."""
-    parser = argparse.ArgumentParser(description="Look at a dataset, or render Shapes3D to a file.")
+    parser = argparse.ArgumentParser(description="Look at a dataset, or at the rendered Shapes3D.")
     parser.add_argument("--data", metavar="PATH", help="dataset file or folder; default: rendered")
     parser.add_argument("--size", type=int, default=64, help="image size: 32, 64 or 128")
     parser.add_argument("--cache", metavar="DIR", help="for converted data; default: beside PATH")
     parser.add_argument("--grid", metavar="PNG", help="save fifty images as one picture")
-    parser.add_argument("--write", metavar="H5", help="write the rendered set as 3dshapes.h5")
-    parser.add_argument("--limit", type=int, help="with --write: this many images, spread evenly")
 
-    def fail(message):
+    def fail(message):                      # argparse would print its usage as well
         parser.exit(2, f"data.py: {' '.join(str(message).split())}\n")
 
-    parser.error = fail                     # argparse would print its usage as well
+    parser.error = fail
     args = parser.parse_args()
     try:
-        if args.write:
-            return write_shapes3d(args.write, args.limit)
         dataset = open_dataset(args.data, args.size, args.cache)
         say(dataset)
         if args.grid:
-            images = dataset.images(np.arange(50) * STEP % len(dataset)).unflatten(0, (5, 10))
-            rows = images.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)    # (5S, 10S, 3)
-            Image.fromarray(rows.numpy()).save(args.grid)
+            rows = np.linspace(0, len(dataset) - 1, 50).astype(int)
+            images = dataset.images(rows).unflatten(0, (5, 10))
+            picture = images.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)     # (5S, 10S, 3)
+            Image.fromarray(picture.numpy()).save(args.grid)
     except (OSError, ValueError) as error:
         fail(error)
     except KeyboardInterrupt:
