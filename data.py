@@ -207,8 +207,10 @@ class Dataset:
         return self.count
 
     def __str__(self):
-        factors = ", ".join(f"{n} {k}" for n, k in zip(self.factor_names, self.factor_sizes))
-        labels = f"factors {factors}" if factors else f"{len(self.attribute_names)} attributes"
+        labels = ", ".join(f"{n} {k}" for n, k in zip(self.factor_names, self.factor_sizes))
+        labels = f"factors {labels}" if labels else "no factors"
+        if self.attribute_names:
+            labels += f", {len(self.attribute_names)} attributes"
         about = f"{self.name}: {self.count:,} images of {self.size}x{self.size}, {labels}"
         return f"{about}; {self.note}" if self.note else about
 
