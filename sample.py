@@ -592,38 +592,31 @@ def export(run, args):
 
 
 class Explorer:
-    """Draws for the page. What it answers depends on the request alone, so clients cannot mix.
-
-    A slider moves a token along its first principal component in the data, a scalar along itself.
-    """
+    """Draws for the page. What it answers depends on the request alone, so clients cannot mix. A
+    slider moves a token along its first principal component in the data, a scalar along itself."""
 
     def __init__(self, run):
-        self.run, self.lock, self.most = run, threading.Lock(), min(200, run.config.timesteps)
-        names, seen = named_tokens(run), run.seen().cpu()
-        seen = seen.reshape(*seen.shape[:2], -1)  # (M, N) -> (M, N, 1); (M, N, d) stays
-        centred = (seen - seen.mean(0)).transpose(0, 1)  # (N, M, d)
-        axis = torch.linalg.svd(centred, full_matrices=False).Vh[:, 0]
+        self.run, self.lock, names = run, threading.Lock(), named_tokens(run)
+        seen = run.seen().cpu()[..., None].flatten(2)  # (M, N) -> (M, N, 1); (M, N, d) stays
+        axis = torch.linalg.svd((seen - seen.mean(0)).transpose(0, 1), full_matrices=False).Vh[:, 0]
         self.axis = axis * axis.sum(1, keepdim=True).sign()  # (N, d)
         low, high = (seen * self.axis).sum(2).quantile(torch.tensor([0.01, 0.99]), dim=0).tolist()
-        tokens = [{"i": i, "name": names.get(i, f"token {i}"), "low": low[i], "high": high[i],
-                   "idle": names.get(i) == "none" or high[i] - low[i] < 0.1}
-                  for i in names or sorted(range(len(low)), key=lambda i: low[i] - high[i])]
-        with unet.record_attention(run.model) as layers:
-            notes = "" if layers else "No cross-attention reads these tokens: none can be shown. "
-        notes += "" if names else "Without scores tokens have no names; the widest are first."
-        setup = {"run": str(run.name), "images": len(run.dataset), "tokens": tokens, "notes": notes,
-                 "steps": run.options["steps"] * denoises(run.model), "most": self.most}
+        widest = sorted(range(len(low)), key=lambda i: low[i] - high[i])
+        tokens = [{"i": i, "name": f"{names[i]} (token {i})" if names else f"token {i}",
+                   "idle": names.get(i) == "none" or high[i] - low[i] < 0.1,
+                   "low": low[i], "high": high[i]} for i in names or widest]
+        setup = {"run": str(run.name), "images": len(run.dataset), "tokens": tokens,
+                 "steps": run.options["steps"] * denoises(run.model)}
         # A factor may have any name; "<" could end the script that the names are in.
         self.page = PAGE.replace("SETUP", json.dumps(setup).replace("<", "\\u003c"))
 
     def draw(self, asked):
         """tokens=s,t,0.3 asks for token 0 of the source, 1 of the target, 2 moved to place 0.3."""
-        run, images, words = self.run, range(len(self.run.dataset)), asked["tokens"].split(",")
-        allowed = {"source": images, "target": images, "noise": range(2**32),
-                   "steps": range(1, self.most + 1)}
-        for name, values in allowed.items():
-            train.need(int(asked[name]) in values, name, asked[name], f"in {values}")
-        source, target, noise, steps = (int(asked[name]) for name in allowed)
+        run, words, most = self.run, asked["tokens"].split(","), len(self.run.dataset)
+        limits = {"source": most, "target": most, "noise": 2**32, "steps": 201}
+        for name, limit in limits.items():
+            train.need(0 <= int(asked[name]) < limit, name, asked[name], f"0 to {limit - 1}")
+        source, target, noise, steps = (int(asked[name]) for name in limits)
         images = run.load([source, target])
         own = run.codes(images).cpu()  # (2, N) or (2, N, d)
         ends = own.reshape(2, len(self.axis), -1)
@@ -655,23 +648,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         (path, _, query), host = self.path.partition("?"), self.headers.get("Host", "")
-        status, text = 200, self.server.explorer.page
-        # A foreign page may send requests here, or give 127.0.0.1 a name of its own. Any port is
-        # right: the page may be seen through a tunnel.
+        kind, status, text = "plain", 404, "there are / and /draw"
+        # A foreign page may ask too, or give 127.0.0.1 a name. Any port is right: of a tunnel, say.
         if (host.partition(":")[0] not in ("127.0.0.1", "localhost")
                 or self.headers.get("Origin", f"http://{host}") != f"http://{host}"):
             status, text = 403, "only the page of this server may ask it"
+        elif path == "/":
+            kind, status, text = "html", 200, self.server.explorer.page
         elif path == "/draw":
             try:
                 asked = dict(urllib.parse.parse_qsl(query, max_num_fields=9))
-                text = json.dumps(self.server.explorer.draw(asked))
+                status, text = 200, json.dumps(self.server.explorer.draw(asked))
             except (KeyError, ValueError) as error:
                 status, text = 400, f"malformed: {error}"
-        elif path != "/":
-            status, text = 404, "there are / and /draw"
         with contextlib.suppress(OSError):  # the client went away
             self.send_response(status)
-            kind = "html" if text is self.server.explorer.page else "plain"
             self.send_header("Content-Type", f"text/{kind}; charset=utf-8")
             self.end_headers()
             self.wfile.write(text.encode(errors="replace"))
@@ -695,18 +686,16 @@ def explore(run, args):
 PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>encdiff: explore</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
 <style>:root { color-scheme: light dark } * { box-sizing: border-box; font: 14px/1.4 system-ui }
-main { max-width: 1360px; margin: auto; display: grid; gap: 8px 24px;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 430px), 1fr)) }
+main { grid-template-columns: repeat(auto-fit, minmax(min(100%, 430px), 1fr)) } img { width: 100% }
+section > div { grid-template-columns: 2fr 2fr 1fr } figure { margin: 8px 0 }
+main, section > div { display: grid; gap: 0 16px } [type=range] { accent-color: #2a8ccc }
 section { position: sticky; top: 0; z-index: 1; align-self: start; background: Canvas }
-section > div { display: grid; grid-template-columns: 2fr 2fr 1fr; gap: 10px; margin: 8px 0 }
-figure { margin: 0 } img { width: 100%; aspect-ratio: 1; display: block; border-radius: 8px }
 button { border: 1px solid #8884; border-radius: 8px; padding: 4px 10px; background: #8881 }
 .token { display: flex; flex-wrap: wrap; align-items: center; gap: 0 10px; margin-bottom: 6px }
 .name { flex: 1 0 190px; text-align: left } .slide { flex: 4 1 200px; position: relative }
-[type=range] { width: 100%; margin: 2px 0 9px; accent-color: #2a8ccc }
-.taken [type=range] { accent-color: #dd6b1c } .slide i { position: absolute; bottom: 1px }
-i { width: 9px; height: 9px; border-radius: 5px; border: 5px solid #2a8ccc; display: inline-block }
-i.ring { border: 2px solid #dd6b1c }</style>
+[type=range] { width: 100%; margin: 2px 0 9px } .taken [type=range] { accent-color: #c0500a }
+.slide i { position: absolute; bottom: 1px } i.ring { border: 2px solid #dd6b1c; padding: 3px }
+i { border: 5px solid #2a8ccc; border-radius: 5px; display: inline-block }</style>
 <main><section><b>encdiff</b> <small id="run"></small><div>
 <figure><img alt="source"><figcaption><i></i> source</figcaption></figure>
 <figure><img alt="drawn"><figcaption id="said" aria-live="polite"></figcaption></figure>
@@ -715,10 +704,10 @@ i.ring { border: 2px solid #dd6b1c }</style>
 <button onclick="state.target = some(); draw()">new target</button>
 <button onclick="take('t')">take all from target</button> <button onclick="take('s')">reset</button>
 <span id="noisy"><button onclick="state.noise++; draw()">another noise</button> <label>solver steps
-<input id="steps" type="number" min="1" onchange="draw()"></label></span></section>
+<input id="steps" type="number" min="1" max="200" onchange="draw()"></label></span></section>
 <div><div id="used"></div><details id="idle"><summary>tokens in little use</summary></details>
-<p>A dot is where the source is, a ring where the target. Point at the name of a token to see which
-places read it: yellow most, black least. <span id="notes"></span></p></div></main>
+<p>A dot is where the source is, a ring where the target. Point at a name to see which places read
+the token by cross-attention (yellow most). Without scores there are no names.</p></div></main>
 <template><div class="token"><button class="name"></button><button>from target</button>
 <div class="slide"><i></i><i class="ring"></i><input type="range" step="any"></div></div></template>
 <script>
@@ -726,54 +715,47 @@ const setup = SETUP, $ = id => document.getElementById(id), rows = []
 const some = () => Math.floor(Math.random() * setup.images)
 const state = {source: some(), target: some(), noise: 0, tokens: setup.tokens.map(() => "s")}
 const take = word => { state.tokens.fill(word); draw() }
-let answer, hovered, next, busy, pace = 0.02  // pace: seconds a solver step
+let answer, hovered, next, busy
 function show() {  // the last answer, and the sliders as they are asked for
   if (!answer) return
   const urls = [answer.images[0], answer.maps[hovered] ?? answer.images[2], answer.images[1]]
   document.querySelectorAll("img").forEach((image, k) => image.src = urls[k])
   rows.forEach(({low, high, box, slider, dots}, i) => {
     const ends = answer.places.map(places => places[i]), word = state.tokens[i]
-    const min = Math.min(low, ...ends), max = Math.max(high, ...ends)
-    Object.assign(slider, {min, max, value: {s: ends[0], t: ends[1]}[word] ?? word})
-    dots.forEach((dot, k) =>  // a slider's thumb is 16 pixels wide, a dot 9
-      dot.style.left = `calc(4px + ${(ends[k] - min) / (max - min)} * (100% - 16px))`)
+    slider.value = {s: ends[0], t: ends[1]}[word] ?? word
+    dots.forEach((dot, k) => dot.style.left =  // a slider's thumb is 16 pixels wide, a dot 9
+      `clamp(4px, 4px + ${(ends[k] - low) / (high - low)} * (100% - 16px), 100% - 12px)`)
     box.classList.toggle("taken", word === "t")
   })
 }
-async function draw(moving) {  // while one state is drawn others may come: the last one counts
-  const most = moving ? Math.min(8, 0.25 / pace) : setup.most
-  next = {...state, steps: Math.floor(Math.max(1, Math.min(most, $("steps").value)))}
+async function draw(most = 200) {  // of the states that come while one is drawn the last one counts
+  next = {...state, steps: Math.max(1, Math.min(most, $("steps").value))}
   show()
-  while (next && !busy) {
-    const began = performance.now(), {steps} = next, query = new URLSearchParams(next)
+  while (next && !busy) try {
+    const began = performance.now(), query = new URLSearchParams(next)
     next = null
     busy = true
-    try {
-      const reply = await fetch("draw?" + query)
-      if (!reply.ok) throw Error(await reply.text())
-      answer = await reply.json()
-      show()
-      pace = (performance.now() - began) / 1000 / steps
-      $("said").textContent = `drawn in ${(pace * steps).toFixed(2)} s`
-    } catch (error) { $("said").textContent = `no answer: ${error.message}` }
-    busy = false
-  }
+    const reply = await fetch("draw?" + query)
+    if (!reply.ok) throw Error(await reply.text())
+    answer = await reply.json()
+    show()
+    $("said").textContent = `drawn in ${((performance.now() - began) / 1000).toFixed(2)} s`
+  } catch (error) { $("said").textContent = `no answer: ${error.message}` } finally { busy = false }
 }
 for (const {i, name, idle, low, high} of setup.tokens) {
   const box = document.querySelector("template").content.firstChild.cloneNode(true)
   const [label, other] = box.querySelectorAll("button"), slider = box.querySelector("input")
   rows[i] = {low, high, box, slider, dots: box.querySelectorAll("i")}
-  label.textContent = slider.ariaLabel = name === `token ${i}` ? name : `${name} (token ${i})`
-  slider.oninput = () => { state.tokens[i] = slider.value; draw(true) }
+  Object.assign(slider, {min: low, max: high, ariaLabel: label.textContent = name})
+  slider.oninput = () => { state.tokens[i] = slider.value; draw(8) }  // faster while it moves
   slider.onchange = () => draw()
   other.onclick = () => { state.tokens[i] = state.tokens[i] === "t" ? "s" : "t"; draw() }
   label.onmouseenter = label.onfocus = () => { hovered = i; show() }
   label.onmouseleave = label.onblur = () => { hovered = null; show() }
   $(idle ? "idle" : "used").append(box)
 }
-Object.assign($("steps"), {value: setup.steps, max: setup.most})
-$("run").textContent = setup.run; $("notes").textContent = setup.notes
-$("noisy").hidden = !setup.steps; $("idle").hidden = setup.tokens.every(token => !token.idle)
+$("run").textContent = setup.run; $("steps").value = setup.steps; $("noisy").hidden = !setup.steps
+$("idle").hidden = setup.tokens.every(token => !token.idle)
 draw()
 </script></html>"""
 
