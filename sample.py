@@ -180,10 +180,13 @@ class Trained:
         self.model, self.config, self.about = train.load_run(path, self.device)
         self.name, self.folder, self.data = path, self.about["folder"], args.data
         self.scores = self.about["scores"]  # {} on data without labels
-        self.importance = np.array(self.scores.get("importance", ()), float)  # DCI's (N, F), or ()
+        self.importance = np.array(self.scores.get("importance", ()), float)  # DCI's (N, F)
         self.factor_names = self.about["data"].get("factor_names", ())  # F of them
-        self.options = {"sampler": args.sampler or "dpm",  # a decoder in one pass ignores these
-                        "steps": min(args.steps or 20, self.config.timesteps)}
+        if self.importance.shape != (self.config.num_tokens, len(self.factor_names)):
+            self.importance = np.zeros((0, 0))  # there are no such scores, or of other data
+        steps = min(20 if args.steps is None else args.steps, self.config.timesteps)
+        # A model that draws in one pass ignores these.
+        self.options = {"sampler": args.sampler or "dpm", "steps": steps}
         torch.manual_seed((args.seed or 0) % 2**63)  # a seed shows the same images for every run
 
     @functools.cached_property
@@ -259,7 +262,8 @@ def token_rows(run, args):
     wanted = args.tokens or ["all"]
     if names and not args.tokens:
         say("a row a factor (--tokens all: a row a token)")
-        wanted = {name: i for i, name in reversed(names.items()) if name != "none"}.values()
+        first = {name: i for i, name in reversed(names.items()) if name != "none"}
+        wanted = first.values() or wanted
     for i in wanted:
         train.need(i == "all" or 0 <= i < N, "tokens", i,
                    f"0 to {N - 1}, the tokens of {run.name}, or all")
@@ -276,9 +280,10 @@ def reconstruct(run, args):
     if args.lpips:
         scores["LPIPS"] = functools.partial(metrics.lpips, weights=metrics.load_lpips(*args.lpips))
     images = run.images(args.count)
-    rows = {"input": images, "sample": run.draw(run.codes(images), run.noise(args.count))}
+    rows = {"input": images}
     if hasattr(run.model, "first_stage"):
         rows["first stage"] = batched(run.model.decode, batched(run.model.latents, images))
+    rows["sample"] = run.draw(run.codes(images), run.noise(args.count))
     say(f"{args.count} images".ljust(14) + "".join(f" {name:>9}" for name in scores))
     for name in list(rows)[1:]:
         x, y = (images + 1) / 2, (rows[name] + 1) / 2  # the scores are defined on [0, 1]
@@ -474,22 +479,19 @@ def read_log(folder):
 
 def curves(args):
     """losses and scores over training, several runs in one picture"""
-    columns, (width, height) = ("loss", "mse", "codes_used", *train.Run.SCORES), (760, 360)
+    columns, size = ("loss", "mse", "codes_used", *train.Run.SCORES), (760, 360)
     logs, pictures = {folder[-28:]: read_log(folder) for folder in args.runs}, []
     for stage, column in itertools.product(train.Run.STAGES, columns):
         series = {name: [(int(row["step"]), float(row[column])) for row in log
                          if row["stage"] == stage and row[column]] for name, log in logs.items()}
         if any(series.values()):
-            title = f"{stage}: {column.replace('_', ' ')}"
-            is_loss = column in ("loss", "mse")
-            pictures.append(plot(title, "step", series, (width, height), logarithmic=is_loss))
+            title, is_loss = f"{stage}: {column.replace('_', ' ')}", column in ("loss", "mse")
+            pictures.append(plot(title, "step", series, size, logarithmic=is_loss))
     if not pictures:
         raise ValueError(f"{args.runs[0]}/log.csv has no losses; expected a run that logged some")
-    size = width * min(2, len(pictures)), height * math.ceil(len(pictures) / 2)
-    canvas = Image.new("RGB", size, "white")
-    for i, picture in enumerate(pictures):
-        canvas.paste(picture, (i % 2 * width, i // 2 * height))
-    save(args, args.runs[0], canvas)
+    pictures += [Image.new("RGB", size, "white")] * (len(pictures) % 2)
+    rows = [np.hstack(pictures[i:i + 2]) for i in range(0, len(pictures), 2)]
+    save(args, args.runs[0], Image.fromarray(np.vstack(rows)))
 
 
 def method(config):
