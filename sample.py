@@ -101,7 +101,7 @@ def axis(values, start, end, logarithmic):
     if logarithmic:
         return to_pixel, [tick for tick in ROUND if low <= tick <= high]
     step = next(tick for tick in ROUND if tick >= extent / 8)
-    return to_pixel, step * np.arange(math.ceil(low / step), math.floor(high / step) + 1)
+    return to_pixel, step * np.arange(math.ceil(low / step), math.floor(high / step + 1e-6) + 1)
 
 
 def plot(title, x_title, series, size=(900, 520), logarithmic=False):
