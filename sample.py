@@ -689,14 +689,14 @@ PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>encdiff: 
 <meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
 <style>:root { color-scheme: light dark } * { box-sizing: border-box; font: 14px/1.4 system-ui }
 main { grid-template-columns: repeat(auto-fit, minmax(min(100%, 430px), 1fr)) } img { width: 100% }
-section > div { grid-template-columns: 2fr 2fr 1fr } figure { margin: 8px 0 }
-main, section > div { display: grid; gap: 0 16px } [type=range] { accent-color: #2a8ccc }
+section > div { grid-template-columns: 2fr 2fr 1fr } [type=range] { accent-color: #2a8ccc }
+main, section > div { display: grid; gap: 0 16px } .slide i { position: absolute; bottom: 1px }
 section { position: sticky; top: 0; z-index: 1; align-self: start; background: Canvas }
 button { border: 1px solid #8884; border-radius: 8px; padding: 4px 10px; background: #8881 }
 .token { display: flex; flex-wrap: wrap; align-items: center; gap: 0 10px; margin-bottom: 6px }
 .name { flex: 1 0 190px; text-align: left } .slide { flex: 4 1 200px; position: relative }
-[type=range] { width: 100%; margin: 2px 0 9px } .taken [type=range] { accent-color: #c0500a }
-.slide i { position: absolute; bottom: 1px } i.ring { border: 2px solid #dd6b1c; padding: 3px }
+.taken input { accent-color: light-dark(#c0500a, #dd6b1c) } figure, #used { margin: 8px 0 }
+[type=range] { width: 100%; margin: 2px 0 9px } i.ring { border: 2px solid #dd6b1c; padding: 3px }
 i { border: 5px solid #2a8ccc; border-radius: 5px; display: inline-block }</style>
 <main><section><b>encdiff</b> <small id="run"></small><div>
 <figure><img alt="source"><figcaption><i></i> source</figcaption></figure>
