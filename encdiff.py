@@ -454,6 +454,115 @@ class TransformerEncoder(nn.Module):
         return self.out(self.norm(x)).flatten(1)  # (B, N, c) -> (B, outputs)
 
 
+class NoiseFromVelocity(nn.Module):
+    """The denoiser of pixel space: a network that predicts v, and the noise that follows from v.
+
+    v = sqrt(abar_t) eps - sqrt(1 - abar_t) z_0 (Salimans & Ho 2022). Where noise is strong it passes
+    by the network, which has fewer channels than the noise dimensions. The loss remains eq. (3).
+    """
+
+    def __init__(self, network, alpha_bar):
+        super().__init__()
+        self.network = network
+        self.register_buffer("alpha_bar", alpha_bar, persistent=False)  # EncDiff saves it
+
+    def forward(self, z_t, t, tokens):
+        abar = self.alpha_bar[t][:, None, None, None]  # (B,) -> (B, 1, 1, 1)
+        return abar.sqrt() * self.network(z_t, t, tokens).float() + (1 - abar).sqrt() * z_t
+
+
+# The weights of the three VAEs, as published for likelihoods summed over all pixels: Higgins et al.
+# 2017, Burgess et al. 2018 (C rises to 25 nats; Shapes3D's factors are 13.1), Chen et al. 2018.
+VAE_WEIGHTS = {"beta": 4.0, "annealed": 1000.0, "tc": 6.0}
+CAPACITY, CAPACITY_RISES = 25.0, 0.5  # C at last, in nats; the share of the steps in which it rises
+
+
+def kl_terms(z, mean, log_var):
+    """KL(q(z|x) || N(0, I)) in three parts, in nats (Chen et al. 2018): mutual information of image
+    and z, total correlation of z, divergence of its single dimensions from N(0, 1).
+
+    z drawn from q(z|x) = N(mean, exp(log_var)), all (B, N) -> three scalars. By minibatch-weighted
+    sampling q(z_i) is 1/B sum_j q(z_i|x_j), and each q(z_id) likewise. (Chen et al. divide by the
+    number of images in the set, too: a constant without a gradient.)
+    """
+    normal = torch.distributions.Normal
+    each = normal(mean, (log_var / 2).exp()).log_prob(z[:, None])  # (B, 1, N) -> (B, B, N): i, j, d
+    average = lambda log_q: log_q.logsumexp(1) - math.log(len(z))  # over the images j
+    own = each.diagonal().sum(0)  # (N, B) -> (B,): log q(z_i|x_i)
+    joint, single = average(each.sum(2)), average(each).sum(1)  # (B,): log q(z_i), sum_d log q(z_id)
+    prior = normal(0.0, 1.0).log_prob(z).sum(1)  # (B, N) -> (B,)
+    return (own - joint).mean(), (joint - single).mean(), (single - prior).mean()
+
+
+class VAE(nn.Module):
+    """beta-VAE, AnnealVAE, beta-TCVAE (Table 1): EncDiff's methods, but pixels for a target.
+
+    encoder    images (B, 3, S, S) in [-1, 1] -> means and log variances (B, 2N); codes are means
+    objective  a key of VAE_WEIGHTS; steps: of the whole training, as AnnealVAE's C depends on them
+    The latent is the code itself, (B, N, 1, 1). There is no timestep, first stage or sampler.
+    """
+
+    def __init__(self, encoder, num_codes, objective="beta", steps=1, size=64, width=64):
+        super().__init__()
+        self.encoder, self.objective, self.steps = encoder, objective, max(1, steps)
+        self.latent_shape, low = (num_codes, 1, 1), size // 16
+        layers = [nn.Linear(num_codes, 256), nn.ReLU(), nn.Linear(256, width * low**2), nn.ReLU(),
+                  nn.Unflatten(1, (width, low, low))]
+        for _ in range(3):  # each doubles the resolution, as each of the encoder's halved it
+            layers += [nn.ConvTranspose2d(width, width, 4, stride=2, padding=1), nn.ReLU()]
+        self.decoder = nn.Sequential(*layers)
+        self.decoder.add_module("conv_out", nn.ConvTranspose2d(width, 3, 4, stride=2, padding=1))
+        self.tokens = nn.Identity()  # codes (B, N): the decoder reads them as they are
+        self.register_buffer("step", torch.tensor(0))  # training steps done, also by a resumed run
+
+    def represent(self, images):
+        """images (B, 3, S, S) in [-1, 1] -> codes (B, N), the means of q(z|x)."""
+        return self.encoder(images).chunk(2, 1)[0]  # (B, 2N) -> (B, N)
+
+    def latents(self, images):
+        """images (B, 3, S, S) in [-1, 1] -> codes (B, N, 1, 1)."""
+        return self.represent(images)[:, :, None, None]
+
+    def measure_latents(self, images):
+        """Nothing: N(0, I) has a scale."""
+
+    def loss(self, images, t=None, noise=None):
+        """-log p(x|z) of Bernoulli pixels + penalty, in nats for each number of an image: a scalar.
+
+        images (B, 3, S, S) in [-1, 1]; noise (B, N, 1, 1) is drawn unless given; t is not used.
+        """
+        mean, log_var = self.encoder(images).float().chunk(2, 1)  # (B, 2N) -> 2x (B, N)
+        noise = torch.randn_like(mean) if noise is None else noise.flatten(1)
+        z = mean + (log_var / 2).exp() * noise
+        error = F.binary_cross_entropy_with_logits(
+            self.decoder(z).float(), (images + 1) / 2, reduction="sum") / len(images)
+        kl = (mean**2 + log_var.exp() - 1 - log_var).sum(1).mean() / 2
+        total_correlation = kl_terms(z, mean, log_var)[1]
+        self.step += self.training
+        self.terms = {"kl": kl.item(), "total_correlation": total_correlation.item()}  # to be logged
+        # Divided by an image's numbers, gradients have the size of eq. (3)'s.
+        return (error + self.penalty(kl, total_correlation)) / images[0].numel()
+
+    forward = loss  # the name that DistributedDataParallel calls
+
+    def penalty(self, kl, total_correlation):
+        """What the objective adds to -log p(x|z), in nats an image."""
+        weight = VAE_WEIGHTS[self.objective]
+        if self.objective == "annealed":
+            C = CAPACITY * (self.step / (CAPACITY_RISES * self.steps)).clamp(max=1)
+            return weight * (kl - C).abs()  # Eq. (6): -E log p(x|z) + gamma |KL(q(z|x)||p(z)) - C|
+        return weight * kl if self.objective == "beta" else kl + (weight - 1) * total_correlation
+
+    @torch.no_grad()
+    def decode(self, z):
+        """codes (B, N, 1, 1) -> images (B, 3, S, S) in [-1, 1]."""
+        return self.decoder(z.flatten(1)).float().sigmoid() * 2 - 1
+
+    def sample(self, tokens, steps=1, sampler="none", noise=None):
+        """codes (B, N) -> images (B, 3, S, S) in [-1, 1], in one pass and without noise."""
+        return self.decode(tokens)
+
+
 ENCODERS = {"cnn": CNNEncoder, "cnn_bn": CNNBatchNormEncoder, "transformer": TransformerEncoder,
             "cnn_patch": functools.partial(CNNBatchNormEncoder, patch=True)}
 REGULARIZERS = {"none": (EncDiff, ScalarTokens), "euler": (EncDiff, EulerTokens),

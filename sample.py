@@ -515,7 +515,7 @@ def read_log(folder):
     """log.csv of a run as a list of dicts of strings, "" where nothing was logged."""
     path = Path(folder, "log.csv")
     log = csv.DictReader(path.read_text().splitlines() if path.is_file() else ())
-    if tuple(log.fieldnames or ()) != train.Run.COLUMNS:
+    if not {"stage", "step", "loss"} <= set(log.fieldnames or ()):
         raise ValueError(f"{path} is not there, or no log of this version; expected a folder "
                          "written by train.py --out")
     return list(log)
@@ -545,7 +545,7 @@ def curves(folders, args):
 
 def method(config):
     """What the method of a run is called: the nearest preset, and what differs from that."""
-    aside = ("cache", "seed", "precision", "first_stage", "log_every", "score_every")
+    aside = ("cache", "seed", "precision", "lender", "score_every")
     mine = {**dataclasses.asdict(config), "data": Path(config.data).name}
     names = []
     for preset, values in train.PRESETS.items():

@@ -17,6 +17,7 @@ import base64
 import contextlib
 import copy
 import csv
+import functools
 import http.server
 import io
 import itertools
@@ -63,11 +64,11 @@ HERE = Path(__file__).parent
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # Sizes and constants with which a training step takes milliseconds.
-vq.KINDS["tiny"] = dict(channels=32, multipliers=(1,), blocks=1, latent_channels=3, patch=4,
-                        codebook_size=64)
+vq.KINDS["tiny"] = functools.partial(vq.VQAutoencoder, channels=32, multipliers=(1,), blocks=1,
+                                     latent_channels=3, patch=4, codebook_size=64)
 train.FIRST_STAGE["tiny"] = dict(batch=8, lr=1e-3, squared=0.0, encoder_steps=0)
 train.LOG_EVERY, train.ENCODER_WIDTH = 4, 8
-TINY = dict(autoencoder="tiny", encoder="cnn_bn", num_tokens=6, token_dim=8, channels=16,
+TINY = dict(first_stage="tiny", encoder="cnn_bn", num_tokens=6, token_dim=8, channels=16,
             multipliers=(1, 2), blocks=1, dropout=0.1, vq_steps=12, steps=12, batch=8,
             optimizer="muon", score_every=0, precision="fp32")
 
@@ -257,7 +258,7 @@ def test_latents_have_unit_std_and_decoding_rounds_them():
 
 
 def test_a_linear_first_stage_is_linear_in_the_pixels():
-    autoencoder = vq.VQAutoencoder(**vq.KINDS["linear"])
+    autoencoder = vq.KINDS["linear"]()
     x, y = some_images(2).split(1)
     middle = (autoencoder.encode(x) + autoencoder.encode(y)) / 2
     assert_close(autoencoder.encode((x + y) / 2), middle)
@@ -566,7 +567,7 @@ def test_a_run_killed_twenty_times_ends_with_the_same_bits(folder):
 
 
 BAD_FLAGS = ["--batch 0", "--steps many", "--lr nan", "--ema 1", "--seed -1", "--channels 30",
-             "--vq-steps 0", "--autoencoder shallow", "--multipliers 0", "--size 48", "--tokens",
+             "--vq-steps 0", "--first-stage shallow", "--multipliers 0", "--size 48", "--tokens",
              "--multipliers 1 2 2 2 2 2", "--learning-rate 1", "--resume nowhere", "--data nowhere",
              "--decoder direct --conditioning adagn", "--regularizer sparse --tokens vector",
              "--num-tokens 40 --regularizer orthogonal", "--device cuda", "--first-stage nowhere"]
@@ -589,7 +590,6 @@ def test_what_may_not_change_and_other_runs_are_refused(whole, toy):
     refused(lambda: resume(whole, out="other"), "no --out")
     refused(lambda: resume(whole / "checkpoint.pt"), "folder")
     refused(lambda: make_run(whole), "or --resume")
-    refused(lambda: make_run("other", first_stage=whole, autoencoder="linear"), "tiny, the kind")
     with train.Run("busy", train.Config(), train.Machine()):
         refused(lambda: make_run("busy"), "in use by another process")
     make_run("busy", steps=0, first_stage=whole)  # the failed start holds no lock

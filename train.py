@@ -70,10 +70,13 @@ class Config:
     size: int = field(64, "side of the images in pixels", (32, 64, 128))
     seed: int = field(0, "number that fixes everything random in a run", "0 or more")
     precision: str = field("auto", "arithmetic; auto: bf16 where fast", ("auto", "bf16", "fp32"))
+    model: str = field("encdiff", "method; vae: those it is compared with", ("encdiff", "vae"))
+    vae_loss: str = field("beta", "objective of --model vae", encdiff.VAE_WEIGHTS)
     # The first stage (vq.py)
-    first_stage: str = field("", "run to copy the first stage from, instead of training one")
+    first_stage: str = field("deep", "first stage to train; linear: its encoder is a convolution; "
+                             "pixels: none; RUN: a copy of that run's", vq.KINDS)
+    lender: str = field("", "")  # the RUN of --first-stage; its kind is in first_stage
     vq_steps: int = field(10_000, "training steps of the first stage", "0 or more")
-    autoencoder: str = field("deep", "first stage; linear: encoder of one convolution", vq.KINDS)
     # The encoder and the tokens (encdiff.py)
     encoder: str = field("cnn", "image encoder; cnn_bn: lighter, with BatchNorm", encdiff.ENCODERS)
     tokens: str = field("scalar", "what a token is made of", ("scalar", "vector"))
@@ -108,6 +111,11 @@ class Config:
     def __post_init__(self):
         self.multipliers = tuple(self.multipliers)  # JSON and argparse bring lists
 
+    @property
+    def trains_first_stage(self):
+        """False if there is none to train, or if it is borrowed."""
+        return self.model == "encdiff" and self.first_stage != "pixels" and not self.lender
+
 
 # `paper`: why 75,000 steps? The paper only says a day on one V100, where 7,500 steps take minutes;
 # a public rerun of the authors' configuration reaches DCI .99 between 56 and 86 thousand steps.
@@ -115,7 +123,7 @@ class Config:
 # Four things take its steps from 9,000 to 3,000 (README, "What we learned"): Muon; learned
 # positions, by which attention tells places apart from the first step on; dropped skip connections,
 # so that more has to come from the tokens; and low noise first, where form pays too.
-SMALL = dict(vq_steps=4_000, autoencoder="linear", encoder="cnn_patch", token_dim=16, channels=48,
+SMALL = dict(vq_steps=4_000, first_stage="linear", encoder="cnn_patch", token_dim=16, channels=48,
              multipliers=(1, 2), blocks=1, heads=4, dropout=0.0, skip_dropout=0.3,
              self_attention=False, ema=0.999, low_noise_first=1 / 3, steps=3_000, optimizer="muon",
              lr=1e-3, lr_decay=0.4, score_every=1_000)
@@ -132,26 +140,37 @@ WEIGHT_DECAY, CLIP = 0.01, 1.0  # AdamW's default; the largest norm of a gradien
 
 
 def build_model(config):
-    """The untrained EncDiff of a config, on the CPU."""
-    c, sizes = config, vq.KINDS[config.autoencoder]
-    first_stage, latent_channels = vq.VQAutoencoder(**sizes), sizes["latent_channels"]
-    side = c.size // first_stage.factor
+    """The untrained model of a config, an EncDiff or a VAE, on the CPU."""
+    c = config
+    if c.model == "vae":
+        encoder = build_encoder(c, 2 * c.num_tokens)
+        return encdiff.VAE(encoder, c.num_tokens, c.vae_loss, c.steps, c.size)
+    first_stage = vq.KINDS[c.first_stage]()
+    channels, side = first_stage.latent_channels, c.size // first_stage.factor
     method, maps = encdiff.REGULARIZERS[c.regularizer]
     token_map = maps(c.num_tokens, c.token_dim)
-    outputs = c.num_tokens * (c.token_dim if c.tokens == "vector" else 1)
-    more = {"queries": c.num_tokens} if c.encoder == "transformer" else {}
-    encoder = encdiff.ENCODERS[c.encoder](outputs, c.size, ENCODER_WIDTH, **more)
+    encoder = build_encoder(c, c.num_tokens * (c.token_dim if c.tokens == "vector" else 1))
     if c.tokens == "vector":
         encoder, token_map = encdiff.vector_valued(encoder, c.num_tokens, c.token_dim)
     options = {name: getattr(c, name) for name in (
         "channels", "multipliers", "blocks", "heads", "token_dim", "dropout", "skip_dropout",
         "conditioning", "num_tokens")}
-    options.update(latent_channels=latent_channels, side=None if c.self_attention else side)
-    parts = [first_stage, encoder, token_map]
-    rest = [(latent_channels, side, side), c.schedule, c.timesteps]
+    options.update(latent_channels=channels, side=None if c.self_attention else side)
     if c.decoder == "direct":
-        return encdiff.EncDec(*parts, unet.DirectDecoder(side, **options), *rest)
-    return method(*parts, unet.UNet(**options), *rest)
+        method, denoiser = encdiff.EncDec, unet.DirectDecoder(side, **options)
+    else:
+        denoiser = unet.UNet(**options)
+    model = method(first_stage, encoder, token_map, denoiser, (channels, side, side), c.schedule,
+                   c.timesteps)
+    if c.first_stage == "pixels" and c.decoder == "diffusion":
+        model.denoiser = encdiff.NoiseFromVelocity(denoiser, model.alpha_bar)
+    return model
+
+
+def build_encoder(config, outputs):
+    """The image encoder of a config, with so many outputs."""
+    more = {"queries": config.num_tokens} if config.encoder == "transformer" else {}
+    return encdiff.ENCODERS[config.encoder](outputs, config.size, ENCODER_WIDTH, **more)
 
 
 # ---- The two stages -----------------------------------------------------------------------------
@@ -171,7 +190,7 @@ def learning_rate(peak, step, steps, decay):
 def train_first_stage(run, dataset, model, checkpoint):
     """Stage 1: images -> latent -> images. Leaves model.first_stage trained and frozen."""
     config, machine, stage = run.config, run.machine, "first stage"
-    recipe, steps = FIRST_STAGE[config.autoencoder], config.vq_steps
+    recipe, steps = FIRST_STAGE[config.first_stage], config.vq_steps
     warmup = min(200, steps // 2)  # steps without rounding, before there are latents to round to
     autoencoder, codebook = model.first_stage, model.first_stage.quantizer.codebook
     loss_of = vq.FirstStageLoss(autoencoder, recipe["squared"]).to(machine.device)
@@ -218,7 +237,6 @@ def train_jointly(run, dataset, model, checkpoint):
         some = dataset.images(torch.randint(len(dataset), (1024,)))
         model.measure_latents(to_float(some.to(machine.device)))
     average = copy.deepcopy(model).requires_grad_(False).eval()
-    average.first_stage = model.first_stage  # frozen: one copy will do
     start = run.start_stage(stage, config.steps, config.batch, checkpoint, model, optimizer,
                             average)
     network = DistributedDataParallel(model) if machine.world > 1 else model
@@ -240,12 +258,10 @@ def train_jointly(run, dataset, model, checkpoint):
         model.zero_grad()
         update_average(average, model, min(config.ema, (1 + step) / (10 + step)))
         if run.due(step + 1):
-            run.report(step + 1, lr=lr)
+            run.report(step + 1, lr=lr, **getattr(model, "terms", {}))
         if config.score_every and (step + 1) % config.score_every == 0 and step + 1 < config.steps:
             quick_look(run, dataset, average, step + 1)
         run.checkpoint(step + 1)
-    if start < config.steps:
-        run.save(config.steps)
     return average
 
 
@@ -290,8 +306,8 @@ def score(run, dataset, model, train, test, mapped=False):
             return {"note": "attributes are scored by TAD, not by FactorVAE score and DCI",
                     **metrics.tad(codes, dataset.attributes(indices))}
         scores = metrics.evaluate(codes, dataset.factors(indices), **options)
-        if mapped and codes.ndim == 2:
-            tokens = model.tokens(codes.to(run.machine.device)).cpu()  # (n, N) -> (n, N, d)
+        tokens = model.tokens(codes.to(run.machine.device)).cpu()
+        if mapped and tokens.ndim > codes.ndim:  # (n, N) -> (n, N, d)
             more = metrics.evaluate(tokens, dataset.factors(indices), **options)
             scores.update({f"mapped_{name}": more[name] for name in Run.SCORES if name in more})
         return scores
@@ -305,10 +321,11 @@ def work(run, dataset, checkpoint):
     torch.manual_seed(config.seed)
     model = build_model(config)
     run.introduce(dataset, model)
-    with run.stoppable():
-        if config.first_stage and not checkpoint:  # ablations share one
-            model.first_stage = load_run(config.first_stage)[0].first_stage
-        elif not checkpoint or checkpoint["stage"] == "first stage":
+    stage = checkpoint["stage"] if checkpoint else "first stage"
+    with signals(run.stop):
+        if config.lender and not checkpoint:  # ablations share one
+            model.first_stage = load_run(config.lender)[0].first_stage
+        if config.trains_first_stage and stage == "first stage":
             train_first_stage(run, dataset, model, checkpoint)
             checkpoint = None
         average = train_jointly(run, dataset, model, checkpoint)
@@ -320,7 +337,7 @@ def work(run, dataset, checkpoint):
 
 # ---- Machinery: Muon, pictures, device, run folder, flags. Skip on first reading. ---------------
 
-FORMAT = 4  # of checkpoint.pt; to be raised when its contents change
+FORMAT = 5  # of checkpoint.pt; to be raised when its contents change
 CHECKPOINT_SECONDS = 120  # between two checkpoints
 LOG_EVERY = 100  # steps between two lines of log.csv
 RANGES = {"0 or more": lambda v: 0 <= v < math.inf, "1 or more": lambda v: 1 <= v < math.inf,
@@ -382,7 +399,7 @@ def quick_look(run, dataset, average, step):
 
 @torch.no_grad()
 def pictures(run, dataset, model, step):
-    """samples.png: images, their first-stage reconstructions, samples from their tokens.
+    """samples.png: images, what their latents decode to, samples from their tokens.
     swap.png: source and target, then the source with one token after the other from the target.
     Images and noise are the same at every step; progress/ keeps the swap pictures of all steps."""
     N, device = run.config.num_tokens, run.machine.device
@@ -392,7 +409,7 @@ def pictures(run, dataset, model, step):
     noise = torch.randn(8, *model.latent_shape, generator=generator).to(device)
     codes = model.represent(images)
     samples = model.sample(model.tokens(codes), noise=noise)
-    run.png("samples.png", [images, model.first_stage(images)[0], samples])
+    run.png("samples.png", [images, model.decode(model.latents(images)), samples])
     swapped = codes[:1].repeat(N, *[1] * (codes.ndim - 1))  # N copies of the source's codes
     swapped[range(N), range(N)] = codes[1]
     swapped = model.sample(model.tokens(swapped), noise=noise[:1].repeat(N, 1, 1, 1))
@@ -404,28 +421,31 @@ def pictures(run, dataset, model, step):
 
 def step_flops(config):
     """{stage: floating-point operations of one of its steps}, all processes together: forward,
-    backward and the optimizer's, as torch counts them, a multiply-add as two."""
+    backward and the optimizer's, as torch counts them, a multiply-add as two; 0 for no stage."""
+    flops = dict.fromkeys(Run.STAGES, 0)
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
         model, image = build_model(config).train(), torch.zeros(1, 3, config.size, config.size)
-        model.first_stage.quantizer.ready.fill_(True)
-        first = vq.FirstStageLoss(model.first_stage).requires_grad_(True)
-        flops, first_batch = {}, FIRST_STAGE[config.autoencoder]["batch"]
-        for stage, batch, module in zip(Run.STAGES, (first_batch, config.batch), (first, model)):
-            with FlopCounterMode(display=False) as image_flops:
+        stages = [("joint training", model, config.batch)]
+        if config.trains_first_stage:
+            model.first_stage.quantizer.ready.fill_(True)
+            loss_of = vq.FirstStageLoss(model.first_stage)
+            stages.append(("first stage", loss_of, FIRST_STAGE[config.first_stage]["batch"]))
+        for stage, module, batch in stages:
+            if stage == "first stage":  # frozen in the other
+                module.requires_grad_(True)
+            with FlopCounterMode(display=False) as of_image:
                 loss = module(image)
-                (loss[0] if module is first else loss).backward()
-            with FlopCounterMode(display=False) as rest:
+                (loss[0] if stage == "first stage" else loss).backward()
+            with FlopCounterMode(display=False) as of_step:
                 Optimizer(module, config, config.lr).step(config.lr)
-            flops[stage] = batch * image_flops.get_total_flops() + rest.get_total_flops()
-            first.requires_grad_(False)  # the first stage is frozen before the second begins
+            flops[stage] = batch * of_image.get_total_flops() + of_step.get_total_flops()
     return flops
 
 
 def training_tflop(config, flops):
-    """TFLOP of a run's first stage, 0 if it was borrowed, and of its joint training; flops: of
-    one step of each, as from step_flops."""
-    steps = (0 if config.first_stage else config.vq_steps, config.steps)
-    return [n * flops[stage] / 1e12 for n, stage in zip(steps, Run.STAGES)]
+    """TFLOP of a run's first stage and of its joint training; flops: as from step_flops."""
+    return [steps * flops[stage] / 1e12
+            for stage, steps in zip(Run.STAGES, (config.vq_steps, config.steps))]
 
 
 class Machine:
@@ -527,9 +547,13 @@ def load_checkpoint(path):
     path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
     with reading(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if checkpoint["format"] != FORMAT:
+        config = checkpoint["config"]
+        if checkpoint["format"] == 4:  # had two flags for what --first-stage says now
+            config["lender"], config["first_stage"] = config["first_stage"], config["autoencoder"]
+            del config["autoencoder"]
+        elif checkpoint["format"] != FORMAT:
             raise ValueError(f"format {checkpoint['format']}; this version reads {FORMAT}")
-        checkpoint["config"] = Config(**checkpoint["config"])
+        checkpoint["config"] = Config(**config)
         check(checkpoint["config"])
         if (not {"model", "ema", "commit", "data", "step"} <= checkpoint.keys()
                 or checkpoint["stage"] not in Run.STAGES):
@@ -568,12 +592,12 @@ class Run:
     STAGES = ("first stage", "joint training")
     SCORES = ("factor_vae", "disentanglement", "completeness", "informativeness_test")
     COLUMNS = ("stage", "step", "loss", "lr", "grad_norm", "images_per_second",
-               "mse", "codes_used", "perplexity", *SCORES)
+               "mse", "codes_used", "perplexity", "kl", "total_correlation", *SCORES)
 
     def __init__(self, folder, config, machine, identity=None, rows=()):
         self.folder, self.config, self.machine = Path(folder), config, machine
         self.identity, self.rows = identity or {}, list(rows)  # of the dataset; of log.csv
-        self.stop = False  # set by a signal; the step under way is finished first
+        self.stopping = False  # set by a signal; the step under way is finished first
         self.began = self.saved = time.monotonic()
         self.print = say if machine.main else lambda text: None
         self.commit, self.lock = "", None
@@ -598,19 +622,9 @@ class Run:
         if self.lock:
             self.lock.close()
 
-    @contextlib.contextmanager
-    def stoppable(self):
-        """Within, a signal lets the step finish; then `checkpoint` saves all and raises."""
-        old, names = {}, ("SIGINT", "SIGTERM", "SIGHUP")  # Ctrl-C, kill, a closed terminal
-        if threading.current_thread() is threading.main_thread():  # other threads get no signals
-            for number in (getattr(signal, name) for name in names if hasattr(signal, name)):
-                if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
-                    old[number] = signal.signal(number, lambda *_: setattr(self, "stop", True))
-        try:
-            yield
-        finally:
-            for number, handler in old.items():
-                signal.signal(number, handler or signal.SIG_DFL)
+    def stop(self, *_):
+        """What a signal calls: the step ends, then `checkpoint` saves all and raises."""
+        self.stopping = True
 
     def introduce(self, dataset, model):
         """Say what is trained with what, and count what that costs."""
@@ -683,9 +697,9 @@ class Run:
         self.saved = time.monotonic()
 
     def checkpoint(self, step):
-        """Save if it is time to. If asked to stop: save, and raise KeyboardInterrupt."""
-        stop = self.machine.mean(float(self.stop)) > 0  # in any process
-        if stop or time.monotonic() - self.saved > CHECKPOINT_SECONDS:
+        """Save after the last step, and if it is time to. If asked to stop, also raise."""
+        stop = self.machine.mean(float(self.stopping)) > 0  # in any process
+        if stop or step == self.steps or time.monotonic() - self.saved > CHECKPOINT_SECONDS:
             self.save(step)
         if stop:
             raise KeyboardInterrupt(f"stopped after step {step} of the {self.stage}; go on with: "
@@ -760,13 +774,18 @@ def check(config):
             need(RANGES[allowed](value), f.name, value, allowed)
         elif allowed:
             need(value in allowed, f.name, value, "one of " + ", ".join(map(str, allowed)))
-    sizes, levels, unit = vq.KINDS[c.autoencoder], len(c.multipliers), math.lcm(4, c.heads)
-    factor = sizes.get("patch", 1) * 2 ** (len(sizes["multipliers"]) - 1)
+    levels, unit = len(c.multipliers), math.lcm(4, c.heads)
+    with torch.device("meta"):  # without memory
+        side = c.size / vq.KINDS[c.first_stage]().factor
+    plain = (c.decoder, c.conditioning, c.tokens, c.regularizer, c.lender)
     for ok, name, expected in [
+            (c.model == "encdiff" or plain == ("diffusion", "cross", "scalar", "none", ""), "model",
+             "encdiff with its variants, or a first stage"),
             (c.channels % unit == 0, "channels", f"a multiple of {unit}"),
-            (c.size % (factor * 2 ** (levels - 1)) == 0, "multipliers",
-             f"{levels} levels that halve the latent's side of {c.size / factor:g} evenly"),
-            (c.vq_steps or c.first_stage, "vq_steps", "1 or more, or a run with --first-stage"),
+            (side % 2 ** (levels - 1) == 0, "multipliers",
+             f"{levels} levels that halve the latent's side of {side:g} evenly"),
+            (c.vq_steps or not c.trains_first_stage, "vq_steps",
+             "1 or more, or a run with --first-stage"),
             (c.conditioning == "cross" or c.decoder == "diffusion", "decoder",
              "diffusion with --conditioning adagn: the direct decoder attends to the tokens"),
             (c.regularizer == "none" or c.tokens == "scalar" and c.decoder == "diffusion",
@@ -784,10 +803,26 @@ class Parser(argparse.ArgumentParser):
 
 
 @contextlib.contextmanager
+def signals(act):
+    """Within, Ctrl-C, a kill and a closed terminal call act(number, frame)."""
+    old, names = {}, ("SIGINT", "SIGTERM", "SIGHUP")
+    if threading.current_thread() is threading.main_thread():  # other threads get no signals
+        for number in (getattr(signal, name) for name in names if hasattr(signal, name)):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                old[number] = signal.signal(number, act)
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+
+@contextlib.contextmanager
 def one_line_errors():
     """What a user gets wrong is a ValueError or OSError everywhere here: one line, status 2."""
     try:
-        yield
+        with signals(signal.default_int_handler):  # a kill tidies up, too
+            yield
     except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
         text = "out of memory; try a smaller --batch" if memory else " ".join(str(error).split())
@@ -816,6 +851,8 @@ def make_parser():
                    tuple: dict(type=int, nargs="+")}.get(kind, dict(type=kind))
         if isinstance(allowed, str):
             text += f", {allowed}"
+        elif f.name == "first_stage":
+            options["metavar"] = "{%s,RUN}" % ",".join(allowed)
         elif allowed:
             options["choices"] = tuple(allowed)
         if f.default != "":
@@ -829,7 +866,15 @@ def parse(arguments):
     """-> (Config, run folder, checkpoint to go on from or None, device or None)."""
     given = vars(make_parser().parse_args(arguments))
     preset, out, resume, device = (given.pop(k) for k in ("preset", "out", "resume", "device"))
-    for name in {"data", "cache", "first_stage"} & given.keys():  # found from any working directory
+    lender = given.get("first_stage")
+    if lender and lender not in vq.KINDS:  # a run: what kind it has is kept, as the run may go
+        given["lender"] = lender
+        try:
+            given["first_stage"] = load_checkpoint(lender)["config"].first_stage
+        except ValueError as error:
+            kinds = ", ".join(vq.KINDS)
+            raise ValueError(f"--first-stage is none of {kinds}; as a run: {error}") from None
+    for name in {"data", "cache", "lender"} & given.keys():  # found from any working directory
         given[name] = given[name] and os.path.abspath(os.path.expanduser(given[name]))
     if not resume:
         preset = preset or "small"
@@ -868,12 +913,11 @@ def main(arguments=()):
         else:
             need(not (folder / "checkpoint.pt").exists(), "out", folder,
                  f"a folder that holds no run yet, or --resume {folder}")
-            kind = config.first_stage and load_run(config.first_stage)[1].autoencoder
-            need(kind in ("", config.autoencoder), "autoencoder", config.autoencoder,
-                 f"{kind}, the kind of {config.first_stage}")
-        both = (config.batch, FIRST_STAGE[config.autoencoder]["batch"])
-        need(math.gcd(*both) % machine.world == 0, "batch", config.batch, f"a number of images, "
-             f"here {both[0]} and {both[1]} a step, that {machine.world} processes can share")
+            need(not config.lender or hasattr(load_run(config.lender)[0], "first_stage"),
+                 "first_stage", config.lender, "a run that has one: a VAE has none")
+        recipe = FIRST_STAGE[config.first_stage] if config.trains_first_stage else {"batch": 0}
+        need(math.gcd(config.batch, recipe["batch"]) % machine.world == 0, "batch", config.batch,
+             f"a number of images that {machine.world} processes can share, as in the first stage")
         need(not config.data or Path(config.data).exists(), "data", config.data,
              "the place where the dataset is now: nothing is found there")
         if not machine.main:  # the others read the cache that the main process writes

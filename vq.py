@@ -20,6 +20,8 @@ DIFFERS   From the authors' code: reconstruction is judged by L1 alone, without 
           training, and reconstructs as well: the decoder alone has to be clever.
 TRY       python vq.py   ->   shapes, rounding against brute force, the straight-through gradient
 """
+import functools
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -133,6 +135,7 @@ class VQAutoencoder(nn.Module):
                  codebook_size=2048, commitment=0.25, patch=1, linear=False):
         super().__init__()
         self.factor = patch * 2 ** (len(multipliers) - 1)
+        self.latent_channels = latent_channels
         widths = [channels * m for m in multipliers]
         c, top, pixels = widths[0], widths[-1], 3 * patch**2
         middle = lambda: [ResidualBlock(top, top), PositionAttention(top), ResidualBlock(top, top)]
@@ -207,11 +210,26 @@ class FirstStageLoss(nn.Module):
         return loss, reconstruction, indices
 
 
-# Sizes that train.py --autoencoder names: the paper's, and the one of the preset `small`.
-KINDS = {
-    "deep": dict(channels=32, multipliers=(1, 2, 4), blocks=2, latent_channels=3),
-    "linear": dict(channels=64, multipliers=(1, 2), blocks=1, latent_channels=4, patch=4,
-                   linear=True)}
+# ---- Pixel space. Skip on first reading. --------------------------------------------------------
+
+
+class Pixels(nn.Module):
+    """No first stage: 8 x 8 pixels become channels, (B, 3, S, S) -> (B, 192, S/8, S/8), and back.
+
+    The map is orthogonal, so noise among latents is noise among pixels, and nothing is lost.
+    """
+
+    factor, latent_channels = 8, 3 * 8**2
+
+    def __init__(self):
+        super().__init__()
+        self.encode, self.decode = nn.PixelUnshuffle(self.factor), nn.PixelShuffle(self.factor)
+
+
+# What train.py --first-stage names: the paper's sizes, those of the preset `small`, no first stage.
+KINDS = {"deep": VQAutoencoder, "pixels": Pixels,
+         "linear": functools.partial(VQAutoencoder, channels=64, multipliers=(1, 2), blocks=1,
+                                     latent_channels=4, patch=4, linear=True)}
 
 
 if __name__ == "__main__":
