@@ -141,36 +141,29 @@ WEIGHT_DECAY, CLIP = 0.01, 1.0  # AdamW's default; the largest norm of a gradien
 
 def build_model(config):
     """The untrained model of a config, an EncDiff or a VAE, on the CPU."""
-    c = config
-    if c.model == "vae":
-        encoder = build_encoder(c, 2 * c.num_tokens)
-        return encdiff.VAE(encoder, c.num_tokens, c.vae_loss, c.steps, c.size)
-    first_stage = vq.KINDS[c.first_stage]()
+    c, first_stage = config, vq.KINDS[config.first_stage]()
     channels, side = first_stage.latent_channels, c.size // first_stage.factor
     method, maps = encdiff.REGULARIZERS[c.regularizer]
-    token_map = maps(c.num_tokens, c.token_dim)
-    encoder = build_encoder(c, c.num_tokens * (c.token_dim if c.tokens == "vector" else 1))
+    token_map, of_each = maps(c.num_tokens, c.token_dim), 2 if c.model == "vae" else 1
+    outputs = c.num_tokens * (c.token_dim if c.tokens == "vector" else of_each)
+    more = {"queries": c.num_tokens} if c.encoder == "transformer" else {}
+    encoder = encdiff.ENCODERS[c.encoder](outputs, c.size, ENCODER_WIDTH, **more)
+    if c.model == "vae":
+        return encdiff.VAE(encoder, c.num_tokens, c.vae_loss, c.steps, c.size)
     if c.tokens == "vector":
         encoder, token_map = encdiff.vector_valued(encoder, c.num_tokens, c.token_dim)
     options = {name: getattr(c, name) for name in (
         "channels", "multipliers", "blocks", "heads", "token_dim", "dropout", "skip_dropout",
         "conditioning", "num_tokens")}
     options.update(latent_channels=channels, side=None if c.self_attention else side)
+    parts = [first_stage, encoder, token_map]
+    rest = [(channels, side, side), c.schedule, c.timesteps]
     if c.decoder == "direct":
-        method, denoiser = encdiff.EncDec, unet.DirectDecoder(side, **options)
-    else:
-        denoiser = unet.UNet(**options)
-    model = method(first_stage, encoder, token_map, denoiser, (channels, side, side), c.schedule,
-                   c.timesteps)
-    if c.first_stage == "pixels" and c.decoder == "diffusion":
-        model.denoiser = encdiff.NoiseFromVelocity(denoiser, model.alpha_bar)
+        return encdiff.EncDec(*parts, unet.DirectDecoder(side, **options), *rest)
+    model = method(*parts, unet.UNet(**options), *rest)
+    if c.first_stage == "pixels":
+        model.denoiser = encdiff.NoiseFromVelocity(model.denoiser, model.alpha_bar)
     return model
-
-
-def build_encoder(config, outputs):
-    """The image encoder of a config, with so many outputs."""
-    more = {"queries": config.num_tokens} if config.encoder == "transformer" else {}
-    return encdiff.ENCODERS[config.encoder](outputs, config.size, ENCODER_WIDTH, **more)
 
 
 # ---- The two stages -----------------------------------------------------------------------------
@@ -322,7 +315,7 @@ def work(run, dataset, checkpoint):
     model = build_model(config)
     run.introduce(dataset, model)
     stage = checkpoint["stage"] if checkpoint else "first stage"
-    with signals(run.stop):
+    with signals(lambda *_: setattr(run, "stopping", True)):
         if config.lender and not checkpoint:  # ablations share one
             model.first_stage = load_run(config.lender)[0].first_stage
         if config.trains_first_stage and stage == "first stage":
@@ -401,22 +394,36 @@ def quick_look(run, dataset, average, step):
 def pictures(run, dataset, model, step):
     """samples.png: images, what their latents decode to, samples from their tokens.
     swap.png: source and target, then the source with one token after the other from the target.
-    Images and noise are the same at every step; progress/ keeps the swap pictures of all steps."""
+    progress.gif: the latter after every quick look. Images and noise are the same at every step."""
     N, device = run.config.num_tokens, run.machine.device
     generator = torch.Generator().manual_seed(run.config.seed)
-    indices = torch.randint(len(dataset), (8,), generator=generator)
-    images = to_float(dataset.images(indices).to(device))
+    images = to_float(dataset.images(torch.randint(len(dataset), (8,), generator=generator)))
     noise = torch.randn(8, *model.latent_shape, generator=generator).to(device)
+    images = images.to(device)
     codes = model.represent(images)
     samples = model.sample(model.tokens(codes), noise=noise)
-    run.png("samples.png", [images, model.decode(model.latents(images)), samples])
     swapped = codes[:1].repeat(N, *[1] * (codes.ndim - 1))  # N copies of the source's codes
     swapped[range(N), range(N)] = codes[1]
     swapped = model.sample(model.tokens(swapped), noise=noise[:1].repeat(N, 1, 1, 1))
-    row = [*images[:2], *swapped]
-    row += [torch.ones_like(images[0])] * (-len(row) % 11)  # white, up to whole rows
+    decoded = model.decode(model.latents(images))
+    run.write("samples.png", png(torch.cat([images, decoded, samples]), 8))
     for name in ("swap.png", f"progress/{step:07d}.png"):
-        run.png(name, [row[i:i + 11] for i in range(0, len(row), 11)])
+        run.write(name, png(torch.cat([images[:2], swapped]), 11))
+    frames = []
+    for path in sorted((run.folder / "progress").glob("*.png")):
+        frames.append(ImageOps.expand(Image.open(path), (0, 14, 0, 0), "white"))
+        ImageDraw.Draw(frames[-1]).text((3, 1), f"step {int(path.stem):,}", "black")
+    run.write("progress.gif", lambda file: frames[0].save(
+        file, "GIF", save_all=True, append_images=frames[1:], loop=0,
+        duration=[800] * (len(frames) - 1) + [2500]))  # milliseconds
+
+
+def png(images, columns):
+    """images (K, 3, S, S) in [-1, 1] -> what writes rows of so many of them to an open file."""
+    white = images.new_ones(-len(images) % columns, *images.shape[1:])  # up to whole rows
+    rows = to_bytes(torch.cat([images, white])).unflatten(0, (-1, columns))  # (R, columns, 3, S, S)
+    pixels = rows.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # (R*S, columns*S, 3)
+    return lambda file: Image.fromarray(pixels.numpy()).save(file, "PNG")
 
 
 def step_flops(config):
@@ -428,11 +435,9 @@ def step_flops(config):
         stages = [("joint training", model, config.batch)]
         if config.trains_first_stage:
             model.first_stage.quantizer.ready.fill_(True)
-            loss_of = vq.FirstStageLoss(model.first_stage)
+            loss_of = vq.FirstStageLoss(copy.deepcopy(model.first_stage)).requires_grad_(True)
             stages.append(("first stage", loss_of, FIRST_STAGE[config.first_stage]["batch"]))
         for stage, module, batch in stages:
-            if stage == "first stage":  # frozen in the other
-                module.requires_grad_(True)
             with FlopCounterMode(display=False) as of_image:
                 loss = module(image)
                 (loss[0] if stage == "first stage" else loss).backward()
@@ -444,8 +449,8 @@ def step_flops(config):
 
 def training_tflop(config, flops):
     """TFLOP of a run's first stage and of its joint training; flops: as from step_flops."""
-    return [steps * flops[stage] / 1e12
-            for stage, steps in zip(Run.STAGES, (config.vq_steps, config.steps))]
+    steps = (config.vq_steps, config.steps)
+    return [n * flops[stage] / 1e12 for n, stage in zip(steps, Run.STAGES)]
 
 
 class Machine:
@@ -453,12 +458,12 @@ class Machine:
 
     def __init__(self, device=None):
         kinds = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
-        kinds.append("cpu")  # the best first
+        kinds += ["cpu"]  # the best first
         need(device in (None, *kinds), "device", device, "one of " + ", ".join(kinds))
         self.kind = device or kinds[0]
+        self.device = torch.device(self.kind)
         self.world, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
         self.main = self.rank == 0  # the one that writes, logs and scores
-        self.device = torch.device(self.kind)
         # By default glibc gives the memory of each large tensor back at once, and the system then
         # hands out zeroed pages of 4 kB one by one, in every step again. Another libc stays as is.
         with contextlib.suppress(AttributeError, OSError, TypeError):
@@ -468,10 +473,8 @@ class Machine:
             self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(self.device)
         if self.world > 1 and not dist.is_initialized():
-            # The usual ten minutes are too short: the others wait while the main process converts
-            # a dataset or scores. If one process dies, torchrun itself ends the others.
-            dist.init_process_group("nccl" if self.kind == "cuda" else "gloo",
-                                    timeout=datetime.timedelta(days=7))
+            # Longer than any conversion: if one process dies, torchrun itself ends the others.
+            dist.init_process_group(timeout=datetime.timedelta(days=7))
 
     def fast_bf16(self):
         if self.kind == "cuda":
@@ -504,15 +507,15 @@ def say(text, file=None, **options):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def write_atomically(path, save):
-    """save(file) to a temporary name, then rename: the file is the old or the new one, never half.
-    Raises OSError with one line if the disk is full or the folder is not writable."""
+def write_atomically(path, content):
+    """Write a text, or what content(file) writes, to a temporary name, then rename: the file is the
+    old or the new one, never half. Raises OSError, one line, for a full disk or a closed folder."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            save(file)
+            content(file) if callable(content) else file.write(content.encode())
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -555,9 +558,9 @@ def load_checkpoint(path):
             raise ValueError(f"format {checkpoint['format']}; this version reads {FORMAT}")
         checkpoint["config"] = Config(**config)
         check(checkpoint["config"])
-        if (not {"model", "ema", "commit", "data", "step"} <= checkpoint.keys()
-                or checkpoint["stage"] not in Run.STAGES):
-            raise ValueError("parts are missing")
+        missing = {"stage", "step", "model", "ema", "commit", "data"} - checkpoint.keys()
+        if missing or checkpoint["stage"] not in Run.STAGES:
+            raise ValueError(f"lacks {', '.join(missing) or 'its stage'}")
     return checkpoint
 
 
@@ -622,10 +625,6 @@ class Run:
         if self.lock:
             self.lock.close()
 
-    def stop(self, *_):
-        """What a signal calls: the step ends, then `checkpoint` saves all and raises."""
-        self.stopping = True
-
     def introduce(self, dataset, model):
         """Say what is trained with what, and count what that costs."""
         self.write("config.json", json.dumps(dataclasses.asdict(self.config), indent=1))
@@ -638,28 +637,26 @@ class Run:
     def start_stage(self, stage, steps, batch, checkpoint, module, optimizer, average=None):
         """Restore a stage from its checkpoint, or save its beginning. Returns its first step."""
         self.stage, self.steps, self.batch = stage, steps, batch
-        self.state, self.start = (module, optimizer, average), 0
-        if checkpoint:
-            self.start = checkpoint["step"]
-            self.print(f"resumed at step {self.start} of the {stage}")
-            with reading(self.folder):  # pop: to hold the weights but once
-                module.load_state_dict(checkpoint.pop("model"))
-                optimizer.load_state_dict(checkpoint.pop("optimizer"))
-                if average is not None:
-                    average.load_state_dict({**module.state_dict(), **checkpoint.pop("ema")})
-        else:
+        self.state, self.losses, self.since = (module, optimizer, average), [], time.monotonic()
+        if not checkpoint:
             self.save(0)
-        self.losses, self.since = [], time.monotonic()  # of the next report
-        return self.start
+            return 0
+        self.print(f"resumed at step {checkpoint['step']} of the {stage}")
+        with reading(self.folder):  # pop: to hold the weights but once
+            module.load_state_dict(checkpoint.pop("model"))
+            optimizer.load_state_dict(checkpoint.pop("optimizer"))
+            if average is not None:
+                average.load_state_dict({**module.state_dict(), **checkpoint.pop("ema")})
+        return checkpoint["step"]
 
     def note(self, step, loss, norm):
         """Note a step's loss. Raises ValueError if the gradient's norm is not finite."""
         self.losses.append(loss)
         self.norm = norm
         if not math.isfinite(norm):  # the same in all processes: gradients are averaged
-            advice = " --precision fp32" * (self.config.precision == "bf16")
-            advice += f" --lr {self.config.lr / 3:.1g}" * (self.stage == "joint training")
-            advice = f"--resume {self.folder}{advice}" if advice else "--seed 1, or another"
+            advice = f"--resume {self.folder} --precision fp32 --lr {self.config.lr / 3:.1g}"
+            if self.stage == "first stage" and self.config.precision == "fp32":
+                advice = "--seed 1, or another"  # as neither flag would change anything
             raise ValueError(f"loss {loss:.4g} and gradient norm {norm} in step {step + 1} of the "
                              f"{self.stage}; the last good checkpoint is kept. Try: "
                              f"python train.py {advice}")
@@ -680,19 +677,17 @@ class Run:
         self.print(f"{self.stage} {step}/{self.steps}  loss {loss:.4f}{more}  {rate:.0f} img/s  "
                    f"{left / speed / 3600:.2f} hours left here")
 
-    def write(self, name, save):
-        """save: a text, or what writes to the open file that it is given."""
+    def write(self, name, content):
+        """A file of the run: a text, or what content(file) writes."""
         if self.machine.main:
-            write_atomically(self.folder / name, save if callable(save) else
-                             lambda file: file.write(save.encode()))
+            write_atomically(self.folder / name, content)
 
     def save(self, step):
         module, optimizer, average = self.state
-        content = {"format": FORMAT, "config": dataclasses.asdict(self.config),
-                   "commit": self.commit, "stage": self.stage, "step": step, "data": self.identity,
+        content = {"format": FORMAT, "config": dataclasses.asdict(self.config), "step": step,
+                   "commit": self.commit, "stage": self.stage, "data": self.identity,
                    "log": self.rows, "model": module.state_dict(),
-                   "optimizer": optimizer.state_dict(),
-                   "ema": {} if average is None else averaged(average)}
+                   "optimizer": optimizer.state_dict(), "ema": averaged(average) if average else {}}
         self.write("checkpoint.pt", lambda file: torch.save(content, file))
         self.saved = time.monotonic()
 
@@ -707,46 +702,23 @@ class Run:
 
     def log(self, **row):
         """Add a row to log.csv. The rows are in the checkpoint too, so a resumed log has no gap."""
-        self.rows.append(row)
-        text = ",".join(self.COLUMNS) + "\n"
-        for row in self.rows:
-            values = (row.get(column, "") for column in self.COLUMNS)
-            text += ",".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in values) + "\n"
-        self.write("log.csv", text)
-
-    def png(self, name, rows):
-        """rows: image tensors (K, 3, S, S) in [-1, 1] -> one PNG, a row of K images each."""
-        wide = [torch.cat(list(row), dim=2) for row in rows]  # (K, 3, S, S) -> (3, S, K*S)
-        picture = to_bytes(torch.cat(wide, dim=1)).permute(1, 2, 0)  # -> (rows*S, K*S, 3)
-        self.write(name, lambda file: Image.fromarray(picture.numpy()).save(file, "PNG"))
-
-    def gif(self):
-        """progress.gif: the swap pictures of all quick looks and of the end, in turn."""
-        frames = []
-        for path in sorted((self.folder / "progress").glob("*.png")):
-            frames.append(ImageOps.expand(Image.open(path), (0, 14, 0, 0), "white"))
-            ImageDraw.Draw(frames[-1]).text((3, 1), f"step {int(path.stem):,}", "black")
-            frames[-1].thumbnail((704, 704))
-        if frames:
-            options = dict(duration=[800] * (len(frames) - 1) + [2500], loop=0)  # milliseconds
-            self.write("progress.gif", lambda file: frames[0].save(
-                file, "GIF", save_all=True, append_images=frames[1:], **options))
+        self.rows.append({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+        table = [self.COLUMNS, *([row.get(k, "") for k in self.COLUMNS] for row in self.rows)]
+        self.write("log.csv", "".join(",".join(map(str, line)) + "\n" for line in table))
 
     def finish(self, scores):
-        """metrics.json, progress.gif and the last lines of a run."""
-        self.gif()
-        tflop = training_tflop(self.config, self.flops)
-        minutes = (time.monotonic() - self.began) / 60
+        """metrics.json and the last lines of a run."""
+        first, joint = training_tflop(self.config, self.flops)
         content = {"config": dataclasses.asdict(self.config), "commit": self.commit,
-                   "tflop": sum(tflop), **scores}
+                   "tflop": first + joint, **scores}
         self.write("metrics.json", json.dumps(content, indent=1))
         lines = [f"{k:24s} {v:.3f}" for k, v in scores.items() if isinstance(v, float)]
-        lines += [scores["note"]] if scores.get("note") else []
-        lines += [f"compute: {sum(tflop):,.1f} TFLOP = {tflop[0]:,.1f} (first stage) + "
-                  f"{tflop[1]:,.1f} (joint training)",
-                  f"done in {minutes:.0f} minutes; weights, scores, pictures are in {self.folder}",
-                  f"next: python sample.py swap {self.folder}"]
-        self.print("\n".join(lines))
+        lines += [scores["note"]] * ("note" in scores)
+        minutes = (time.monotonic() - self.began) / 60
+        self.print("\n".join(lines + [
+            f"compute: {first + joint:,.1f} TFLOP = {first:,.1f} (first stage) + {joint:,.1f} "
+            f"(joint training)\ndone in {minutes:.0f} minutes; weights, scores, pictures are in "
+            f"{self.folder}\nnext: python sample.py swap {self.folder}"]))
 
 
 def to_float(images):
@@ -866,14 +838,12 @@ def parse(arguments):
     """-> (Config, run folder, checkpoint to go on from or None, device or None)."""
     given = vars(make_parser().parse_args(arguments))
     preset, out, resume, device = (given.pop(k) for k in ("preset", "out", "resume", "device"))
-    lender = given.get("first_stage")
-    if lender and lender not in vq.KINDS:  # a run: what kind it has is kept, as the run may go
-        given["lender"] = lender
-        try:
-            given["first_stage"] = load_checkpoint(lender)["config"].first_stage
+    if given.get("first_stage", "deep") not in vq.KINDS:  # a run
+        given["lender"] = given["first_stage"]
+        try:  # its kind is kept, as the run itself may go
+            given["first_stage"] = load_checkpoint(given["lender"])["config"].first_stage
         except ValueError as error:
-            kinds = ", ".join(vq.KINDS)
-            raise ValueError(f"--first-stage is none of {kinds}; as a run: {error}") from None
+            raise ValueError(f"--first-stage is none of {', '.join(vq.KINDS)}, and {error}") from None
     for name in {"data", "cache", "lender"} & given.keys():  # found from any working directory
         given[name] = given[name] and os.path.abspath(os.path.expanduser(given[name]))
     if not resume:
@@ -884,16 +854,15 @@ def parse(arguments):
         return config, Path(out or f"runs/{preset}-{config.seed}"), None, device
     need(not (out or preset), "resume", resume, "no --out and no --preset beside it")
     checkpoint = load_checkpoint(resume)
-    old = checkpoint["config"]
+    old, done = checkpoint["config"], checkpoint["step"]
     config = dataclasses.replace(old, **given)
     check(config)
     changed = [f"{name} {getattr(old, name)} -> {getattr(config, name)}"
                for name in given.keys() - CHANGEABLE if getattr(old, name) != getattr(config, name)]
     need(not changed, "resume", resume, f"no other values ({', '.join(changed)}): of all flags "
          f"only {', '.join(sorted(CHANGEABLE))} may change. Train a new run with --out")
-    if "steps" in given and checkpoint["stage"] == "joint training":
-        need(config.steps >= checkpoint["step"], "steps", config.steps,
-             f"{checkpoint['step']} or more, as many as {resume} has done")
+    need(checkpoint["stage"] == "first stage" or config.steps >= done, "steps", config.steps,
+         f"{done} or more, as many as {resume} has done")
     return config, Path(resume), checkpoint, device
 
 
