@@ -301,6 +301,72 @@ def test_the_toy_learns_and_shows_who_moves(switch, capsys):
     assert [row[-1] for row in encdiff.who_moves(corner, 4)] == list("@   ")
 
 
+# ---- The VAEs, and pixel space ------------------------------------------------------------------
+
+
+def test_the_three_parts_of_a_vaes_kl_are_integrals():
+    torch.manual_seed(0)
+    normal, double = torch.distributions.Normal, dict(dtype=torch.float64)
+    mean, log_var = 1.5 * torch.randn(4, 2, **double), torch.randn(4, 2, **double) - 1  # 4 images
+    q, prior = normal(mean, (log_var / 2).exp()), normal(0.0, 1.0)
+    draws = [torch.stack(encdiff.kl_terms(q.sample(), mean, log_var)) for _ in range(1000)]
+    axis = torch.linspace(-12, 12, 241, **double)
+    z = torch.cartesian_prod(axis, axis)  # (P, 2), cells of .1 x .1
+    each = q.log_prob(z[:, None])  # (P, 4, 2)
+    own, joint = each.sum(2), each.sum(2).logsumexp(1) - math.log(4)  # log q(z|x), log q(z)
+    single = (each.logsumexp(1) - math.log(4)).sum(1)
+    parts = [(own.exp() * (own - joint[:, None])).mean(1), joint.exp() * (joint - single),
+             joint.exp() * (single - prior.log_prob(z).sum(1))]
+    parts, found = torch.stack(parts).sum(1) * 0.01, torch.stack(draws).mean(0)
+    assert_close(found, parts, atol=0.06, rtol=0)
+    kl = torch.distributions.kl_divergence(q, prior).sum(1).mean()
+    assert_close(parts.sum(), kl) and assert_close(found.sum(), kl, atol=0.06, rtol=0)
+
+
+@pytest.mark.parametrize("name", encdiff.VAE_WEIGHTS)
+def test_eq_6_and_the_losses_of_the_other_vaes(name):
+    model, images = tiny_model(model="vae", vae_loss=name), some_images()
+    noise, x, weight = torch.randn(4, 6, 1, 1), (images + 1) / 2, encdiff.VAE_WEIGHTS[name]
+    for step, capacity in [(1, 25 / 6), (6, 25.0), (12, 25.0)]:  # C rises in the first 6 of 12 steps
+        model.step.fill_(step - 1)
+        loss = model.loss(images, None, noise)
+        mean, log_var = model.encoder(images).chunk(2, 1)
+        z = mean + log_var.exp().sqrt() * noise.view(4, 6)
+        p = (model.decode(z) + 1) / 2
+        error = -(x * p.log() + (1 - x) * (1 - p).log()).sum() / 4
+        kl = torch.distributions.kl_divergence(torch.distributions.Normal(
+            mean, log_var.exp().sqrt()), torch.distributions.Normal(0.0, 1.0)).sum(1).mean()
+        more = (weight - 1) * encdiff.kl_terms(z, mean, log_var)[1]
+        penalty = {"beta": weight * kl, "tc": kl + more, "annealed": weight * abs(kl - capacity)}
+        assert_close(loss, (error + penalty[name]) / (3 * 64 * 64))
+        assert model.terms["kl"] == pytest.approx(kl.item(), rel=1e-4)
+    loss.backward()
+    assert all(p.grad.any() for p in model.parameters())
+
+
+def test_pixels_are_rearranged_and_noise_follows_from_v():
+    model, x = tiny_model(first_stage="pixels"), some_images()
+    z0, t = model.latents(x), torch.tensor([1, 2, 600, 1000])
+    assert z0.shape == (4, 192, 8, 8) and torch.equal(model.decode(z0), x)
+    assert torch.equal(z0[:, :64, 2, 5].reshape(4, 8, 8), x[:, 0, 16:24, 40:48])
+    noise, abar = torch.randn_like(z0), model.alpha_bar[t].view(4, 1, 1, 1)
+    v = abar.sqrt() * noise - (1 - abar).sqrt() * z0  # d z_t / d angle, as Salimans & Ho define it
+    model.denoiser.network.forward = lambda z_t, t, tokens: v
+    assert model.loss(x, t, noise) < 1e-10
+
+
+@pytest.mark.parametrize("options", [dict(model="vae", vae_loss="annealed"),
+                                     dict(first_stage="pixels")], ids=str)
+def test_a_vae_and_pixels_resume_with_the_same_bits(options, toy, monkeypatch):
+    make_run("whole", **options)
+    signals(monkeypatch, {5: signal.SIGTERM})
+    with pytest.raises(KeyboardInterrupt):
+        make_run("parts", **options)
+    resume("parts")
+    assert equal(weights("parts"), weights("whole")) and saved("parts")["step"] == 12
+    assert train.training_tflop(train.Config(**options), {"first stage": 0, "joint training": 2e9})
+
+
 # ---- Training -----------------------------------------------------------------------------------
 
 

@@ -6,9 +6,8 @@ SHAPES    as in encdiff.py
 IDEA      Two stages. (1) The autoencoder of vq.py learns to compress images; it is then frozen.
           (2) Encoder, token maps and U-Net are trained together, by eq. (3) and nothing else.
           Everything random in a step is drawn after seeding with (seed, stage, step), so a run that
-          was interrupted goes on bit for bit without storing random states. P processes share one
-          batch, its timesteps and its noise: they do what one would do up to the order of
-          summation, but dropout draws other masks, and BatchNorm sees a share.
+          was interrupted goes on bit for bit without storing random states. P processes share a
+          batch: they do what one would do, but for dropout, BatchNorm and the order of summation.
           What is scored, drawn and shipped is the moving average (EMA) of the weights.
 DIFFERS   How long the first stage was trained the paper does not say: 10,000 steps are our choice.
           The moving average starts fast and slows down, so that a short run is not scored on its
@@ -73,8 +72,8 @@ class Config:
     model: str = field("encdiff", "method; vae: those it is compared with", ("encdiff", "vae"))
     vae_loss: str = field("beta", "objective of --model vae", encdiff.VAE_WEIGHTS)
     # The first stage (vq.py)
-    first_stage: str = field("deep", "first stage to train; linear: its encoder is a convolution; "
-                             "pixels: none; RUN: a copy of that run's", vq.KINDS)
+    first_stage: str = field("deep", "kind of first stage (pixels: none), or RUN to copy one from",
+                             vq.KINDS)
     lender: str = field("", "")  # the RUN of --first-stage; its kind is in first_stage
     vq_steps: int = field(10_000, "training steps of the first stage", "0 or more")
     # The encoder and the tokens (encdiff.py)
@@ -84,15 +83,15 @@ class Config:
     token_dim: int = field(32, "width of a concept token, d", "1 or more")
     # The denoiser (unet.py)
     channels: int = field(64, "width of the U-Net's first level, a multiple of 8", "1 or more")
-    multipliers: tuple = field((1, 2, 4, 4), "widths of the U-Net's levels, each with half the "
-                               "side of the one before, in units of --channels", "each 1 or more")
+    multipliers: tuple = field((1, 2, 4, 4), "width of each level of the U-Net, in units of "
+                               "--channels; each level halves the side", "each 1 or more")
     blocks: int = field(2, "residual blocks in each level of the U-Net", "1 or more")
     heads: int = field(8, "", "1 or more")  # attention heads of the U-Net
     dropout: float = field(0.1, "dropout in the residual blocks of the U-Net", "0 to below 1")
     skip_dropout: float = field(0.0, "dropout of channels in the U-Net's skips", "0 to below 1")
     self_attention: bool = field(True, "attention among positions; without: learned positions")
-    conditioning: str = field("cross", "how tokens reach the U-Net: by cross-attention, or by "
-                              "scale and shift of its norms", ("cross", "adagn"))
+    conditioning: str = field("cross", "how tokens reach the U-Net; adagn: by scale and shift of "
+                              "its norms", ("cross", "adagn"))
     decoder: str = field("diffusion", "direct: one pass without noise", ("diffusion", "direct"))
     schedule: str = field("cosine", "noise schedule", encdiff.SCHEDULES)
     timesteps: int = field(1000, "", "1 or more")  # T, the paper's
@@ -225,7 +224,7 @@ def train_jointly(run, dataset, model, checkpoint):
     config, machine, stage = run.config, run.machine, "joint training"
     model.to(machine.device).train()
     optimizer = Optimizer(model, config, config.lr, weight_decay=WEIGHT_DECAY)
-    if not checkpoint:
+    if not checkpoint and config.model == "encdiff":
         seed_step(config, stage, -1)
         some = dataset.images(torch.randint(len(dataset), (1024,)))
         model.measure_latents(to_float(some.to(machine.device)))
@@ -479,8 +478,8 @@ class Machine:
     def fast_bf16(self):
         if self.kind == "cuda":
             return torch.cuda.is_bf16_supported(including_emulation=False)
-        there = torch.cpu.get_capabilities() if self.kind == "cpu" else {}  # MPS: not tried
-        return any(there.get(name) for name in ("amx_bf16", "avx512_bf16"))
+        there = torch.cpu.get_capabilities()
+        return self.kind == "cpu" and (there.get("amx_bf16") or there.get("avx512_bf16"))
 
     def share(self, batch):
         """This process's slice of something drawn for the whole batch."""
@@ -567,8 +566,8 @@ def load_checkpoint(path):
 def load_run(path, device="cpu"):
     """A trained run, from its folder or from a file of sample.py export, else ValueError.
 
-    Returns an EncDiff with averaged weights in float32, in eval mode; its Config; and a dict:
-    scores (of metrics.json), step, commit, data (the dataset's identity), folder (for pictures).
+    Returns the model with averaged weights in float32, in eval mode; its Config; and a dict: scores
+    (of metrics.json), step, commit, data (the dataset's identity), folder (for pictures).
     """
     checkpoint, path = load_checkpoint(path), Path(path)
     if checkpoint["stage"] == "first stage":
@@ -577,8 +576,8 @@ def load_run(path, device="cpu"):
     model = build_model(checkpoint["config"])
     with reading(path):
         # abar_T is too small for the half precision that a file may have: it comes from the config.
-        model.load_state_dict({**checkpoint["model"], **checkpoint["ema"],
-                               "alpha_bar": model.alpha_bar})
+        known = {"alpha_bar": model.alpha_bar} if hasattr(model, "alpha_bar") else {}
+        model.load_state_dict({**checkpoint["model"], **checkpoint["ema"], **known})
     about = {name: checkpoint[name] for name in ("step", "commit", "data")}
     about.update(scores=checkpoint.get("scores", {}), folder=path if path.is_dir() else Path())
     if (path / "metrics.json").is_file():
@@ -627,12 +626,12 @@ class Run:
 
     def introduce(self, dataset, model):
         """Say what is trained with what, and count what that costs."""
+        self.flops = step_flops(self.config)
         self.write("config.json", json.dumps(dataclasses.asdict(self.config), indent=1))
         self.print(f"{dataset}\n{self.machine.kind}, {self.config.precision}, "
                    f"{torch.get_num_threads()} threads, processes: {self.machine.world}")
         for name, part in model.named_children():
             self.print(f"{name:12s} {sum(p.numel() for p in part.parameters()):>12,} parameters")
-        self.flops = step_flops(self.config)
 
     def start_stage(self, stage, steps, batch, checkpoint, module, optimizer, average=None):
         """Restore a stage from its checkpoint, or save its beginning. Returns its first step."""
@@ -654,12 +653,10 @@ class Run:
         self.losses.append(loss)
         self.norm = norm
         if not math.isfinite(norm):  # the same in all processes: gradients are averaged
-            advice = f"--resume {self.folder} --precision fp32 --lr {self.config.lr / 3:.1g}"
-            if self.stage == "first stage" and self.config.precision == "fp32":
-                advice = "--seed 1, or another"  # as neither flag would change anything
             raise ValueError(f"loss {loss:.4g} and gradient norm {norm} in step {step + 1} of the "
-                             f"{self.stage}; the last good checkpoint is kept. Try: "
-                             f"python train.py {advice}")
+                             f"{self.stage}; the last good checkpoint is kept. Try another --seed, "
+                             f"or: python train.py --resume {self.folder} --precision fp32 "
+                             f"--lr {self.config.lr / 3:.1g}")
 
     def due(self, step):
         return step % LOG_EVERY == 0 or step in (20, self.steps)  # 20: to say how long it takes
@@ -671,11 +668,12 @@ class Run:
         self.losses, self.since, rate = [], now, speed * self.batch
         self.log(stage=self.stage, step=step, loss=loss, grad_norm=self.norm,
                  images_per_second=rate, **row)
-        flops, later = self.flops[self.stage], self.stage == "first stage"
-        left = self.steps - step + later * self.config.steps * self.flops["joint training"] / flops
+        this, joint = self.flops[self.stage], self.flops["joint training"]
+        later = self.config.steps * joint if self.stage == "first stage" else 0
+        hours = (self.steps - step + later / this) / speed / 3600
         more = "".join(f"  {name.replace('_', ' ')} {value:.3g}" for name, value in row.items())
         self.print(f"{self.stage} {step}/{self.steps}  loss {loss:.4f}{more}  {rate:.0f} img/s  "
-                   f"{left / speed / 3600:.2f} hours left here")
+                   f"{hours:.2f} hours left here")
 
     def write(self, name, content):
         """A file of the run: a text, or what content(file) writes."""
@@ -746,18 +744,16 @@ def check(config):
             need(RANGES[allowed](value), f.name, value, allowed)
         elif allowed:
             need(value in allowed, f.name, value, "one of " + ", ".join(map(str, allowed)))
-    levels, unit = len(c.multipliers), math.lcm(4, c.heads)
+    unit, halvings = math.lcm(4, c.heads), 2 ** (len(c.multipliers) - 1)
     with torch.device("meta"):  # without memory
         side = c.size / vq.KINDS[c.first_stage]().factor
     plain = (c.decoder, c.conditioning, c.tokens, c.regularizer, c.lender)
     for ok, name, expected in [
             (c.model == "encdiff" or plain == ("diffusion", "cross", "scalar", "none", ""), "model",
-             "encdiff with its variants, or a first stage"),
+             "encdiff with its variants or a borrowed first stage"),
             (c.channels % unit == 0, "channels", f"a multiple of {unit}"),
-            (side % 2 ** (levels - 1) == 0, "multipliers",
-             f"{levels} levels that halve the latent's side of {side:g} evenly"),
-            (c.vq_steps or not c.trains_first_stage, "vq_steps",
-             "1 or more, or a run with --first-stage"),
+            (side % halvings == 0, "multipliers", f"levels that halve a side of {side:g} evenly"),
+            (c.vq_steps or not c.trains_first_stage, "vq_steps", "1 or more, or --first-stage RUN"),
             (c.conditioning == "cross" or c.decoder == "diffusion", "decoder",
              "diffusion with --conditioning adagn: the direct decoder attends to the tokens"),
             (c.regularizer == "none" or c.tokens == "scalar" and c.decoder == "diffusion",
@@ -823,10 +819,8 @@ def make_parser():
                    tuple: dict(type=int, nargs="+")}.get(kind, dict(type=kind))
         if isinstance(allowed, str):
             text += f", {allowed}"
-        elif f.name == "first_stage":
-            options["metavar"] = "{%s,RUN}" % ",".join(allowed)
-        elif allowed:
-            options["choices"] = tuple(allowed)
+        elif allowed:  # `check` refuses others
+            options["metavar"] = "{%s}" % ",".join(map(str, allowed))
         if f.default != "":
             text += f" (small: {show(SMALL.get(f.name, f.default))}, paper: {show(f.default)})"
         parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=text,
@@ -843,7 +837,8 @@ def parse(arguments):
         try:  # its kind is kept, as the run itself may go
             given["first_stage"] = load_checkpoint(given["lender"])["config"].first_stage
         except ValueError as error:
-            raise ValueError(f"--first-stage is none of {', '.join(vq.KINDS)}, and {error}") from None
+            kinds = ", ".join(vq.KINDS)
+            raise ValueError(f"--first-stage is none of {kinds}, and {error}") from None
     for name in {"data", "cache", "lender"} & given.keys():  # found from any working directory
         given[name] = given[name] and os.path.abspath(os.path.expanduser(given[name]))
     if not resume:
@@ -884,8 +879,8 @@ def main(arguments=()):
                  f"a folder that holds no run yet, or --resume {folder}")
             need(not config.lender or hasattr(load_run(config.lender)[0], "first_stage"),
                  "first_stage", config.lender, "a run that has one: a VAE has none")
-        recipe = FIRST_STAGE[config.first_stage] if config.trains_first_stage else {"batch": 0}
-        need(math.gcd(config.batch, recipe["batch"]) % machine.world == 0, "batch", config.batch,
+        batches = [config.batch, FIRST_STAGE.get(config.first_stage, {}).get("batch", 0)]
+        need(math.gcd(*batches) % machine.world == 0, "batch", config.batch,
              f"a number of images that {machine.world} processes can share, as in the first stage")
         need(not config.data or Path(config.data).exists(), "data", config.data,
              "the place where the dataset is now: nothing is found there")

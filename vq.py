@@ -8,16 +8,14 @@ IDEA      Each of the (S/f)^2 latent vectors is replaced by the nearest of K cod
           the decoder sees only those. Rounding has no gradient, so the decoder's gradient is copied
           to the encoder as if rounding were the identity ("straight-through"), while two extra
           terms pull codebook and encoder towards each other. An entry that is nearest to nothing
-          gets no gradient and stays dead; we therefore train without rounding for some hundred
-          steps and then start the codebook from latents of real images. Diffusion later works on
-          the latent BEFORE quantisation, and `decode` quantises first: the codebook bounds the
-          latent space and cleans up what sampling gets slightly wrong. Once trained, the first
-          stage is frozen: the second stage must not be able to make its own task easy.
-DIFFERS   From the authors' code: reconstruction is judged by L1 alone, without LPIPS (it needs
-          weights that we cannot ship) and without a patch discriminator. `patch` > 1 folds pixels
-          into channels at the input, which saves the expensive full-resolution layers. `linear`
-          makes the encoder one convolution, which costs next to nothing in every step of joint
-          training, and reconstructs as well: the decoder alone has to be clever.
+          gets no gradient and stays dead, so training starts without rounding, and the codebook
+          then from latents of real images. Diffusion works on the latent BEFORE quantisation, and
+          `decode` quantises first: the codebook bounds the latent space and cleans up what sampling
+          gets slightly wrong. It is frozen then: the second stage may not make its own task easy.
+DIFFERS   From the authors' code: L1 alone judges reconstructions, without LPIPS (its weights cannot
+          be shipped) or a patch discriminator. `patch` > 1 folds pixels into channels at the input,
+          which saves the expensive full-resolution layers. `linear` makes the encoder one
+          convolution, cheap in joint training: the decoder alone has to be clever.
 TRY       python vq.py   ->   shapes, rounding against brute force, the straight-through gradient
 """
 import functools
@@ -219,17 +217,16 @@ class Pixels(nn.Module):
     The map is orthogonal, so noise among latents is noise among pixels, and nothing is lost.
     """
 
-    factor, latent_channels = 8, 3 * 8**2
-
-    def __init__(self):
+    def __init__(self, factor=8):
         super().__init__()
-        self.encode, self.decode = nn.PixelUnshuffle(self.factor), nn.PixelShuffle(self.factor)
+        self.factor, self.latent_channels = factor, 3 * factor**2
+        self.encode, self.decode = nn.PixelUnshuffle(factor), nn.PixelShuffle(factor)
 
 
 # What train.py --first-stage names: the paper's sizes, those of the preset `small`, no first stage.
-KINDS = {"deep": VQAutoencoder, "pixels": Pixels,
+KINDS = {"deep": VQAutoencoder,
          "linear": functools.partial(VQAutoencoder, channels=64, multipliers=(1, 2), blocks=1,
-                                     latent_channels=4, patch=4, linear=True)}
+                                     latent_channels=4, patch=4, linear=True), "pixels": Pixels}
 
 
 if __name__ == "__main__":
