@@ -426,8 +426,8 @@ def png(images, columns):
 
 
 def step_flops(config):
-    """{stage: floating-point operations of one of its steps}, all processes together: forward,
-    backward and the optimizer's, as torch counts them, a multiply-add as two; 0 for no stage."""
+    """{stage: floating-point operations of one of its steps, or 0}, of all processes: forward,
+    backward and the optimizer's, as torch counts them, a multiply-add as two."""
     flops = dict.fromkeys(Run.STAGES, 0)
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
         model, image = build_model(config).train(), torch.zeros(1, 3, config.size, config.size)
@@ -463,8 +463,7 @@ class Machine:
         self.device = torch.device(self.kind)
         self.world, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
         self.main = self.rank == 0  # the one that writes, logs and scores
-        # By default glibc gives the memory of each large tensor back at once, and the system then
-        # hands out zeroed pages of 4 kB one by one, in every step again. Another libc stays as is.
+        # Left alone, glibc gives memory of large tensors back, and gets it page by page in each step.
         with contextlib.suppress(AttributeError, OSError, TypeError):
             for option in ((-4, 0), (-1, -1), (-8, 1)) * (self.kind == "cpu"):
                 ctypes.CDLL(None).mallopt(*option)  # no mmap, no trimming, one heap: see malloc.h
@@ -668,12 +667,12 @@ class Run:
         self.losses, self.since, rate = [], now, speed * self.batch
         self.log(stage=self.stage, step=step, loss=loss, grad_norm=self.norm,
                  images_per_second=rate, **row)
-        this, joint = self.flops[self.stage], self.flops["joint training"]
-        later = self.config.steps * joint if self.stage == "first stage" else 0
-        hours = (self.steps - step + later / this) / speed / 3600
+        left = self.steps - step
+        if self.stage == "first stage":  # in steps of this stage, what is to come
+            left += self.config.steps * self.flops["joint training"] / self.flops[self.stage]
         more = "".join(f"  {name.replace('_', ' ')} {value:.3g}" for name, value in row.items())
         self.print(f"{self.stage} {step}/{self.steps}  loss {loss:.4f}{more}  {rate:.0f} img/s  "
-                   f"{hours:.2f} hours left here")
+                   f"{left / speed / 3600:.2f} hours left here")
 
     def write(self, name, content):
         """A file of the run: a text, or what content(file) writes."""
@@ -711,7 +710,7 @@ class Run:
                    "tflop": first + joint, **scores}
         self.write("metrics.json", json.dumps(content, indent=1))
         lines = [f"{k:24s} {v:.3f}" for k, v in scores.items() if isinstance(v, float)]
-        lines += [scores["note"]] * ("note" in scores)
+        lines += [scores["note"]] if "note" in scores else []
         minutes = (time.monotonic() - self.began) / 60
         self.print("\n".join(lines + [
             f"compute: {first + joint:,.1f} TFLOP = {first:,.1f} (first stage) + {joint:,.1f} "
@@ -773,9 +772,9 @@ class Parser(argparse.ArgumentParser):
 @contextlib.contextmanager
 def signals(act):
     """Within, Ctrl-C, a kill and a closed terminal call act(number, frame)."""
-    old, names = {}, ("SIGINT", "SIGTERM", "SIGHUP")
+    old, numbers = {}, {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
     if threading.current_thread() is threading.main_thread():  # other threads get no signals
-        for number in (getattr(signal, name) for name in names if hasattr(signal, name)):
+        for number in numbers:
             if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
                 old[number] = signal.signal(number, act)
     try:

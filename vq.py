@@ -203,19 +203,15 @@ class FirstStageLoss(nn.Module):
     def forward(self, images):
         reconstruction, codebook_loss, indices = self.autoencoder(images)
         reconstruction = reconstruction.float()
-        squared = self.squared * F.mse_loss(reconstruction, images)
-        loss = F.l1_loss(reconstruction, images) + squared + codebook_loss
-        return loss, reconstruction, indices
+        loss = F.l1_loss(reconstruction, images) + self.squared * F.mse_loss(reconstruction, images)
+        return loss + codebook_loss, reconstruction, indices
 
 
 # ---- Pixel space. Skip on first reading. --------------------------------------------------------
 
 
 class Pixels(nn.Module):
-    """No first stage: 8 x 8 pixels become channels, (B, 3, S, S) -> (B, 192, S/8, S/8), and back.
-
-    The map is orthogonal, so noise among latents is noise among pixels, and nothing is lost.
-    """
+    """No first stage: an orthogonal map, (B, 3, S, S) -> (B, 3 f^2, S/f, S/f), and its inverse."""
 
     def __init__(self, factor=8):
         super().__init__()
