@@ -340,7 +340,7 @@ class EncDiff(nn.Module):
         return self.first_stage.decode(z0 * self.latent_std).float().clamp(-1, 1)
 
 
-# ---- Variants (Tables 3, 5, 11, 12). Skip on first reading. -------------------------------------
+# ---- Variants (Tables 1, 3, 5, 11, 12). Skip on first reading. ----------------------------------
 
 
 class EncDec(EncDiff):
