@@ -14,12 +14,11 @@ IDEA      Nothing in the loss asks for disentanglement: encoder and denoiser are
           predict noise, eq. (3). What separates the factors is the way in. Cross-attention lets
           each position choose among the tokens, so a token gains by meaning one thing; and each
           token is a function of ONE scalar, so it cannot hide a second factor in a second
-          dimension. The paper adds the noise: a bottleneck that opens as t falls, eq. (5). Every
-          training step draws all t, though, where AnnealVAE opens its bottleneck while it trains;
-          and C_t, which depends on the schedule and the latent's second moment alone, counts what
-          z_t shows anyway. Which factor pays at which noise can be measured (python sample.py
-          worth), and it matters which noise comes first: a lightly noised picture shows where
-          things are, so the token of a place pays under strong noise alone (the toy's --noise).
+          dimension. The paper adds the noise: a bottleneck that opens as t falls, eq. (5). But
+          every training step draws all t (AnnealVAE opens its bottleneck while it trains), and
+          C_t counts what z_t shows anyway. Which factor pays at which noise can be measured
+          (python sample.py worth), and it matters which comes first: a lightly noised picture shows
+          where things are, so the token of a place pays under strong noise alone (toy --noise).
 DIFFERS   Eq. (3) is printed without the square; Table 7 says MSE, and so do we. Eq. (5) is printed
           with -beta~_t where the KL of two Gaussians has +beta~_t; we compute the KL.
 TRY       python encdiff.py   ->   the whole method on 8x8 pictures while you watch, in a minute
@@ -134,13 +133,11 @@ def beta_schedule(name, steps=1000, start=0.0015, end=0.0155):
         f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
         return (1 - f[1:] / f[:-1]).clamp(max=0.999)  # the last one would be 1: no signal at all
     line = lambda a, b: torch.linspace(a, b, steps, dtype=torch.float64)
-    if name == "linear":
-        return line(start**0.5, end**0.5) ** 2
-    if name == "sqrt_linear":
-        return line(start, end)
-    if name == "sqrt":
-        return line(start, end).sqrt()
-    raise ValueError(f"schedule is {name!r}; expected one of {', '.join(SCHEDULES)}")
+    lines = {"linear": line(start**0.5, end**0.5) ** 2, "sqrt_linear": line(start, end),
+             "sqrt": line(start, end).sqrt()}
+    if name not in lines:
+        raise ValueError(f"schedule is {name!r}; expected one of {', '.join(SCHEDULES)}")
+    return lines[name]
 
 
 def cumulative(betas):
@@ -185,11 +182,6 @@ def kl_bottleneck(betas, second_moment=1.0):
 # start at z_T = z, include t = T, and add no noise in their last step.
 
 
-def noise_from(z_t, z0, abar):
-    """Eq. (2) solved for eps: the noise that agrees with z_t and this estimate of z_0."""
-    return (z_t - abar.sqrt() * z0) / (1 - abar).sqrt()
-
-
 def timesteps_down(T, steps):
     """`steps` timesteps from T down, evenly spaced, followed by 0: a list of steps + 1 integers."""
     if not 1 <= steps <= T:
@@ -211,8 +203,9 @@ def ddim(predict, alpha_bar, z, steps, eta=0.0):
     for t, s in zip(ts, ts[1:]):  # from t to the smaller s
         now, then = alpha_bar[t], alpha_bar[s]
         z0 = predict(z, t)
+        eps = (z - now.sqrt() * z0) / (1 - now).sqrt()  # Eq. (2) solved for eps
         sigma = eta * ((1 - then) / (1 - now) * (1 - now / then)).sqrt()
-        z = then.sqrt() * z0 + (1 - then - sigma**2).clamp(min=0).sqrt() * noise_from(z, z0, now)
+        z = then.sqrt() * z0 + (1 - then - sigma**2).clamp(min=0).sqrt() * eps
         if s > 0:
             z = z + sigma * torch.randn_like(z)
     return z
@@ -256,8 +249,7 @@ class EncDiff(nn.Module):
     encoder      images (B, 3, S, S) -> codes (B, N)
     token_map    codes -> tokens (B, N, d)
     denoiser     (z_t, t, tokens) -> noise (unet.UNet)
-    latent_shape (C, h, w)
-    schedule     name for beta_schedule; timesteps  T
+    latent_shape (C, h, w); schedule: name for beta_schedule; timesteps: T
     """
 
     def __init__(self, first_stage, encoder, token_map, denoiser, latent_shape=(3, 16, 16),
@@ -348,7 +340,7 @@ class EncDiff(nn.Module):
         return self.first_stage.decode(z0 * self.latent_std).float().clamp(-1, 1)
 
 
-# ---- Variants (Tables 3, 5, 11, 12). Skip on first reading. -------------------------------------
+# ---- Variants (Tables 1, 3, 5, 11, 12). Skip on first reading. ----------------------------------
 
 
 class EncDec(EncDiff):
@@ -452,6 +444,110 @@ class TransformerEncoder(nn.Module):
         for layer in self.layers:
             x = layer(x, features)
         return self.out(self.norm(x)).flatten(1)  # (B, N, c) -> (B, outputs)
+
+
+class NoiseFromVelocity(nn.Module):
+    """The denoiser of pixel space: a network that predicts v, and the noise that follows from v.
+
+    v = sqrt(abar_t) eps - sqrt(1 - abar_t) z_0 (Salimans & Ho 2022): strong noise passes by the
+    network, which has fewer channels than the noise dimensions. The loss remains eq. (3).
+    """
+
+    def __init__(self, network, alpha_bar):
+        super().__init__()
+        self.network = network
+        self.register_buffer("alpha_bar", alpha_bar, persistent=False)  # EncDiff saves it
+
+    def forward(self, z_t, t, tokens):
+        abar = self.alpha_bar[t][:, None, None, None]  # (B,) -> (B, 1, 1, 1)
+        return abar.sqrt() * self.network(z_t, t, tokens).float() + (1 - abar).sqrt() * z_t
+
+
+# The weights of Higgins et al. 2017, Burgess et al. 2018 and Chen et al. 2018, who sum over pixels.
+VAE_WEIGHTS = {"beta": 4.0, "annealed": 1000.0, "tc": 6.0}
+CAPACITY, RISES = 25.0, 0.5  # C at last, in nats (theirs); share of the steps in which it rises
+
+
+def kl_terms(z, mean, log_var):
+    """KL(q(z|x) || N(0, I)) in three, in nats (Chen et al. 2018): mutual information of x and z,
+    total correlation of z, divergence of its single dimensions.
+
+    z from q(z|x) = N(mean, exp(log_var)), all (B, N) -> three scalars. Minibatch-weighted sampling:
+    q(z_i) is 1/B sum_j q(z_i|x_j), each q(z_id) likewise. (Chen et al. divide by the number of
+    images in the set, too: a constant without a gradient.)
+    """
+    normal = torch.distributions.Normal
+    each = normal(mean, (log_var / 2).exp()).log_prob(z[:, None])  # (B, 1, N) -> (B, B, N): i, j, d
+    average = lambda log_q: log_q.logsumexp(1) - math.log(len(z))  # over the images j
+    own, prior = each.diagonal().sum(0), normal(0.0, 1.0).log_prob(z).sum(1)  # (B,): of z_i
+    joint, single = average(each.sum(2)), average(each).sum(1)  # (B,): of all dimensions, of each
+    return (own - joint).mean(), (joint - single).mean(), (single - prior).mean()
+
+
+class VAE(nn.Module):
+    """beta-VAE, AnnealVAE, beta-TCVAE (Table 1): EncDiff's methods, but pixels for a target.
+
+    encoder    images (B, 3, S, S) in [-1, 1] -> means and log variances (B, 2N); codes are means
+    objective  a key of VAE_WEIGHTS; steps: of the whole training, as AnnealVAE's C depends on them
+    The latent is the code, (B, N, 1, 1). There is no timestep, first stage or sampler.
+    """
+
+    def __init__(self, encoder, num_codes, objective="beta", steps=1, size=64, width=64):
+        super().__init__()
+        self.encoder, self.objective, self.steps = encoder, objective, max(1, steps)
+        self.latent_shape, low = (num_codes, 1, 1), size // 16
+        layers = [nn.Linear(num_codes, 256), nn.ReLU(), nn.Linear(256, width * low**2), nn.ReLU(),
+                  nn.Unflatten(1, (width, low, low))]
+        for _ in range(3):  # each doubles the resolution, as each of the encoder's halved it
+            layers += [nn.ConvTranspose2d(width, width, 4, stride=2, padding=1), nn.ReLU()]
+        self.decoder = nn.Sequential(*layers)
+        self.decoder.add_module("conv_out", nn.ConvTranspose2d(width, 3, 4, stride=2, padding=1))
+        self.tokens = nn.Identity()  # codes (B, N): the decoder reads them as they are
+        self.register_buffer("step", torch.tensor(0))  # training steps done, also by a resumed run
+
+    def represent(self, images):
+        """images (B, 3, S, S) in [-1, 1] -> codes (B, N), the means of q(z|x)."""
+        return self.encoder(images).chunk(2, 1)[0]  # (B, 2N) -> (B, N)
+
+    def latents(self, images):
+        """images (B, 3, S, S) in [-1, 1] -> codes (B, N, 1, 1)."""
+        return self.represent(images)[:, :, None, None]
+
+    def loss(self, images, t=None, noise=None):
+        """-log p(x|z) of Bernoulli pixels + penalty, in nats for each number of an image: a scalar.
+
+        images (B, 3, S, S) in [-1, 1]; noise (B, N, 1, 1) is drawn unless given; t is not used.
+        """
+        mean, log_var = self.encoder(images).float().chunk(2, 1)  # (B, 2N) -> 2x (B, N)
+        noise = torch.randn_like(mean) if noise is None else noise.flatten(1)
+        z = mean + (log_var / 2).exp() * noise
+        error = F.binary_cross_entropy_with_logits(
+            self.decoder(z).float(), (images + 1) / 2, reduction="sum") / len(images)
+        kl = (mean**2 + log_var.exp() - 1 - log_var).sum(1).mean() / 2
+        total_correlation = kl_terms(z, mean, log_var)[1]
+        self.terms = {"kl": kl.item(), "total_correlation": total_correlation.item()}  # for log.csv
+        self.step += self.training
+        # Divided by an image's numbers, gradients have the size of eq. (3)'s.
+        return (error + self.penalty(kl, total_correlation)) / images[0].numel()
+
+    forward = loss  # as DistributedDataParallel calls it
+
+    def penalty(self, kl, total_correlation):
+        """What the objective adds to -log p(x|z), in nats an image."""
+        weight = VAE_WEIGHTS[self.objective]
+        if self.objective == "annealed":
+            C = CAPACITY * (self.step / (RISES * self.steps)).clamp(max=1)
+            return weight * (kl - C).abs()  # Eq. (6): -E log p(x|z) + gamma |KL(q(z|x)||p(z)) - C|
+        return weight * kl if self.objective == "beta" else kl + (weight - 1) * total_correlation
+
+    @torch.no_grad()
+    def decode(self, z):
+        """codes (B, N, 1, 1) -> images (B, 3, S, S) in [-1, 1]."""
+        return self.decoder(z.flatten(1)).float().sigmoid() * 2 - 1
+
+    def sample(self, tokens, steps=1, sampler="none", noise=None):
+        """codes (B, N) -> images (B, 3, S, S) in [-1, 1], in one pass and without noise."""
+        return self.decode(tokens)
 
 
 ENCODERS = {"cnn": CNNEncoder, "cnn_bn": CNNBatchNormEncoder, "transformer": TransformerEncoder,

@@ -17,6 +17,7 @@ import base64
 import contextlib
 import copy
 import csv
+import functools
 import http.server
 import io
 import itertools
@@ -63,13 +64,16 @@ HERE = Path(__file__).parent
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # Sizes and constants with which a training step takes milliseconds.
-vq.KINDS["tiny"] = dict(channels=32, multipliers=(1,), blocks=1, latent_channels=3, patch=4,
-                        codebook_size=64)
+vq.KINDS["tiny"] = functools.partial(vq.VQAutoencoder, channels=32, multipliers=(1,), blocks=1,
+                                     latent_channels=3, patch=4, codebook_size=64)
 train.FIRST_STAGE["tiny"] = dict(batch=8, lr=1e-3, squared=0.0, encoder_steps=0)
 train.LOG_EVERY, train.ENCODER_WIDTH = 4, 8
-TINY = dict(autoencoder="tiny", encoder="cnn_bn", num_tokens=6, token_dim=8, channels=16,
+TINY = dict(first_stage="tiny", encoder="cnn_bn", num_tokens=6, token_dim=8, channels=16,
             multipliers=(1, 2), blocks=1, dropout=0.1, vq_steps=12, steps=12, batch=8,
             optimizer="muon", score_every=0, precision="fp32")
+
+
+NORMAL = torch.distributions.Normal(0.0, 1.0)
 
 
 def refused(run, *said):
@@ -257,7 +261,7 @@ def test_latents_have_unit_std_and_decoding_rounds_them():
 
 
 def test_a_linear_first_stage_is_linear_in_the_pixels():
-    autoencoder = vq.VQAutoencoder(**vq.KINDS["linear"])
+    autoencoder = vq.KINDS["linear"]()
     x, y = some_images(2).split(1)
     middle = (autoencoder.encode(x) + autoencoder.encode(y)) / 2
     assert_close(autoencoder.encode((x + y) / 2), middle)
@@ -298,6 +302,49 @@ def test_the_toy_learns_and_shows_who_moves(switch, capsys):
     assert len(losses) == 10 and sum(losses[-3:]) < 0.9 * sum(losses[:3])
     corner = lambda images: images[:, :1, 0, 0]  # a single code, which sees the wall alone
     assert [row[-1] for row in encdiff.who_moves(corner, 4)] == list("@   ")
+
+
+# ---- The VAEs, and pixel space ------------------------------------------------------------------
+
+
+def test_the_three_parts_of_a_vaes_kl_are_integrals():
+    mean, log_var = torch.tensor([[[1., -2], [-1, 0], [2, 1], [0, 1]], [[-1, 0], [0, -2]] * 2])
+    q = torch.distributions.Normal(mean, (log_var / 2).exp())  # of four images
+    found = sum(torch.stack(encdiff.kl_terms(q.sample(), mean, log_var)) for _ in range(1000)) / 1e3
+    z = torch.cartesian_prod(*[torch.linspace(-12, 12, 241)] * 2)  # (P, 2), cells of .1 x .1
+    each = q.log_prob(z[:, None])  # (P, 4, 2)
+    own, joint = each.sum(2), each.sum(2).logsumexp(1) - math.log(4)  # log q(z|x), log q(z)
+    single, prior = (each.logsumexp(1) - math.log(4)).sum(1), NORMAL.log_prob(z).sum(1)
+    parts = torch.stack([(own.exp() * (own - joint[:, None])).sum() / 4, (
+        joint.exp() * (joint - single)).sum(), (joint.exp() * (single - prior)).sum()]) * 0.01
+    assert_close(parts.sum(), torch.distributions.kl_divergence(q, NORMAL).sum(1).mean())
+    assert_close(found, parts, atol=0.08, rtol=0)
+
+
+@pytest.mark.parametrize("name", encdiff.VAE_WEIGHTS)
+def test_eq_6_and_the_losses_of_the_other_vaes(name):
+    model, images = tiny_model(model="vae", vae_loss=name), some_images()
+    noise, x, weight = torch.randn(4, 6, 1, 1), (images + 1) / 2, encdiff.VAE_WEIGHTS[name]
+    for step, capacity in [(1, 25 / 6), (6, 25.0), (12, 25.0)]:  # C rises in half of the 12 steps
+        model.step.fill_(step - 1)
+        mean, log_var = model.encoder(images).chunk(2, 1)
+        q = torch.distributions.Normal(mean, log_var.exp().sqrt())
+        z = mean + q.stddev * noise.view(4, 6)
+        p, kl = (model.decode(z) + 1) / 2, torch.distributions.kl_divergence(q, NORMAL).sum() / 4
+        error = -(x * p.log() + (1 - x) * (1 - p).log()).sum() / 4
+        more = {"beta": weight * kl, "annealed": weight * abs(kl - capacity),
+                "tc": kl + (weight - 1) * encdiff.kl_terms(z, mean, log_var)[1]}[name]
+        assert_close(model.loss(images, None, noise), (error + more) / (3 * 64 * 64))
+
+
+def test_pixels_are_rearranged_and_noise_follows_from_v():
+    model, x, t = tiny_model(first_stage="pixels"), some_images(), torch.tensor([1, 2, 600, 1000])
+    z0, abar = model.latents(x), model.alpha_bar[t].view(4, 1, 1, 1)
+    assert torch.equal(z0[:, :64, 2, 5].reshape(4, 8, 8), x[:, 0, 16:24, 40:48])
+    assert torch.equal(model.decode(z0), x)
+    noise = torch.randn_like(z0)
+    model.denoiser.network.forward = lambda *_: abar.sqrt() * noise - (1 - abar).sqrt() * z0  # v
+    assert model.loss(x, t, noise) < 1e-10
 
 
 # ---- Training -----------------------------------------------------------------------------------
@@ -391,6 +438,18 @@ def signals(patch, numbers):
     return done
 
 
+@pytest.mark.parametrize("options", [dict(model="vae", vae_loss="annealed"),
+                                     dict(first_stage="pixels")], ids=str)
+def test_a_vae_and_pixels_go_on_with_the_same_bits(options, toy, monkeypatch):
+    make_run("whole", **options)
+    signals(monkeypatch, {5: signal.SIGTERM})
+    with pytest.raises(KeyboardInterrupt):
+        make_run("parts", **options)
+    resume("parts")
+    assert equal(weights("parts"), weights("whole")) and saved("parts")["step"] == 12
+    assert train.load_run("parts")[2]["scores"]["tflop"] > 0
+
+
 def test_five_interruptions_leave_the_same_bits(whole, folder, monkeypatch):
     train_on_toy(monkeypatch, draw=True)
     # In warm-up, rounding, the last of stage 1, stage 2 twice; Ctrl-C, kill, a closed terminal.
@@ -429,8 +488,11 @@ def test_a_moved_run_goes_on_with_moved_data(whole, folder, monkeypatch):
 
 
 def test_a_first_stage_can_be_borrowed_and_a_seed_matters(whole, toy):
-    make_run("borrower", first_stage=whole, seed=7)
+    shutil.copytree(whole, "lender")
+    make_run("borrower", first_stage="lender", seed=7)
     lent, got = weights(whole), weights("borrower")
+    shutil.rmtree("lender")  # what it lent is known
+    assert train.load_run("borrower")[1].first_stage == "tiny"
     for part, same in [("first_stage.", True), ("encoder.", False), ("denoiser.", False)]:
         names = [name for name in lent if name.startswith(part)]
         assert equal({k: lent[k] for k in names}, {k: got[k] for k in names}) == same
@@ -566,7 +628,7 @@ def test_a_run_killed_twenty_times_ends_with_the_same_bits(folder):
 
 
 BAD_FLAGS = ["--batch 0", "--steps many", "--lr nan", "--ema 1", "--seed -1", "--channels 30",
-             "--vq-steps 0", "--autoencoder shallow", "--multipliers 0", "--size 48", "--tokens",
+             "--vq-steps 0", "--first-stage shallow", "--multipliers 0", "--size 48", "--tokens",
              "--multipliers 1 2 2 2 2 2", "--learning-rate 1", "--resume nowhere", "--data nowhere",
              "--decoder direct --conditioning adagn", "--regularizer sparse --tokens vector",
              "--num-tokens 40 --regularizer orthogonal", "--device cuda", "--first-stage nowhere"]
@@ -589,7 +651,6 @@ def test_what_may_not_change_and_other_runs_are_refused(whole, toy):
     refused(lambda: resume(whole, out="other"), "no --out")
     refused(lambda: resume(whole / "checkpoint.pt"), "folder")
     refused(lambda: make_run(whole), "or --resume")
-    refused(lambda: make_run("other", first_stage=whole, autoencoder="linear"), "tiny, the kind")
     with train.Run("busy", train.Config(), train.Machine()):
         refused(lambda: make_run("busy"), "in use by another process")
     make_run("busy", steps=0, first_stage=whole)  # the failed start holds no lock
@@ -617,12 +678,15 @@ def test_a_foreign_checkpoint_executes_nothing(whole, toy):
     assert not Path("trapped").exists()
 
 
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("module, moment", [(data, "open_dataset"), (train, "score")])
-def test_ctrl_c_before_and_after_training_is_one_line(module, moment, toy, capsys, monkeypatch):
-    monkeypatch.setattr(module, moment, lambda *a, **k: signal.raise_signal(signal.SIGINT))
+def test_ctrl_c_or_a_kill_before_and_after_training_is_one_line(
+        module, moment, ending, toy, capsys, monkeypatch):
+    monkeypatch.setattr(module, moment, lambda *a, **k: signal.raise_signal(ending))
     with pytest.raises(SystemExit) as ended, train.one_line_errors():
         make_run("run")
     assert ended.value.code == 130 and capsys.readouterr().err.count("\n") == 1
+    assert signal.getsignal(ending) != signal.default_int_handler or ending == signal.SIGINT
     assert Path("run/checkpoint.pt").exists() == (moment == "score")
 
 

@@ -6,9 +6,8 @@ SHAPES    as in encdiff.py
 IDEA      Two stages. (1) The autoencoder of vq.py learns to compress images; it is then frozen.
           (2) Encoder, token maps and U-Net are trained together, by eq. (3) and nothing else.
           Everything random in a step is drawn after seeding with (seed, stage, step), so a run that
-          was interrupted goes on bit for bit without storing random states. P processes share one
-          batch, its timesteps and its noise: they do what one would do up to the order of
-          summation, but dropout draws other masks, and BatchNorm sees a share.
+          was interrupted goes on bit for bit without storing random states. P processes share a
+          batch: they do what one would do, but for dropout, BatchNorm and the order of summation.
           What is scored, drawn and shipped is the moving average (EMA) of the weights.
 DIFFERS   How long the first stage was trained the paper does not say: 10,000 steps are our choice.
           The moving average starts fast and slows down, so that a short run is not scored on its
@@ -70,10 +69,13 @@ class Config:
     size: int = field(64, "side of the images in pixels", (32, 64, 128))
     seed: int = field(0, "number that fixes everything random in a run", "0 or more")
     precision: str = field("auto", "arithmetic; auto: bf16 where fast", ("auto", "bf16", "fp32"))
+    model: str = field("encdiff", "method; vae: those it is compared with", ("encdiff", "vae"))
+    vae_loss: str = field("beta", "objective of --model vae", encdiff.VAE_WEIGHTS)
     # The first stage (vq.py)
-    first_stage: str = field("", "run to copy the first stage from, instead of training one")
+    first_stage: str = field("deep", "kind of first stage (pixels: none), or RUN to copy one from",
+                             vq.KINDS)
+    lender: str = field("", "")  # the RUN of --first-stage; its kind is in first_stage
     vq_steps: int = field(10_000, "training steps of the first stage", "0 or more")
-    autoencoder: str = field("deep", "first stage; linear: encoder of one convolution", vq.KINDS)
     # The encoder and the tokens (encdiff.py)
     encoder: str = field("cnn", "image encoder; cnn_bn: lighter, with BatchNorm", encdiff.ENCODERS)
     tokens: str = field("scalar", "what a token is made of", ("scalar", "vector"))
@@ -81,15 +83,15 @@ class Config:
     token_dim: int = field(32, "width of a concept token, d", "1 or more")
     # The denoiser (unet.py)
     channels: int = field(64, "width of the U-Net's first level, a multiple of 8", "1 or more")
-    multipliers: tuple = field((1, 2, 4, 4), "widths of the U-Net's levels, each with half the "
-                               "side of the one before, in units of --channels", "each 1 or more")
+    multipliers: tuple = field((1, 2, 4, 4), "width of each level of the U-Net, in units of "
+                               "--channels; each level halves the side", "each 1 or more")
     blocks: int = field(2, "residual blocks in each level of the U-Net", "1 or more")
     heads: int = field(8, "", "1 or more")  # attention heads of the U-Net
     dropout: float = field(0.1, "dropout in the residual blocks of the U-Net", "0 to below 1")
     skip_dropout: float = field(0.0, "dropout of channels in the U-Net's skips", "0 to below 1")
     self_attention: bool = field(True, "attention among positions; without: learned positions")
-    conditioning: str = field("cross", "how tokens reach the U-Net: by cross-attention, or by "
-                              "scale and shift of its norms", ("cross", "adagn"))
+    conditioning: str = field("cross", "how tokens reach the U-Net; adagn: by scale and shift of "
+                              "its norms", ("cross", "adagn"))
     decoder: str = field("diffusion", "direct: one pass without noise", ("diffusion", "direct"))
     schedule: str = field("cosine", "noise schedule", encdiff.SCHEDULES)
     timesteps: int = field(1000, "", "1 or more")  # T, the paper's
@@ -108,6 +110,11 @@ class Config:
     def __post_init__(self):
         self.multipliers = tuple(self.multipliers)  # JSON and argparse bring lists
 
+    @property
+    def trains_first_stage(self):
+        """False if there is none to train, or if it is borrowed."""
+        return self.model == "encdiff" and self.first_stage != "pixels" and not self.lender
+
 
 # `paper`: why 75,000 steps? The paper only says a day on one V100, where 7,500 steps take minutes;
 # a public rerun of the authors' configuration reaches DCI .99 between 56 and 86 thousand steps.
@@ -115,7 +122,7 @@ class Config:
 # Four things take its steps from 9,000 to 3,000 (README, "What we learned"): Muon; learned
 # positions, by which attention tells places apart from the first step on; dropped skip connections,
 # so that more has to come from the tokens; and low noise first, where form pays too.
-SMALL = dict(vq_steps=4_000, autoencoder="linear", encoder="cnn_patch", token_dim=16, channels=48,
+SMALL = dict(vq_steps=4_000, first_stage="linear", encoder="cnn_patch", token_dim=16, channels=48,
              multipliers=(1, 2), blocks=1, heads=4, dropout=0.0, skip_dropout=0.3,
              self_attention=False, ema=0.999, low_noise_first=1 / 3, steps=3_000, optimizer="muon",
              lr=1e-3, lr_decay=0.4, score_every=1_000)
@@ -132,26 +139,30 @@ WEIGHT_DECAY, CLIP = 0.01, 1.0  # AdamW's default; the largest norm of a gradien
 
 
 def build_model(config):
-    """The untrained EncDiff of a config, on the CPU."""
-    c, sizes = config, vq.KINDS[config.autoencoder]
-    first_stage, latent_channels = vq.VQAutoencoder(**sizes), sizes["latent_channels"]
-    side = c.size // first_stage.factor
+    """The untrained model of a config, an EncDiff or a VAE, on the CPU."""
+    c, first_stage = config, vq.KINDS[config.first_stage]()
+    channels, side = first_stage.latent_channels, c.size // first_stage.factor
     method, maps = encdiff.REGULARIZERS[c.regularizer]
-    token_map = maps(c.num_tokens, c.token_dim)
-    outputs = c.num_tokens * (c.token_dim if c.tokens == "vector" else 1)
+    token_map, of_each = maps(c.num_tokens, c.token_dim), 2 if c.model == "vae" else 1
+    outputs = c.num_tokens * (c.token_dim if c.tokens == "vector" else of_each)
     more = {"queries": c.num_tokens} if c.encoder == "transformer" else {}
     encoder = encdiff.ENCODERS[c.encoder](outputs, c.size, ENCODER_WIDTH, **more)
+    if c.model == "vae":
+        return encdiff.VAE(encoder, c.num_tokens, c.vae_loss, c.steps, c.size)
     if c.tokens == "vector":
         encoder, token_map = encdiff.vector_valued(encoder, c.num_tokens, c.token_dim)
     options = {name: getattr(c, name) for name in (
         "channels", "multipliers", "blocks", "heads", "token_dim", "dropout", "skip_dropout",
         "conditioning", "num_tokens")}
-    options.update(latent_channels=latent_channels, side=None if c.self_attention else side)
+    options.update(latent_channels=channels, side=None if c.self_attention else side)
     parts = [first_stage, encoder, token_map]
-    rest = [(latent_channels, side, side), c.schedule, c.timesteps]
+    rest = [(channels, side, side), c.schedule, c.timesteps]
     if c.decoder == "direct":
         return encdiff.EncDec(*parts, unet.DirectDecoder(side, **options), *rest)
-    return method(*parts, unet.UNet(**options), *rest)
+    model = method(*parts, unet.UNet(**options), *rest)
+    if c.first_stage == "pixels":
+        model.denoiser = encdiff.NoiseFromVelocity(model.denoiser, model.alpha_bar)
+    return model
 
 
 # ---- The two stages -----------------------------------------------------------------------------
@@ -171,7 +182,7 @@ def learning_rate(peak, step, steps, decay):
 def train_first_stage(run, dataset, model, checkpoint):
     """Stage 1: images -> latent -> images. Leaves model.first_stage trained and frozen."""
     config, machine, stage = run.config, run.machine, "first stage"
-    recipe, steps = FIRST_STAGE[config.autoencoder], config.vq_steps
+    recipe, steps = FIRST_STAGE[config.first_stage], config.vq_steps
     warmup = min(200, steps // 2)  # steps without rounding, before there are latents to round to
     autoencoder, codebook = model.first_stage, model.first_stage.quantizer.codebook
     loss_of = vq.FirstStageLoss(autoencoder, recipe["squared"]).to(machine.device)
@@ -213,12 +224,11 @@ def train_jointly(run, dataset, model, checkpoint):
     config, machine, stage = run.config, run.machine, "joint training"
     model.to(machine.device).train()
     optimizer = Optimizer(model, config, config.lr, weight_decay=WEIGHT_DECAY)
-    if not checkpoint:
+    if not checkpoint and config.model == "encdiff":
         seed_step(config, stage, -1)
         some = dataset.images(torch.randint(len(dataset), (1024,)))
         model.measure_latents(to_float(some.to(machine.device)))
     average = copy.deepcopy(model).requires_grad_(False).eval()
-    average.first_stage = model.first_stage  # frozen: one copy will do
     start = run.start_stage(stage, config.steps, config.batch, checkpoint, model, optimizer,
                             average)
     network = DistributedDataParallel(model) if machine.world > 1 else model
@@ -240,12 +250,10 @@ def train_jointly(run, dataset, model, checkpoint):
         model.zero_grad()
         update_average(average, model, min(config.ema, (1 + step) / (10 + step)))
         if run.due(step + 1):
-            run.report(step + 1, lr=lr)
+            run.report(step + 1, lr=lr, **getattr(model, "terms", {}))
         if config.score_every and (step + 1) % config.score_every == 0 and step + 1 < config.steps:
             quick_look(run, dataset, average, step + 1)
         run.checkpoint(step + 1)
-    if start < config.steps:
-        run.save(config.steps)
     return average
 
 
@@ -290,8 +298,8 @@ def score(run, dataset, model, train, test, mapped=False):
             return {"note": "attributes are scored by TAD, not by FactorVAE score and DCI",
                     **metrics.tad(codes, dataset.attributes(indices))}
         scores = metrics.evaluate(codes, dataset.factors(indices), **options)
-        if mapped and codes.ndim == 2:
-            tokens = model.tokens(codes.to(run.machine.device)).cpu()  # (n, N) -> (n, N, d)
+        tokens = model.tokens(codes.to(run.machine.device)).cpu()
+        if mapped and tokens.ndim > codes.ndim:  # (n, N) -> (n, N, d)
             more = metrics.evaluate(tokens, dataset.factors(indices), **options)
             scores.update({f"mapped_{name}": more[name] for name in Run.SCORES if name in more})
         return scores
@@ -305,10 +313,11 @@ def work(run, dataset, checkpoint):
     torch.manual_seed(config.seed)
     model = build_model(config)
     run.introduce(dataset, model)
-    with run.stoppable():
-        if config.first_stage and not checkpoint:  # ablations share one
-            model.first_stage = load_run(config.first_stage)[0].first_stage
-        elif not checkpoint or checkpoint["stage"] == "first stage":
+    stage = checkpoint["stage"] if checkpoint else "first stage"
+    with signals(lambda *_: setattr(run, "stopping", True)):
+        if config.lender and not checkpoint:  # ablations share one
+            model.first_stage = load_run(config.lender)[0].first_stage
+        if config.trains_first_stage and stage == "first stage":
             train_first_stage(run, dataset, model, checkpoint)
             checkpoint = None
         average = train_jointly(run, dataset, model, checkpoint)
@@ -320,7 +329,7 @@ def work(run, dataset, checkpoint):
 
 # ---- Machinery: Muon, pictures, device, run folder, flags. Skip on first reading. ---------------
 
-FORMAT = 4  # of checkpoint.pt; to be raised when its contents change
+FORMAT = 5  # of checkpoint.pt; to be raised when its contents change
 CHECKPOINT_SECONDS = 120  # between two checkpoints
 LOG_EVERY = 100  # steps between two lines of log.csv
 RANGES = {"0 or more": lambda v: 0 <= v < math.inf, "1 or more": lambda v: 1 <= v < math.inf,
@@ -382,49 +391,64 @@ def quick_look(run, dataset, average, step):
 
 @torch.no_grad()
 def pictures(run, dataset, model, step):
-    """samples.png: images, their first-stage reconstructions, samples from their tokens.
+    """samples.png: images, what their latents decode to, samples from their tokens.
     swap.png: source and target, then the source with one token after the other from the target.
-    Images and noise are the same at every step; progress/ keeps the swap pictures of all steps."""
+    progress.gif: the latter after every quick look. Images and noise are the same at every step."""
     N, device = run.config.num_tokens, run.machine.device
     generator = torch.Generator().manual_seed(run.config.seed)
-    indices = torch.randint(len(dataset), (8,), generator=generator)
-    images = to_float(dataset.images(indices).to(device))
+    images = to_float(dataset.images(torch.randint(len(dataset), (8,), generator=generator)))
     noise = torch.randn(8, *model.latent_shape, generator=generator).to(device)
+    images = images.to(device)
     codes = model.represent(images)
     samples = model.sample(model.tokens(codes), noise=noise)
-    run.png("samples.png", [images, model.first_stage(images)[0], samples])
     swapped = codes[:1].repeat(N, *[1] * (codes.ndim - 1))  # N copies of the source's codes
     swapped[range(N), range(N)] = codes[1]
     swapped = model.sample(model.tokens(swapped), noise=noise[:1].repeat(N, 1, 1, 1))
-    row = [*images[:2], *swapped]
-    row += [torch.ones_like(images[0])] * (-len(row) % 11)  # white, up to whole rows
+    decoded = model.decode(model.latents(images))
+    run.write("samples.png", png(torch.cat([images, decoded, samples]), 8))
     for name in ("swap.png", f"progress/{step:07d}.png"):
-        run.png(name, [row[i:i + 11] for i in range(0, len(row), 11)])
+        run.write(name, png(torch.cat([images[:2], swapped]), 11))
+    frames = []
+    for path in sorted((run.folder / "progress").glob("*.png")):
+        frames.append(ImageOps.expand(Image.open(path), (0, 14, 0, 0), "white"))
+        ImageDraw.Draw(frames[-1]).text((3, 1), f"step {int(path.stem):,}", "black")
+    run.write("progress.gif", lambda file: frames[0].save(
+        file, "GIF", save_all=True, append_images=frames[1:], loop=0,
+        duration=[800] * (len(frames) - 1) + [2500]))  # milliseconds
+
+
+def png(images, columns):
+    """images (K, 3, S, S) in [-1, 1] -> what writes rows of so many of them to an open file."""
+    white = images.new_ones(-len(images) % columns, *images.shape[1:])  # up to whole rows
+    rows = to_bytes(torch.cat([images, white])).unflatten(0, (-1, columns))  # (R, columns, 3, S, S)
+    pixels = rows.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # (R*S, columns*S, 3)
+    return lambda file: Image.fromarray(pixels.numpy()).save(file, "PNG")
 
 
 def step_flops(config):
-    """{stage: floating-point operations of one of its steps}, all processes together: forward,
+    """{stage: floating-point operations of one of its steps, or 0}, of all processes: forward,
     backward and the optimizer's, as torch counts them, a multiply-add as two."""
+    flops = dict.fromkeys(Run.STAGES, 0)
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
         model, image = build_model(config).train(), torch.zeros(1, 3, config.size, config.size)
-        model.first_stage.quantizer.ready.fill_(True)
-        first = vq.FirstStageLoss(model.first_stage).requires_grad_(True)
-        flops, first_batch = {}, FIRST_STAGE[config.autoencoder]["batch"]
-        for stage, batch, module in zip(Run.STAGES, (first_batch, config.batch), (first, model)):
-            with FlopCounterMode(display=False) as image_flops:
+        stages = [("joint training", model, config.batch)]
+        if config.trains_first_stage:
+            model.first_stage.quantizer.ready.fill_(True)
+            loss_of = vq.FirstStageLoss(copy.deepcopy(model.first_stage)).requires_grad_(True)
+            stages.append(("first stage", loss_of, FIRST_STAGE[config.first_stage]["batch"]))
+        for stage, module, batch in stages:
+            with FlopCounterMode(display=False) as of_image:
                 loss = module(image)
-                (loss[0] if module is first else loss).backward()
-            with FlopCounterMode(display=False) as rest:
+                (loss[0] if stage == "first stage" else loss).backward()
+            with FlopCounterMode(display=False) as of_step:
                 Optimizer(module, config, config.lr).step(config.lr)
-            flops[stage] = batch * image_flops.get_total_flops() + rest.get_total_flops()
-            first.requires_grad_(False)  # the first stage is frozen before the second begins
+            flops[stage] = batch * of_image.get_total_flops() + of_step.get_total_flops()
     return flops
 
 
 def training_tflop(config, flops):
-    """TFLOP of a run's first stage, 0 if it was borrowed, and of its joint training; flops: of
-    one step of each, as from step_flops."""
-    steps = (0 if config.first_stage else config.vq_steps, config.steps)
+    """TFLOP of a run's first stage and of its joint training; flops: as from step_flops."""
+    steps = (config.vq_steps, config.steps)
     return [n * flops[stage] / 1e12 for n, stage in zip(steps, Run.STAGES)]
 
 
@@ -433,14 +457,13 @@ class Machine:
 
     def __init__(self, device=None):
         kinds = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
-        kinds.append("cpu")  # the best first
+        kinds += ["cpu"]  # the best first
         need(device in (None, *kinds), "device", device, "one of " + ", ".join(kinds))
         self.kind = device or kinds[0]
+        self.device = torch.device(self.kind)
         self.world, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
         self.main = self.rank == 0  # the one that writes, logs and scores
-        self.device = torch.device(self.kind)
-        # By default glibc gives the memory of each large tensor back at once, and the system then
-        # hands out zeroed pages of 4 kB one by one, in every step again. Another libc stays as is.
+        # Left alone, glibc gives memory of large tensors back, and gets it page by page in each step.
         with contextlib.suppress(AttributeError, OSError, TypeError):
             for option in ((-4, 0), (-1, -1), (-8, 1)) * (self.kind == "cpu"):
                 ctypes.CDLL(None).mallopt(*option)  # no mmap, no trimming, one heap: see malloc.h
@@ -448,16 +471,14 @@ class Machine:
             self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(self.device)
         if self.world > 1 and not dist.is_initialized():
-            # The usual ten minutes are too short: the others wait while the main process converts
-            # a dataset or scores. If one process dies, torchrun itself ends the others.
-            dist.init_process_group("nccl" if self.kind == "cuda" else "gloo",
-                                    timeout=datetime.timedelta(days=7))
+            # Longer than any conversion: if one process dies, torchrun itself ends the others.
+            dist.init_process_group(timeout=datetime.timedelta(days=7))
 
     def fast_bf16(self):
         if self.kind == "cuda":
             return torch.cuda.is_bf16_supported(including_emulation=False)
-        there = torch.cpu.get_capabilities() if self.kind == "cpu" else {}  # MPS: not tried
-        return any(there.get(name) for name in ("amx_bf16", "avx512_bf16"))
+        there = torch.cpu.get_capabilities()
+        return self.kind == "cpu" and (there.get("amx_bf16") or there.get("avx512_bf16"))
 
     def share(self, batch):
         """This process's slice of something drawn for the whole batch."""
@@ -484,15 +505,15 @@ def say(text, file=None, **options):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def write_atomically(path, save):
-    """save(file) to a temporary name, then rename: the file is the old or the new one, never half.
-    Raises OSError with one line if the disk is full or the folder is not writable."""
+def write_atomically(path, content):
+    """Write a text, or what content(file) writes, to a temporary name, then rename: the file is the
+    old or the new one, never half. Raises OSError, one line, for a full disk or a closed folder."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            save(file)
+            content(file) if callable(content) else file.write(content.encode())
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -527,21 +548,25 @@ def load_checkpoint(path):
     path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
     with reading(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if checkpoint["format"] != FORMAT:
+        config = checkpoint["config"]
+        if checkpoint["format"] == 4:  # had two flags for what --first-stage says now
+            config["lender"], config["first_stage"] = config["first_stage"], config["autoencoder"]
+            del config["autoencoder"]
+        elif checkpoint["format"] != FORMAT:
             raise ValueError(f"format {checkpoint['format']}; this version reads {FORMAT}")
-        checkpoint["config"] = Config(**checkpoint["config"])
+        checkpoint["config"] = Config(**config)
         check(checkpoint["config"])
-        if (not {"model", "ema", "commit", "data", "step"} <= checkpoint.keys()
-                or checkpoint["stage"] not in Run.STAGES):
-            raise ValueError("parts are missing")
+        missing = {"stage", "step", "model", "ema", "commit", "data"} - checkpoint.keys()
+        if missing or checkpoint["stage"] not in Run.STAGES:
+            raise ValueError(f"lacks {', '.join(missing) or 'its stage'}")
     return checkpoint
 
 
 def load_run(path, device="cpu"):
     """A trained run, from its folder or from a file of sample.py export, else ValueError.
 
-    Returns an EncDiff with averaged weights in float32, in eval mode; its Config; and a dict:
-    scores (of metrics.json), step, commit, data (the dataset's identity), folder (for pictures).
+    Returns the model with averaged weights in float32, in eval mode; its Config; and a dict: scores
+    (of metrics.json), step, commit, data (the dataset's identity), folder (for pictures).
     """
     checkpoint, path = load_checkpoint(path), Path(path)
     if checkpoint["stage"] == "first stage":
@@ -550,8 +575,8 @@ def load_run(path, device="cpu"):
     model = build_model(checkpoint["config"])
     with reading(path):
         # abar_T is too small for the half precision that a file may have: it comes from the config.
-        model.load_state_dict({**checkpoint["model"], **checkpoint["ema"],
-                               "alpha_bar": model.alpha_bar})
+        known = {"alpha_bar": model.alpha_bar} if hasattr(model, "alpha_bar") else {}
+        model.load_state_dict({**checkpoint["model"], **checkpoint["ema"], **known})
     about = {name: checkpoint[name] for name in ("step", "commit", "data")}
     about.update(scores=checkpoint.get("scores", {}), folder=path if path.is_dir() else Path())
     if (path / "metrics.json").is_file():
@@ -568,12 +593,12 @@ class Run:
     STAGES = ("first stage", "joint training")
     SCORES = ("factor_vae", "disentanglement", "completeness", "informativeness_test")
     COLUMNS = ("stage", "step", "loss", "lr", "grad_norm", "images_per_second",
-               "mse", "codes_used", "perplexity", *SCORES)
+               "mse", "codes_used", "perplexity", "kl", "total_correlation", *SCORES)
 
     def __init__(self, folder, config, machine, identity=None, rows=()):
         self.folder, self.config, self.machine = Path(folder), config, machine
         self.identity, self.rows = identity or {}, list(rows)  # of the dataset; of log.csv
-        self.stop = False  # set by a signal; the step under way is finished first
+        self.stopping = False  # set by a signal; the step under way is finished first
         self.began = self.saved = time.monotonic()
         self.print = say if machine.main else lambda text: None
         self.commit, self.lock = "", None
@@ -598,57 +623,39 @@ class Run:
         if self.lock:
             self.lock.close()
 
-    @contextlib.contextmanager
-    def stoppable(self):
-        """Within, a signal lets the step finish; then `checkpoint` saves all and raises."""
-        old, names = {}, ("SIGINT", "SIGTERM", "SIGHUP")  # Ctrl-C, kill, a closed terminal
-        if threading.current_thread() is threading.main_thread():  # other threads get no signals
-            for number in (getattr(signal, name) for name in names if hasattr(signal, name)):
-                if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
-                    old[number] = signal.signal(number, lambda *_: setattr(self, "stop", True))
-        try:
-            yield
-        finally:
-            for number, handler in old.items():
-                signal.signal(number, handler or signal.SIG_DFL)
-
     def introduce(self, dataset, model):
         """Say what is trained with what, and count what that costs."""
+        self.flops = step_flops(self.config)
         self.write("config.json", json.dumps(dataclasses.asdict(self.config), indent=1))
         self.print(f"{dataset}\n{self.machine.kind}, {self.config.precision}, "
                    f"{torch.get_num_threads()} threads, processes: {self.machine.world}")
         for name, part in model.named_children():
             self.print(f"{name:12s} {sum(p.numel() for p in part.parameters()):>12,} parameters")
-        self.flops = step_flops(self.config)
 
     def start_stage(self, stage, steps, batch, checkpoint, module, optimizer, average=None):
         """Restore a stage from its checkpoint, or save its beginning. Returns its first step."""
         self.stage, self.steps, self.batch = stage, steps, batch
-        self.state, self.start = (module, optimizer, average), 0
-        if checkpoint:
-            self.start = checkpoint["step"]
-            self.print(f"resumed at step {self.start} of the {stage}")
-            with reading(self.folder):  # pop: to hold the weights but once
-                module.load_state_dict(checkpoint.pop("model"))
-                optimizer.load_state_dict(checkpoint.pop("optimizer"))
-                if average is not None:
-                    average.load_state_dict({**module.state_dict(), **checkpoint.pop("ema")})
-        else:
+        self.state, self.losses, self.since = (module, optimizer, average), [], time.monotonic()
+        if not checkpoint:
             self.save(0)
-        self.losses, self.since = [], time.monotonic()  # of the next report
-        return self.start
+            return 0
+        self.print(f"resumed at step {checkpoint['step']} of the {stage}")
+        with reading(self.folder):  # pop: to hold the weights but once
+            module.load_state_dict(checkpoint.pop("model"))
+            optimizer.load_state_dict(checkpoint.pop("optimizer"))
+            if average is not None:
+                average.load_state_dict({**module.state_dict(), **checkpoint.pop("ema")})
+        return checkpoint["step"]
 
     def note(self, step, loss, norm):
         """Note a step's loss. Raises ValueError if the gradient's norm is not finite."""
         self.losses.append(loss)
         self.norm = norm
         if not math.isfinite(norm):  # the same in all processes: gradients are averaged
-            advice = " --precision fp32" * (self.config.precision == "bf16")
-            advice += f" --lr {self.config.lr / 3:.1g}" * (self.stage == "joint training")
-            advice = f"--resume {self.folder}{advice}" if advice else "--seed 1, or another"
             raise ValueError(f"loss {loss:.4g} and gradient norm {norm} in step {step + 1} of the "
-                             f"{self.stage}; the last good checkpoint is kept. Try: "
-                             f"python train.py {advice}")
+                             f"{self.stage}; the last good checkpoint is kept. Try another --seed, "
+                             f"or: python train.py --resume {self.folder} --precision fp32 "
+                             f"--lr {self.config.lr / 3:.1g}")
 
     def due(self, step):
         return step % LOG_EVERY == 0 or step in (20, self.steps)  # 20: to say how long it takes
@@ -660,32 +667,31 @@ class Run:
         self.losses, self.since, rate = [], now, speed * self.batch
         self.log(stage=self.stage, step=step, loss=loss, grad_norm=self.norm,
                  images_per_second=rate, **row)
-        flops, later = self.flops[self.stage], self.stage == "first stage"
-        left = self.steps - step + later * self.config.steps * self.flops["joint training"] / flops
+        left = self.steps - step
+        if self.stage == "first stage":  # in steps of this stage, what is to come
+            left += self.config.steps * self.flops["joint training"] / self.flops[self.stage]
         more = "".join(f"  {name.replace('_', ' ')} {value:.3g}" for name, value in row.items())
         self.print(f"{self.stage} {step}/{self.steps}  loss {loss:.4f}{more}  {rate:.0f} img/s  "
                    f"{left / speed / 3600:.2f} hours left here")
 
-    def write(self, name, save):
-        """save: a text, or what writes to the open file that it is given."""
+    def write(self, name, content):
+        """A file of the run: a text, or what content(file) writes."""
         if self.machine.main:
-            write_atomically(self.folder / name, save if callable(save) else
-                             lambda file: file.write(save.encode()))
+            write_atomically(self.folder / name, content)
 
     def save(self, step):
         module, optimizer, average = self.state
-        content = {"format": FORMAT, "config": dataclasses.asdict(self.config),
-                   "commit": self.commit, "stage": self.stage, "step": step, "data": self.identity,
+        content = {"format": FORMAT, "config": dataclasses.asdict(self.config), "step": step,
+                   "commit": self.commit, "stage": self.stage, "data": self.identity,
                    "log": self.rows, "model": module.state_dict(),
-                   "optimizer": optimizer.state_dict(),
-                   "ema": {} if average is None else averaged(average)}
+                   "optimizer": optimizer.state_dict(), "ema": averaged(average) if average else {}}
         self.write("checkpoint.pt", lambda file: torch.save(content, file))
         self.saved = time.monotonic()
 
     def checkpoint(self, step):
-        """Save if it is time to. If asked to stop: save, and raise KeyboardInterrupt."""
-        stop = self.machine.mean(float(self.stop)) > 0  # in any process
-        if stop or time.monotonic() - self.saved > CHECKPOINT_SECONDS:
+        """Save after the last step, and if it is time to. If asked to stop, also raise."""
+        stop = self.machine.mean(float(self.stopping)) > 0  # in any process
+        if stop or step == self.steps or time.monotonic() - self.saved > CHECKPOINT_SECONDS:
             self.save(step)
         if stop:
             raise KeyboardInterrupt(f"stopped after step {step} of the {self.stage}; go on with: "
@@ -693,46 +699,23 @@ class Run:
 
     def log(self, **row):
         """Add a row to log.csv. The rows are in the checkpoint too, so a resumed log has no gap."""
-        self.rows.append(row)
-        text = ",".join(self.COLUMNS) + "\n"
-        for row in self.rows:
-            values = (row.get(column, "") for column in self.COLUMNS)
-            text += ",".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in values) + "\n"
-        self.write("log.csv", text)
-
-    def png(self, name, rows):
-        """rows: image tensors (K, 3, S, S) in [-1, 1] -> one PNG, a row of K images each."""
-        wide = [torch.cat(list(row), dim=2) for row in rows]  # (K, 3, S, S) -> (3, S, K*S)
-        picture = to_bytes(torch.cat(wide, dim=1)).permute(1, 2, 0)  # -> (rows*S, K*S, 3)
-        self.write(name, lambda file: Image.fromarray(picture.numpy()).save(file, "PNG"))
-
-    def gif(self):
-        """progress.gif: the swap pictures of all quick looks and of the end, in turn."""
-        frames = []
-        for path in sorted((self.folder / "progress").glob("*.png")):
-            frames.append(ImageOps.expand(Image.open(path), (0, 14, 0, 0), "white"))
-            ImageDraw.Draw(frames[-1]).text((3, 1), f"step {int(path.stem):,}", "black")
-            frames[-1].thumbnail((704, 704))
-        if frames:
-            options = dict(duration=[800] * (len(frames) - 1) + [2500], loop=0)  # milliseconds
-            self.write("progress.gif", lambda file: frames[0].save(
-                file, "GIF", save_all=True, append_images=frames[1:], **options))
+        self.rows.append({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+        table = [self.COLUMNS, *([row.get(k, "") for k in self.COLUMNS] for row in self.rows)]
+        self.write("log.csv", "".join(",".join(map(str, line)) + "\n" for line in table))
 
     def finish(self, scores):
-        """metrics.json, progress.gif and the last lines of a run."""
-        self.gif()
-        tflop = training_tflop(self.config, self.flops)
-        minutes = (time.monotonic() - self.began) / 60
+        """metrics.json and the last lines of a run."""
+        first, joint = training_tflop(self.config, self.flops)
         content = {"config": dataclasses.asdict(self.config), "commit": self.commit,
-                   "tflop": sum(tflop), **scores}
+                   "tflop": first + joint, **scores}
         self.write("metrics.json", json.dumps(content, indent=1))
         lines = [f"{k:24s} {v:.3f}" for k, v in scores.items() if isinstance(v, float)]
-        lines += [scores["note"]] if scores.get("note") else []
-        lines += [f"compute: {sum(tflop):,.1f} TFLOP = {tflop[0]:,.1f} (first stage) + "
-                  f"{tflop[1]:,.1f} (joint training)",
-                  f"done in {minutes:.0f} minutes; weights, scores, pictures are in {self.folder}",
-                  f"next: python sample.py swap {self.folder}"]
-        self.print("\n".join(lines))
+        lines += [scores["note"]] if "note" in scores else []
+        minutes = (time.monotonic() - self.began) / 60
+        self.print("\n".join(lines + [
+            f"compute: {first + joint:,.1f} TFLOP = {first:,.1f} (first stage) + {joint:,.1f} "
+            f"(joint training)\ndone in {minutes:.0f} minutes; weights, scores, pictures are in "
+            f"{self.folder}\nnext: python sample.py swap {self.folder}"]))
 
 
 def to_float(images):
@@ -760,13 +743,16 @@ def check(config):
             need(RANGES[allowed](value), f.name, value, allowed)
         elif allowed:
             need(value in allowed, f.name, value, "one of " + ", ".join(map(str, allowed)))
-    sizes, levels, unit = vq.KINDS[c.autoencoder], len(c.multipliers), math.lcm(4, c.heads)
-    factor = sizes.get("patch", 1) * 2 ** (len(sizes["multipliers"]) - 1)
+    unit, halvings = math.lcm(4, c.heads), 2 ** (len(c.multipliers) - 1)
+    with torch.device("meta"):  # without memory
+        side = c.size / vq.KINDS[c.first_stage]().factor
+    plain = (c.decoder, c.conditioning, c.tokens, c.regularizer, c.lender)
     for ok, name, expected in [
+            (c.model == "encdiff" or plain == ("diffusion", "cross", "scalar", "none", ""), "model",
+             "encdiff with its variants or a borrowed first stage"),
             (c.channels % unit == 0, "channels", f"a multiple of {unit}"),
-            (c.size % (factor * 2 ** (levels - 1)) == 0, "multipliers",
-             f"{levels} levels that halve the latent's side of {c.size / factor:g} evenly"),
-            (c.vq_steps or c.first_stage, "vq_steps", "1 or more, or a run with --first-stage"),
+            (side % halvings == 0, "multipliers", f"levels that halve a side of {side:g} evenly"),
+            (c.vq_steps or not c.trains_first_stage, "vq_steps", "1 or more, or --first-stage RUN"),
             (c.conditioning == "cross" or c.decoder == "diffusion", "decoder",
              "diffusion with --conditioning adagn: the direct decoder attends to the tokens"),
             (c.regularizer == "none" or c.tokens == "scalar" and c.decoder == "diffusion",
@@ -784,10 +770,26 @@ class Parser(argparse.ArgumentParser):
 
 
 @contextlib.contextmanager
+def signals(act):
+    """Within, Ctrl-C, a kill and a closed terminal call act(number, frame)."""
+    old, numbers = {}, {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
+    if threading.current_thread() is threading.main_thread():  # other threads get no signals
+        for number in numbers:
+            if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                old[number] = signal.signal(number, act)
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+
+@contextlib.contextmanager
 def one_line_errors():
     """What a user gets wrong is a ValueError or OSError everywhere here: one line, status 2."""
     try:
-        yield
+        with signals(signal.default_int_handler):  # a kill tidies up, too
+            yield
     except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
         text = "out of memory; try a smaller --batch" if memory else " ".join(str(error).split())
@@ -816,8 +818,8 @@ def make_parser():
                    tuple: dict(type=int, nargs="+")}.get(kind, dict(type=kind))
         if isinstance(allowed, str):
             text += f", {allowed}"
-        elif allowed:
-            options["choices"] = tuple(allowed)
+        elif allowed:  # `check` refuses others
+            options["metavar"] = "{%s}" % ",".join(map(str, allowed))
         if f.default != "":
             text += f" (small: {show(SMALL.get(f.name, f.default))}, paper: {show(f.default)})"
         parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=text,
@@ -829,7 +831,14 @@ def parse(arguments):
     """-> (Config, run folder, checkpoint to go on from or None, device or None)."""
     given = vars(make_parser().parse_args(arguments))
     preset, out, resume, device = (given.pop(k) for k in ("preset", "out", "resume", "device"))
-    for name in {"data", "cache", "first_stage"} & given.keys():  # found from any working directory
+    if given.get("first_stage", "deep") not in vq.KINDS:  # a run
+        given["lender"] = given["first_stage"]
+        try:  # its kind is kept, as the run itself may go
+            given["first_stage"] = load_checkpoint(given["lender"])["config"].first_stage
+        except ValueError as error:
+            kinds = ", ".join(vq.KINDS)
+            raise ValueError(f"--first-stage is none of {kinds}, and {error}") from None
+    for name in {"data", "cache", "lender"} & given.keys():  # found from any working directory
         given[name] = given[name] and os.path.abspath(os.path.expanduser(given[name]))
     if not resume:
         preset = preset or "small"
@@ -839,16 +848,15 @@ def parse(arguments):
         return config, Path(out or f"runs/{preset}-{config.seed}"), None, device
     need(not (out or preset), "resume", resume, "no --out and no --preset beside it")
     checkpoint = load_checkpoint(resume)
-    old = checkpoint["config"]
+    old, done = checkpoint["config"], checkpoint["step"]
     config = dataclasses.replace(old, **given)
     check(config)
     changed = [f"{name} {getattr(old, name)} -> {getattr(config, name)}"
                for name in given.keys() - CHANGEABLE if getattr(old, name) != getattr(config, name)]
     need(not changed, "resume", resume, f"no other values ({', '.join(changed)}): of all flags "
          f"only {', '.join(sorted(CHANGEABLE))} may change. Train a new run with --out")
-    if "steps" in given and checkpoint["stage"] == "joint training":
-        need(config.steps >= checkpoint["step"], "steps", config.steps,
-             f"{checkpoint['step']} or more, as many as {resume} has done")
+    need(checkpoint["stage"] == "first stage" or config.steps >= done, "steps", config.steps,
+         f"{done} or more, as many as {resume} has done")
     return config, Path(resume), checkpoint, device
 
 
@@ -868,12 +876,11 @@ def main(arguments=()):
         else:
             need(not (folder / "checkpoint.pt").exists(), "out", folder,
                  f"a folder that holds no run yet, or --resume {folder}")
-            kind = config.first_stage and load_run(config.first_stage)[1].autoencoder
-            need(kind in ("", config.autoencoder), "autoencoder", config.autoencoder,
-                 f"{kind}, the kind of {config.first_stage}")
-        both = (config.batch, FIRST_STAGE[config.autoencoder]["batch"])
-        need(math.gcd(*both) % machine.world == 0, "batch", config.batch, f"a number of images, "
-             f"here {both[0]} and {both[1]} a step, that {machine.world} processes can share")
+            need(not config.lender or hasattr(load_run(config.lender)[0], "first_stage"),
+                 "first_stage", config.lender, "a run that has one: a VAE has none")
+        batches = [config.batch, FIRST_STAGE.get(config.first_stage, {}).get("batch", 0)]
+        need(math.gcd(*batches) % machine.world == 0, "batch", config.batch,
+             f"a number of images that {machine.world} processes can share, as in the first stage")
         need(not config.data or Path(config.data).exists(), "data", config.data,
              "the place where the dataset is now: nothing is found there")
         if not machine.main:  # the others read the cache that the main process writes

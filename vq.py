@@ -8,18 +8,18 @@ IDEA      Each of the (S/f)^2 latent vectors is replaced by the nearest of K cod
           the decoder sees only those. Rounding has no gradient, so the decoder's gradient is copied
           to the encoder as if rounding were the identity ("straight-through"), while two extra
           terms pull codebook and encoder towards each other. An entry that is nearest to nothing
-          gets no gradient and stays dead; we therefore train without rounding for some hundred
-          steps and then start the codebook from latents of real images. Diffusion later works on
-          the latent BEFORE quantisation, and `decode` quantises first: the codebook bounds the
-          latent space and cleans up what sampling gets slightly wrong. Once trained, the first
-          stage is frozen: the second stage must not be able to make its own task easy.
-DIFFERS   From the authors' code: reconstruction is judged by L1 alone, without LPIPS (it needs
-          weights that we cannot ship) and without a patch discriminator. `patch` > 1 folds pixels
-          into channels at the input, which saves the expensive full-resolution layers. `linear`
-          makes the encoder one convolution, which costs next to nothing in every step of joint
-          training, and reconstructs as well: the decoder alone has to be clever.
+          gets no gradient and stays dead, so training starts without rounding, and the codebook
+          then from latents of real images. Diffusion works on the latent BEFORE quantisation, and
+          `decode` quantises first: the codebook bounds the latent space and cleans up what sampling
+          gets slightly wrong. It is frozen then: the second stage may not make its own task easy.
+DIFFERS   From the authors' code: L1 alone judges reconstructions, without LPIPS (its weights cannot
+          be shipped) or a patch discriminator. `patch` > 1 folds pixels into channels at the input,
+          which saves the expensive full-resolution layers. `linear` makes the encoder one
+          convolution, cheap in joint training: the decoder alone has to be clever.
 TRY       python vq.py   ->   shapes, rounding against brute force, the straight-through gradient
 """
+import functools
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -133,6 +133,7 @@ class VQAutoencoder(nn.Module):
                  codebook_size=2048, commitment=0.25, patch=1, linear=False):
         super().__init__()
         self.factor = patch * 2 ** (len(multipliers) - 1)
+        self.latent_channels = latent_channels
         widths = [channels * m for m in multipliers]
         c, top, pixels = widths[0], widths[-1], 3 * patch**2
         middle = lambda: [ResidualBlock(top, top), PositionAttention(top), ResidualBlock(top, top)]
@@ -202,16 +203,26 @@ class FirstStageLoss(nn.Module):
     def forward(self, images):
         reconstruction, codebook_loss, indices = self.autoencoder(images)
         reconstruction = reconstruction.float()
-        squared = self.squared * F.mse_loss(reconstruction, images)
-        loss = F.l1_loss(reconstruction, images) + squared + codebook_loss
-        return loss, reconstruction, indices
+        loss = F.l1_loss(reconstruction, images) + self.squared * F.mse_loss(reconstruction, images)
+        return loss + codebook_loss, reconstruction, indices
 
 
-# Sizes that train.py --autoencoder names: the paper's, and the one of the preset `small`.
-KINDS = {
-    "deep": dict(channels=32, multipliers=(1, 2, 4), blocks=2, latent_channels=3),
-    "linear": dict(channels=64, multipliers=(1, 2), blocks=1, latent_channels=4, patch=4,
-                   linear=True)}
+# ---- Pixel space. Skip on first reading. --------------------------------------------------------
+
+
+class Pixels(nn.Module):
+    """No first stage: an orthogonal map, (B, 3, S, S) -> (B, 3 f^2, S/f, S/f), and its inverse."""
+
+    def __init__(self, factor=8):
+        super().__init__()
+        self.factor, self.latent_channels = factor, 3 * factor**2
+        self.encode, self.decode = nn.PixelUnshuffle(factor), nn.PixelShuffle(factor)
+
+
+# What train.py --first-stage names: the paper's sizes, those of the preset `small`, no first stage.
+KINDS = {"deep": VQAutoencoder,
+         "linear": functools.partial(VQAutoencoder, channels=64, multipliers=(1, 2), blocks=1,
+                                     latent_channels=4, patch=4, linear=True), "pixels": Pixels}
 
 
 if __name__ == "__main__":
