@@ -507,13 +507,13 @@ def test_the_first_stages_encoder_stops_its_decoder_goes_on(toy, monkeypatch):
     assert not equal(short.decoder.state_dict(), long.decoder.state_dict())
 
 
-def test_timesteps_are_low_at_first_then_uniform(toy, monkeypatch):
+def test_noise_is_weak_at_first_then_strong(toy, monkeypatch):
     drawn, loss = [], encdiff.EncDiff.loss
     monkeypatch.setattr(encdiff.EncDiff, "forward",
                         lambda *inputs: drawn.append(inputs[2:3]) or loss(*inputs))
-    make_run("run", low_noise_first=0.5, batch=64)
-    early, late = torch.stack([t for t, in filter(None, drawn)]).double().view(2, -1) / 1000
-    for t, mean in [(early, 1 / 4), (late, 1 / 2)]:  # the lowest of three uniform numbers: 1/4
+    make_run("run", noise_order="weak-first", batch=64, steps=6)
+    early, late = (torch.stack([t for t, in filter(None, drawn)]).double() / 1000).split((2, 4))
+    for t, mean in [(early, 1 / 4), (late, 3 / 4)]:  # lowest and highest of three uniform numbers
         assert t.mean().item() == pytest.approx(mean, abs=0.06) and t.min() > 0 and t.max() <= 1
 
 

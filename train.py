@@ -97,8 +97,8 @@ class Config:
     timesteps: int = field(1000, "", "1 or more")  # T, the paper's
     regularizer: str = field("none", "constraint on the codes, Table 11", encdiff.REGULARIZERS)
     # Joint training
-    low_noise_first: float = field(0.0, "first share of the joint steps, in which a timestep is "
-                                   "the lowest of three draws", "0 to below 1")
+    noise_order: str = field("uniform", "timesteps; weak-first: the lowest of three draws in the "
+                             "first third of the steps, then the highest", ("uniform", "weak-first"))
     steps: int = field(75_000, "training steps of encoder and denoiser", "0 or more")
     batch: int = field(64, "images in a joint training step", "1 or more")
     optimizer: str = field("adamw", "muon: orthogonal steps for matrices", ("adamw", "muon"))
@@ -121,10 +121,11 @@ class Config:
 # `small`, the default, is what two CPU cores can do: latents of 8x8, less width, a lighter encoder.
 # Four things take its steps from 9,000 to 3,000 (README, "What we learned"): Muon; learned
 # positions, by which attention tells places apart from the first step on; dropped skip connections,
-# so that more has to come from the tokens; and low noise first, where form pays too.
-SMALL = dict(vq_steps=4_000, first_stage="linear", encoder="cnn_patch", token_dim=16, channels=48,
+# so that more has to come from the tokens; and weak noise first, where form pays too, then strong
+# noise, where hues and places pay most.
+SMALL = dict(vq_steps=5_000, first_stage="linear", encoder="cnn_patch", token_dim=16, channels=48,
              multipliers=(1, 2), blocks=1, heads=4, dropout=0.0, skip_dropout=0.3,
-             self_attention=False, ema=0.999, low_noise_first=1 / 3, steps=3_000, optimizer="muon",
+             self_attention=False, ema=0.999, noise_order="weak-first", steps=3_000, optimizer="muon",
              lr=1e-3, lr_decay=0.4, score_every=1_000)
 PRESETS = {"small": SMALL, "paper": {}}
 
@@ -235,8 +236,9 @@ def train_jointly(run, dataset, model, checkpoint):
     for step in range(start, config.steps):
         seed_step(config, stage, step)
         indices = torch.randint(len(dataset), (config.batch,))
-        draws = 3 if step < config.low_noise_first * config.steps else 1  # 1: t ~ U{1..T}
-        t = torch.randint(1, config.timesteps + 1, (draws, config.batch)).amin(0)
+        draws = 3 if config.noise_order == "weak-first" else 1  # 1: t ~ U{1..T}
+        t = torch.randint(1, config.timesteps + 1, (draws, config.batch))
+        t = t.amin(0) if 3 * step < config.steps else t.amax(0)  # (draws, B) -> (B,)
         noise = torch.randn(config.batch, *model.latent_shape)
         images = to_float(dataset.images(machine.share(indices)).to(machine.device))
         t, noise = machine.share(t).to(machine.device), machine.share(noise).to(machine.device)
@@ -551,7 +553,7 @@ def load_checkpoint(path):
         config = checkpoint["config"]
         if checkpoint["format"] == 4:  # had two flags for what --first-stage says now
             config["lender"], config["first_stage"] = config["first_stage"], config["autoencoder"]
-            del config["autoencoder"]
+            del config["autoencoder"], config["low_noise_first"]
         elif checkpoint["format"] != FORMAT:
             raise ValueError(f"format {checkpoint['format']}; this version reads {FORMAT}")
         checkpoint["config"] = Config(**config)
