@@ -228,11 +228,11 @@ def mutual_information(joint):
 def mig(codes, factors, bins=20):
     """Mutual information gap (Chen et al., NeurIPS 2018) of codes (n, N) and factors (n, F): what a
     factor's best code tells of its entropy, minus the second, averaged. Codes are cut into equal
-    bins. 0 to 1; one code a factor scores 1, random or doubled codes about 0; ValueError: one code.
-    """
+    bins. 0 to 1; one code a factor 1, random or doubled codes about 0. ValueError: only one code,
+    or no factor that varies."""
     codes = scalar_codes(codes)
-    factors = check_factors(factors, len(codes))
     n, N = codes.shape
+    factors = check_factors(factors, n)
     factors = factors[:, np.ptp(factors, axis=0) > 0]
     if N < 2 or factors.size == 0:
         raise ValueError("it compares two codes, and needs a factor that varies")
@@ -425,8 +425,7 @@ def fit_trees(codes, labels, rounds=100, rate=0.1, depth=3, seed=0):
     if code <= c, tree if not) or at a leaf its step; importance (N,), with sum 1 or 0."""
     classes, label = np.unique(labels, return_inverse=True)
     columns, K = np.ascontiguousarray(codes.T, dtype=np.float64), len(classes)      # (N, n)
-    # (N, n): the samples by each code. int32 is filtered twice as fast as int64.
-    order = columns.argsort(axis=1, kind="stable").astype(np.int32)
+    order = columns.argsort(axis=1, kind="stable").astype(np.int32)  # (N, n); faster than int64
     rank = np.stack([np.unique(column, return_inverse=True)[1] for column in columns])
     rank = rank.astype(np.float32) if rank.max(1).min() < len(codes) - 1 else None  # no equal codes
     used, rng = np.zeros(len(columns)), np.random.default_rng(seed)  # used (N,): the gains so far
