@@ -1,18 +1,18 @@
 """Datasets as pairs of images and factors: a rendered Shapes3D, and the files people have.
 
-WHERE     read after metrics.py, before train.py.  Imports numpy, torch, h5py, pillow; copy freely.
-PAPER     arXiv 2402.09712v2, Sec. 4.1: Shapes3D, MPI3D, Cars3D, CelebA.  No equation lives here.
+WHERE     read after metrics.py, before train.py. Imports numpy, torch, h5py, pillow; copy freely.
+PAPER     arXiv 2402.09712v2, Sec. 4.1: Shapes3D, MPI3D, Cars3D, CelebA. No equation lives here.
 SHAPES    B images, F factors, S image size (64 unless asked).  images (B, 3, S, S) uint8, 0..255;
           factors (B, F) int64: column j runs over 0 .. factor_sizes[j] - 1.
-IDEA      3D Shapes is one room seen 480,000 times.  Six factors number the images:
+IDEA      3D Shapes is one room seen 480,000 times. Six factors number the images:
             ((((floor * 10 + wall) * 10 + object) * 8 + scale) * 4 + shape) * 15 + orientation
-          Three of them are only colours.  So we cast rays once for the 8 * 4 * 15 = 480 geometries,
-          keep what light does to floor, wall and object apart, and paint any image on demand:
+          Three are only colours, so we cast rays once for the 8 * 4 * 15 = 480 geometries, keep
+          what light does to floor, wall and object apart, and paint any image on demand:
             floor plane * floor hue + wall plane * wall hue + object plane * object hue + the rest
-          Every other dataset is converted once into an .npy file that is memory-mapped, because
+          Any other dataset is converted once into an .npy file that is memory-mapped, because
           reading one image out of a compressed file costs the thousands packed around it.
 DIFFERS   from the real 3D Shapes: the scene is fitted to fifty published images; tiles and stains
-          are only suggested.  What is not used of a dataset's files or labels, its note says.
+          are only suggested. What is not used of a dataset's files or labels, its note says.
 TRY       python data.py                        what is rendered
           python data.py --grid grid.png        a picture of fifty images
           python data.py --data PATH            what is in there
@@ -29,6 +29,7 @@ import shutil
 import signal
 import struct
 import sys
+import tempfile
 import zipfile
 import zlib
 from pathlib import Path
@@ -46,8 +47,8 @@ TOTAL, GEOMETRIES = int(np.prod(SIZES)), int(np.prod(SIZES[3:]))    # 480,000 an
 CUBE, CYLINDER, SPHERE, CAPSULE = range(4)                          # the official order
 
 # ---- 1. A ray caster for one room --------------------------------------------------------------
-# x points right, y up, z away from us; the object stands on the floor at the origin.  Lengths are
-# in edges of the cube at scale 1.  All numbers were found by least squares on published images.
+# x points right, y up, z away from us; the object stands on the floor at the origin. Lengths are
+# in edges of the cube at scale 1. All numbers were found by least squares on published images.
 CAMERA = dict(distance=3.911, height=1.214, pitch=0.0403, focal=2.415)     # radians; half widths
 ROOM, WALL = 4.158, 2.443                           # half the width of the square room, wall height
 RADIUS = (0.5, 0.531, 0.605, 0.461)                 # of each shape at scale 1 (cube: half its edge)
@@ -55,7 +56,7 @@ TALL = (1.0, 1.083, 1.21, 1.839)                    # its height
 SUN = np.array([-0.259, 1.0, 0.127]) / np.linalg.norm([-0.259, 1.0, 0.127])
 SHADOW = 0.331                                      # the floor where the object hides the sun
 LAMP, LAMP_LIGHT, LAMP_FALL = (-1.73, 5.43, 0.47), 1.272, 2.57     # fades along the floor
-FAR_WALL, LEFT_WALL, RIGHT_WALL = (1.007, -0.0197), (0.929, -0.0789), (0.761, -0.0425)   # + x or z
+WALLS = (1.007, -0.0197), (0.929, -0.0789), (0.761, -0.0425)       # far, left, right: + x or z
 OBJECT = (0.457, 0.504, 0.482, 0.115)               # ambient, from the camera, from above, gloss
 GLOSS, GLOSS_EDGE = np.array([-0.26, 0.957, 0.129]), (15.5, 0.042)    # where from, how sharp
 TILE, STAIN = 0.4, (1.45, -0.05)                    # width of a tile; corner of a stain's square
@@ -142,12 +143,9 @@ def room_light(eye, rays):
     p = x, y, z = eye[:, None] + t * rays
     to_lamp = np.sqrt((x - LAMP[0]) ** 2 + (y - LAMP[1]) ** 2 + (z - LAMP[2]) ** 2)
     light = np.choose(side, [LAMP_LIGHT * (LAMP[1] / to_lamp) ** LAMP_FALL,
-                             FAR_WALL[0] + FAR_WALL[1] * x,
-                             LEFT_WALL[0] + LEFT_WALL[1] * z,
-                             RIGHT_WALL[0] + RIGHT_WALL[1] * z])
+                             *(a + b * along for (a, b), along in zip(WALLS, (x, z, z)))])
     light *= texture(np.where(side < 2, x, z), np.where(side == 0, z - 9, y))    # no stain at z - 9
-    part = np.where(side == 0, 1, np.where(y < WALL, 2, 0))
-    return part, t, light, p
+    return np.where(side == 0, 1, np.where(y < WALL, 2, 0)), t, light, p
 
 
 def light_planes(shape, scale, eye, rays, room):
@@ -171,21 +169,19 @@ def light_planes(shape, scale, eye, rays, room):
 
 
 def render_planes(size):
-    """(480, 6, size * size) int16, in units of 1 / UNIT grey level; the three brightness planes
-    per fifth of colour.  Rays are cast finer and shrunk, as the real images seem to have been:
-    their edges ring like Lanczos."""
-    n, scale = size * SUPERSAMPLE, 255 * UNIT / np.array([5, 5, 5, 1, 1, 1])
+    """(480, 6, size * size) int16, in 1 / UNIT grey levels; the first three per fifth of colour.
+    Rays are cast finer and shrunk, as for the real images: their edges ring like Lanczos."""
+    n, unit = size * SUPERSAMPLE, 255 * UNIT / np.array([[5], [5], [5], [1], [1], [1]])
     planes = np.empty((GEOMETRIES, 6, size * size), np.int16)
     for view, angle in enumerate(LEVELS[5]):
         eye, rays = camera_rays(angle, n)
         room = room_light(eye, rays)
-        for g in range(view, GEOMETRIES, SIZES[5]):     # g = (scale * 4 + shape) * 15 + view
+        for k, (scale, shape) in enumerate(itertools.product(LEVELS[3], range(SIZES[4]))):
             with np.errstate(all="ignore"):                     # rays that miss: NaN and inf
-                fine = light_planes(g // SIZES[5] % SIZES[4], LEVELS[3][g // SIZES[5] // SIZES[4]],
-                                    eye, rays, room)
-            for k, plane in enumerate(fine.astype(np.float32).reshape(6, n, n)):
-                small = Image.fromarray(plane).resize((size, size), Image.LANCZOS)
-                planes[g, k] = np.rint(np.asarray(small).ravel() * scale[k])    # (S, S) -> (S * S,)
+                fine = light_planes(shape, scale, eye, rays, room).astype(np.float32)
+            small = [Image.fromarray(plane).resize((size, size), Image.LANCZOS)
+                     for plane in fine.reshape(6, n, n)]
+            planes[k * SIZES[5] + view] = np.rint(np.stack(small).reshape(6, -1) * unit)
     return planes
 
 
@@ -230,8 +226,8 @@ class Dataset:
         return torch.from_numpy(self.table[np.asarray(indices)]).long()
 
     def find(self, factors):
-        """factors (B, F) integers -> (B,) int64, for each row the first image that has them,
-        whatever the set's order.  ValueError names a combination that no image has."""
+        """factors (B, F) integers -> (B,) int64, for each row the first image that has them, in any
+        order of the set. ValueError names a combination that no image has."""
         first = {tuple(levels): row for row, levels in reversed([*enumerate(self.table.tolist())])}
         try:
             return np.array([first[tuple(row)] for row in np.asarray(factors).tolist()], int)
@@ -240,7 +236,7 @@ class Dataset:
 
     @property
     def identity(self):
-        """What tells this dataset from others wherever it lies, for JSON.  The digest is of all
+        """What tells this dataset from others wherever it lies, for JSON. The digest is of all
         labels and 64 images; of no rendered image, as another machine may round one differently."""
         some = np.unique(np.linspace(0, self.count - 1, 64).astype(int))
         pixels = b"rendered" if self.pixels is None else self.pixels[some].tobytes()
@@ -275,8 +271,8 @@ def grid(sizes):
 
 
 def open_dataset(path=None, size=64, cache=None):
-    """The dataset at path; None is the rendered Shapes3D.  A file or folder is converted on first
-    use, into two files beside it or in the folder `cache`; later it opens at once.  ValueError or
+    """The dataset at path; None is the rendered Shapes3D. A file or folder is converted on first
+    use, into two files beside it or in the folder `cache`; later it opens at once. ValueError or
     OSError, in one line, for what cannot be read or written."""
     if size not in (32, 64, 128):
         raise ValueError(f"image size {size}; expected 32, 64 or 128")
@@ -291,14 +287,14 @@ def open_dataset(path=None, size=64, cache=None):
         stamp = hashlib.sha256(ascii(seen).encode()).hexdigest()    # changes if the source does
     place = f"{zlib.crc32(os.fsencode(where)):08x}-" if cache else ""    # names alone may be equal
     target = Path(cache or where.parent, f"{place}{where.name}.{size}.cache")
-    paths = [Path(f"{target}.{ending}") for ending in ("npy", "npz")]
-    dataset = read_cache(*paths, stamp)
+    caches = [Path(f"{target}.{ending}") for ending in ("npy", "npz")]
+    dataset = read_cache(*caches, stamp)
     if dataset is None:
         with reading(path):
             found, blocks = (found_folder(where, size, files, note) if where.is_dir()
                              else found_file(where, size))
-        convert(found, blocks, *paths, stamp)
-        dataset = read_cache(*paths, stamp)
+        convert(found, blocks, *caches, stamp)
+        dataset = read_cache(*caches, stamp)
     return dataset
 
 
@@ -353,7 +349,7 @@ def limits(blocks):
 
 
 def to_bytes(values, black, white):
-    """Numbers of any type -> uint8: black becomes 0, white 255.  What is not a number is black."""
+    """Numbers of any type -> uint8: black becomes 0, white 255. What is not a number is black."""
     if values.dtype == np.uint8 and (black, white) == (0, 255):
         return values
     values = np.nan_to_num(values.astype(np.float32), nan=black).clip(black, white)
@@ -362,7 +358,7 @@ def to_bytes(values, black, white):
 
 
 def shrink(block, size, how=Image.LANCZOS):
-    """(b, h, w) or (b, h, w, 1 to 4) uint8 -> (b, 3, size, size), of each the middle square.  A
+    """(b, h, w) or (b, h, w, 1 to 4) uint8 -> (b, 3, size, size), of each the middle square. A
     second or fourth channel is opacity, and white lies behind."""
     count, h, w = block.shape[:3]
     block = block.reshape(count, h, w, -1)                      # (b, h, w) -> (b, h, w, 1)
@@ -379,8 +375,8 @@ def shrink(block, size, how=Image.LANCZOS):
 
 def add_labels(found, labels, names=()):
     """labels (n,), (n, F), one-hot (n, K) or columns with names (a structured array, an HDF5 group)
-    of any type: each column becomes a factor, its values numbered in their order.  The note says
-    which columns cannot."""
+    of any type: each column becomes a factor, if its values can be numbered; else the note says
+    why not. ValueError: there is not one row an image."""
     fields = list(labels) if isinstance(labels, h5py.Group) else labels.dtype.names
     if fields:
         names, columns = fields, [np.asarray(labels[field]) for field in fields]
@@ -395,7 +391,10 @@ def add_labels(found, labels, names=()):
     if len(names) != len(columns):
         if len(names) and names is not DSPRITES:
             found.add_note(f"factor_names not used: {len(names)} names for {len(columns)} factors")
-        names = FACTORS if are_shapes3d(columns) else [f"factor {j}" for j in range(len(columns))]
+        rooms = len(columns) == 6 and all(                      # of 3D Shapes, all or some
+            one.dtype.kind == "f" and np.isin(one.astype(float).round(4), levels.round(4)).all()
+            for one, levels in zip(columns, LEVELS))
+        names = FACTORS if rooms else [f"factor {j}" for j in range(len(columns))]
     factors, refused = [], []                   # (name, number of levels, level of each image)
     for name, column in zip(names, columns):
         name = name.decode(errors="replace") if isinstance(name, bytes) else str(name)
@@ -412,16 +411,9 @@ def add_labels(found, labels, names=()):
         found.add_note("no factor: " + ", ".join(refused))
 
 
-def are_shapes3d(columns):
-    """Whether labels are those of 3D Shapes, of all images or of some."""
-    return len(columns) == 6 and all(
-        column.dtype.kind == "f" and np.isin(column.astype(float).round(4), levels.round(4)).all()
-        for column, levels in zip(columns, LEVELS))
-
-
 def number(column):
     """(n,) labels -> how many different values there are and, (n,), which one each label has, in
-    their order.  ValueError, in a few words, if that makes no factor."""
+    their order. ValueError, in a few words, if that makes no factor."""
     if column.dtype.kind == "f":
         column = column.astype(float)
         if not np.isfinite(column).all():
@@ -452,12 +444,11 @@ BLOCK = 1 << 25                                                 # bytes read at 
 
 
 def found_file(path, size):
-    """An HDF5's or .npz's Dataset, not yet converted, with its labels if it has any; and its images
-    in order, as blocks (b, 3, size, size) uint8."""
+    """The Dataset in an HDF5 or .npz file, not yet converted, with its labels if it has any; and
+    its images in order, as blocks (b, 3, size, size) uint8."""
     if not path.is_file() or not (h5py.is_hdf5(path) or zipfile.is_zipfile(path)):
         start = path.open("rb").read(24) if path.is_file() else "no file"
-        raise ValueError("it is no complete HDF5 (.h5) or .npz file, and no folder of pictures, "
-                         f"but {start}")
+        raise ValueError(f"it is no complete HDF5 or .npz file, no folder of pictures, but {start}")
     arrays = h5py.File(path) if h5py.is_hdf5(path) else np.load(path)
     key, shape = find_images(arrays)
     found = Dataset(path.stem, shape[0], size, table=np.zeros((shape[0], 0)))
@@ -548,7 +539,7 @@ NO_DATA = ("__MACOSX", "Thumbs.db", "desktop.ini", "@eaDir")    # hidden, but wi
 
 
 def files_below(folder):
-    """-> the useful files in a folder, sorted, and a note of what is left out.  Follows links to
+    """-> the useful files in a folder, sorted, and a note of what is left out. Follows links to
     folders, but enters each folder once: a link upwards would never end."""
     files, left, unreadable = [], collections.Counter(), []
     entered = {str(parent) for parent in folder.parents}
@@ -624,7 +615,7 @@ def read_images(file, size, crop):
 
 
 def add_attributes(found, path, files):
-    """CelebA's attributes, if the list has a row for every picture: .png copies of .jpg count.  The
+    """CelebA's attributes, if the list has a row for every picture: .png copies of .jpg count. The
     .txt may begin with the number of images, the .csv begins with image_id."""
     text = path.read_text("utf-8-sig", "replace").replace("image_id,", "").replace(",", " ")
     lines = [line.split() for line in text.splitlines() if len(line.split()) > 1]
@@ -666,7 +657,7 @@ def mat_elements(raw):
 
 # ---- 6. Converting, once -----------------------------------------------------------------------
 # A cache is two files of numpy's own: X.cache.npy are the images (n, 3, S, S) uint8, X.cache.npz
-# the labels `table` (n, width) int32 and, as JSON, all else.  Labels always belong to the images.
+# the labels `table` (n, width) int32 and, as JSON, all else. Labels always belong to the images.
 def read_cache(images, labels, stamp):
     """The dataset in a cache made from the source with this stamp; None: there is none yet."""
     if not labels.exists():
@@ -676,8 +667,7 @@ def read_cache(images, labels, stamp):
             about, table = json.loads(str(arrays["about"])), arrays["table"]
         made_from = about.pop("stamp")
         about = {key: tuple(v) if isinstance(v, list) else v for key, v in about.items()}
-        pixels = np.asarray(np.load(images, mmap_mode="r"))
-        dataset = Dataset(**about, table=table, pixels=pixels)
+        dataset = Dataset(**about, table=table, pixels=np.asarray(np.load(images, mmap_mode="r")))
     except Exception:                   # its words would advise unsafe loading
         raise ValueError(f"{images} or {labels.name} is in the way, no whole cache of ours; "
                          "delete both, or give --cache DIR") from None
@@ -688,38 +678,33 @@ def read_cache(images, labels, stamp):
 
 
 def convert(found, blocks, images, labels, stamp):
-    """Write the cache's two files under temporary names, which become theirs only if all goes well.
-    Two processes at once do the work twice, but safely."""
-    size = found.count * 3 * found.size ** 2
+    """Write the cache's two files in a temporary folder, from which they move only if all goes
+    well. Two processes at once do the work twice, but safely."""
+    size, shape = found.count * 3 * found.size ** 2, (3, found.size, found.size)
     say(f"converting {found.name} to {images}: {found.count:,} images, {size / 1e9:.1f} GB")
-    pixels, rest = temporary = [path.with_suffix(f".{os.getpid()}.tmp{path.suffix}")
-                                for path in (images, labels)]
     try:
         images.parent.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(images.parent).free < size:
             raise OSError("the disk is full")
-        with open(pixels, "wb") as f:
-            f.seek(128)                                         # the size of numpy's header
-            for block in blocks:
-                f.write(np.ascontiguousarray(block))
-            found.count = len(found.table)                      # some may have been left out
-            f.seek(0)
-            np.lib.format.write_array_header_1_0(f, {
-                "descr": "|u1", "fortran_order": False,
-                "shape": (found.count, 3, found.size, found.size)})
-        about = {**vars(found), "stamp": stamp}
-        table, _ = about.pop("table"), about.pop("pixels")
-        np.savez(rest, about=json.dumps(about), table=table.astype("<i4"))
-        labels.unlink(missing_ok=True)      # never old labels beside new images
-        os.replace(pixels, images)
-        os.replace(rest, labels)
+        with tempfile.TemporaryDirectory(".tmp", images.stem, images.parent, True) as folder:
+            pixels, rest = Path(folder, "images.npy"), Path(folder, "labels.npz")
+            with open(pixels, "wb") as f:
+                f.seek(128)                                     # the size of numpy's header
+                for block in blocks:
+                    f.write(np.ascontiguousarray(block))
+                found.count = len(found.table)                  # some may have been left out
+                f.seek(0)
+                np.lib.format.write_array_header_1_0(f, {
+                    "descr": "|u1", "fortran_order": False, "shape": (found.count, *shape)})
+            about = {**vars(found), "stamp": stamp}
+            table, _ = about.pop("table"), about.pop("pixels")
+            np.savez(rest, about=json.dumps(about), table=table.astype("<i4"))
+            labels.unlink(missing_ok=True)      # never old labels beside new images
+            os.replace(pixels, images)
+            os.replace(rest, labels)
     except OSError as error:
         raise OSError(f"cannot write {images} ({error.strerror or error}); it takes "
                       f"{size / 1e9:.1f} GB, and --cache DIR converts elsewhere") from None
-    finally:
-        for path in temporary:
-            with contextlib.suppress(OSError):
-                path.unlink()
 
 
 # ---- 7. Command line ---------------------------------------------------------------------------
@@ -730,24 +715,19 @@ def main():
     parser.add_argument("--size", type=int, default=64, help="image size: 32, 64 or 128")
     parser.add_argument("--cache", metavar="DIR", help="for converted data; default: beside PATH")
     parser.add_argument("--grid", metavar="PNG", help="save fifty images as one picture")
-
-    def fail(message):                      # argparse would print its usage as well
-        parser.exit(2, f"data.py: {' '.join(str(message).split())}\n")
-
-    parser.error = fail
+    parser.error = lambda error: parser.exit(2, f"data.py: {' '.join(str(error).split())}\n")
     args = parser.parse_args()
     try:
         dataset = open_dataset(args.data, args.size, args.cache)
         say(dataset)
         if args.grid:
-            rows = np.linspace(0, len(dataset) - 1, 50).astype(int)
-            images = dataset.images(rows).unflatten(0, (5, 10))
-            picture = images.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)     # (5S, 10S, 3)
-            Image.fromarray(picture.numpy()).save(args.grid)
+            images = dataset.images(np.linspace(0, len(dataset) - 1, 50).astype(int))
+            sheet = images.unflatten(0, (5, 10)).permute(0, 3, 1, 4, 2)     # (5, S, 10, S, 3)
+            Image.fromarray(sheet.flatten(0, 1).flatten(1, 2).numpy()).save(args.grid)
     except (OSError, ValueError) as error:
-        fail(error)
+        parser.error(error)
     except KeyboardInterrupt:
-        fail("interrupted; nothing half-written is left")
+        parser.error("interrupted; nothing half-written is left")
 
 
 if __name__ == "__main__":

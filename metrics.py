@@ -4,9 +4,8 @@ WHERE     read after vq.py, before data.py. Imports numpy and torch only: copy i
 PAPER     EncDiff, arXiv 2402.09712v2, experimental setup; each score names its own paper.
 SHAPES    n samples, N codes, d width of a vector-valued code, F factors, K classes of one factor,
           codes (n, N) or (n, N, d), factors (n, F) integers, images (B, 3, H, W)
-IDEA      The factor scores fill a table "which code knows which factor", and ask of it: does a
-          code know one factor only (disentanglement), is a factor known by one code only
-          (completeness)? They differ in how they fill it:
+IDEA      The factor scores fill a table "which code knows which factor", and ask: does a code know
+          one factor only (disentanglement), one code only a factor (completeness)? They ask it by
             FactorVAE score   which code stands still while one factor is held fixed? Votes.
             DCI               which codes does a classifier use to read a factor? Boosted trees.
             MIG               how many nats do a code and a factor share? A 2-d histogram.
@@ -21,24 +20,24 @@ TRY       python metrics.py              the trees, worked step by step on six n
           python metrics.py codes.npz    all factor scores of your own `codes` and `factors`
 """
 import argparse
+import collections
+import functools
 import os
 import sys
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+ACTIVE = 0.05  # a code votes from this std on: of a dead one, rounding errors would win every vote
+
 
 # ---- All scores at once --------------------------------------------------------------------------
-
 def evaluate(codes, factors, seed=0, dci_train=10_000, dci_test=5_000):
-    """All factor scores of a table of codes, as a dict that json.dump accepts.
-
-    codes (n, N) or (n, N, d) finite, factors (n, F) integers, else ValueError. FactorVAE score and
-    MIG use all n samples, DCI random dci_train + dci_test, or two thirds and one third of fewer.
-    A score that cannot be computed is absent; "note" says why in one line, "" if none is missing.
-    """
+    """All factor scores of a table of codes, as a dict that json.dump accepts. Codes (n, N) or
+    (n, N, d) finite, factors (n, F) integers, else ValueError. FactorVAE score and MIG use all n
+    samples, DCI random dci_train + dci_test, or two thirds and one third of fewer. A score that
+    cannot be computed is absent; "note" says why in one line, "" if none is missing."""
     codes = scalar_codes(codes)
     factors = check_factors(factors, len(codes))
     if min(dci_train, dci_test) < 1:
@@ -66,7 +65,7 @@ def evaluate(codes, factors, seed=0, dci_train=10_000, dci_test=5_000):
 
 
 def as_numbers(array, name, whole=False):
-    """Any array or tensor, on any device, as float64 numpy, if all of it is finite (and whole)."""
+    """Any array or tensor, on any device, as float64 numpy; ValueError: not finite, not whole."""
     expected = ("integers: number the values of a factor 0, 1, 2, ..." if whole else
                 "finite numbers: drop these samples or mend the encoder")
     array = np.asarray(array.detach().cpu().double() if torch.is_tensor(array) else array)
@@ -81,7 +80,7 @@ def as_numbers(array, name, whole=False):
 
 
 def check_factors(factors, samples, name="factors"):
-    """factors as int64 (n, F), one row a code."""
+    """factors as int64 (n, F), one row a code; else ValueError."""
     factors = as_numbers(factors, name, whole=True).astype(np.int64)
     if factors.ndim != 2 or len(factors) != samples or factors.shape[1] < 1:
         raise ValueError(f"{name} has shape {factors.shape}; expected (samples, factors), and "
@@ -91,10 +90,8 @@ def check_factors(factors, samples, name="factors"):
 
 def scalar_codes(codes, fit_on=None, name="codes"):
     """codes as finite float64 (n, N): vector-valued ones (n, N, d) along their main axis, by PCA.
-
-    The factor scores want one number a code. fit_on (m, N, d) gives mean and axis (default: codes).
-    An eigenvector's sign is arbitrary; its largest entry is made positive, so that two runs agree.
-    """
+    fit_on (m, N, d) gives mean and axis (default: codes). An eigenvector's sign is arbitrary: its
+    largest entry is made positive, so that two runs agree. ValueError for other shapes."""
     codes = as_numbers(codes, name)
     basis = codes if fit_on is None else as_numbers(fit_on, "fit_on")
     if codes.ndim not in (2, 3) or codes.size == 0 or basis.shape[1:] != codes.shape[1:]:
@@ -111,17 +108,14 @@ def scalar_codes(codes, fit_on=None, name="codes"):
 
 
 # ---- DCI -----------------------------------------------------------------------------------------
-
 def dci(train_codes, train_factors, test_codes, test_factors, seed=0):
-    """Disentanglement, completeness, informativeness (Eastwood & Williams, ICLR 2018).
-
-    For each factor, boosted trees learn to read it from the codes; importance[i, j] says how much
-    those of factor j used code i. D and C: 0 to 1; one code a factor scores 1, codes that know
-    nothing about 0. Informativeness is accuracy averaged over factors. A factor with one value in
-    train_factors is left out, its importance 0; D of a single factor and C of a single code are
-    0 / 0, so absent. "note" says what is missing.
-    10,000 + 5,000 samples, 20 codes and six factors take 36 s of a busy core, 4,000 + 2,000 14 s.
-    """
+    """Disentanglement, completeness, informativeness (Eastwood & Williams, ICLR 2018), as a dict.
+    Boosted trees learn to read each of the factors (n, F) from the codes (n, N); importance[i, j]
+    says how much those of factor j used code i. D and C: 0 to 1; one code a factor scores 1, codes
+    that know nothing about 0. Informativeness is accuracy averaged over factors. "note" says what
+    is missing: factors with one value in train_factors; D of one factor and C of one code, 0 / 0.
+    ValueError: no factor varies, or shapes do not fit. 10,000 + 5,000 samples, 20 codes and six
+    factors take 36 s of a busy core, 4,000 + 2,000 14 s."""
     train_codes, test_codes = (scalar_codes(train_codes, name="train_codes"),
                                scalar_codes(test_codes, train_codes, "test_codes"))
     train_factors = check_factors(train_factors, len(train_codes), "train_factors")
@@ -136,25 +130,23 @@ def dci(train_codes, train_factors, test_codes, test_factors, seed=0):
         importance[:, j] = trees.importance
         right.append(((predict(trees, train_codes) == train_factors[:, j]).mean(),
                       (predict(trees, test_codes) == test_factors[:, j]).mean()))
-    right = np.mean(right, axis=0)                                   # (learnt, 2) -> (2,)
-    scores = {"informativeness_train": float(right[0]), "informativeness_test": float(right[1]),
-              "importance": importance}
+    right = np.mean(right, axis=0).tolist()                          # (learnt, 2) -> two floats
+    scores = dict(zip(("informativeness_train", "informativeness_test"), right))
     missing = [f"DCI leaves out factor {j}, which has one value in the training samples"
                for j in range(train_factors.shape[1]) if j not in learnt]
-    for key, table, what in (("disentanglement", importance[:, learnt], "factors"),
-                             ("completeness", importance[:, learnt].T, "codes")):
+    seen = importance[:, learnt]
+    for key, table, what in (
+            ("disentanglement", seen, "factors"), ("completeness", seen.T, "codes")):
         if table.shape[1] > 1:
             scores[key] = focus(table)
         else:
             missing.append(f"no {key}: it takes 2 {what}")
-    return scores | {"note": "; ".join(missing)}
+    return scores | {"importance": importance, "note": "; ".join(missing)}
 
 
 def focus(importance):
-    """Do rows keep to one column? Rows are codes for D; for C pass the transpose.
-
-    A row scores 1 - entropy / (largest entropy possible); rows count by their share of the total.
-    """
+    """Do rows keep to one column, 0 to 1? Rows are codes for D; for C pass the transpose. A row
+    scores 1 - entropy / (largest entropy possible); rows count by their share of the total."""
     share = importance + 1e-11       # as in disentanglement_lib: an unused code has equal shares
     share = share / share.sum(1, keepdims=True)
     score = 1 + (share * np.log(share)).sum(1) / np.log(importance.shape[1])        # (rows,)
@@ -163,14 +155,11 @@ def focus(importance):
 
 
 # ---- FactorVAE score -----------------------------------------------------------------------------
-
 def factor_vae_score(represent, dataset, pool=50_000, seed=0, **votes):
     """The FactorVAE score of an encoder on a dataset with known factors: see factor_vae_votes.
-
     represent maps uint8 images (B, 3, H, W) to codes (B, N) or (B, N, d), the encoder being in eval
     mode: a batch's own statistics must not reach its codes. dataset has len(), images(rows) and
-    factors(rows) (B, F); every vote is drawn from `pool` random images, each encoded once.
-    """
+    factors(rows) (B, F); every vote is drawn from `pool` random images, each encoded once."""
     rows = np.random.default_rng(seed).permutation(len(dataset))[:pool]
     with torch.no_grad():
         codes = [as_numbers(represent(dataset.images(part)), "represent(images)")
@@ -178,19 +167,14 @@ def factor_vae_score(represent, dataset, pool=50_000, seed=0, **votes):
     return factor_vae_votes(np.concatenate(codes), dataset.factors(rows), seed=seed, **votes)
 
 
-ACTIVE = 0.05  # from this std on a code votes: of a dead one, rounding errors would win every vote
-
-
 def factor_vae_votes(codes, factors, train_votes=10_000, eval_votes=5_000, batch=64, seed=0):
-    """FactorVAE score (Kim & Mnih, ICML 2018) of a table of codes (n, N) and factors (n, F).
-
-    A vote: hold one factor fixed, let the others vary; which code varies least, relative to its
-    spread over everything? A code belongs to the factor it got most training votes for; the score
-    is the share of fresh votes that go where they belong. 0 to 1; one code a factor scores 1, codes
-    that know nothing about 1/F. The original encodes 64 new images a vote; we draw 64 rows of the
-    table that share a value. A value in fewer than `batch` rows is never held, a factor without
-    another is left out; "note" says so. ValueError: no active code, or fewer than two factors left.
-    """
+    """FactorVAE score, 0 to 1 (Kim & Mnih, ICML 2018), of codes (n, N) and factors (n, F).
+    A vote: hold one factor fixed; which code varies least, relative to its spread over everything?
+    A code belongs to the factor it got most training votes for; the score is the share of fresh
+    votes that go where they belong: 1 for one code a factor, about 1/F for codes that know nothing.
+    The original encodes 64 new images a vote; we draw 64 rows of the table that share a value. A
+    value in fewer than `batch` rows is never held, a factor without another left out: "note" says
+    so. ValueError: no active code, or fewer than two factors."""
     codes = scalar_codes(codes)
     factors = check_factors(factors, len(codes))
     std = codes.std(0)                                               # (N,)
@@ -223,20 +207,17 @@ def group(labels, batch):
 
 def count_votes(scaled, groups, votes, batch, rng):
     """(F, codes): while factor f was held fixed, how often did code i vary least?"""
-    table = np.zeros((len(groups), scaled.shape[1]), dtype=np.int64)
-    share = np.bincount(rng.integers(len(table), size=votes), minlength=len(table))
-    for factor, (held, rows, start, count) in enumerate(groups):
-        value = held[rng.integers(len(held), size=(share[factor], 1))]
-        for part in np.array_split(value, 1 + len(value) // 500):    # parts, to save memory
-            pick = (rng.random((len(part), batch)) * count[part]).astype(np.int64)
-            members = scaled[rows[start[part] + pick]]               # (votes, batch, codes)
-            stillest = members.var(axis=1, ddof=1).argmin(1)         # -> (votes, codes) -> (votes,)
-            table[factor] += np.bincount(stillest, minlength=len(table[factor]))
-    return table
+    table, share = [], np.bincount(rng.integers(len(groups), size=votes), minlength=len(groups))
+    for (held, rows, start, count), some in zip(groups, share):
+        value = held[rng.integers(len(held), size=(some, 1))]
+        pick = (rng.random((some, batch)) * count[value]).astype(np.int64)
+        members = scaled[rows[start[value] + pick]]                  # (votes, batch, codes)
+        stillest = members.var(axis=1, ddof=1).argmin(1)             # -> (votes, codes) -> (votes,)
+        table.append(np.bincount(stillest, minlength=scaled.shape[1]))
+    return np.stack(table)
 
 
 # ---- MIG and TAD ---------------------------------------------------------------------------------
-
 def mutual_information(joint):
     """Nats that a and b share, from their joint probabilities (..., a, b)."""
     apart = joint.sum(-1, keepdims=True) * joint.sum(-2, keepdims=True)     # if independent
@@ -245,14 +226,13 @@ def mutual_information(joint):
 
 
 def mig(codes, factors, bins=20):
-    """Mutual information gap (Chen et al., NeurIPS 2018): a factor's best code minus its second.
-
-    Mutual information by equal-width bins of a code, over the factor's entropy, averaged. 0 to 1;
-    one code a factor scores 1, random codes, or two equal codes for each factor, about 0.
-    """
+    """Mutual information gap (Chen et al., NeurIPS 2018) of codes (n, N) and factors (n, F): what a
+    factor's best code tells of its entropy, minus the second, averaged. Codes are cut into equal
+    bins. 0 to 1; one code a factor 1, random or doubled codes about 0. ValueError: only one code,
+    or no factor that varies."""
     codes = scalar_codes(codes)
-    factors = check_factors(factors, len(codes))
     n, N = codes.shape
+    factors = check_factors(factors, n)
     factors = factors[:, np.ptp(factors, axis=0) > 0]
     if N < 2 or factors.size == 0:
         raise ValueError("it compares two codes, and needs a factor that varies")
@@ -271,9 +251,7 @@ def mig(codes, factors, bins=20):
 
 def auroc(codes, attributes):
     """(N, A): chance that a sample with the attribute has the larger code than one without it.
-
-    Exact, by ranks (Mann-Whitney); ties count half. A detector may be turned round: max(a, 1 - a).
-    """
+    Exact, by ranks (Mann-Whitney); ties count half. A detector may be turned: max(a, 1 - a)."""
     ranks = np.empty_like(codes)
     for column, values in enumerate(codes.T):
         _, of_row, count = np.unique(values, return_inverse=True, return_counts=True)
@@ -286,12 +264,10 @@ def auroc(codes, attributes):
 
 
 def tad(codes, attributes, captured=0.75, overlap=0.2):
-    """Total AUROC difference (Yeats et al., NashAE, ECCV 2022), for yes/no attributes of CelebA.
-
-    An attribute counts if a code detects it (AUROC >= captured) and no other attribute explains
-    more than `overlap` of its entropy. TAD sums over these the best AUROC minus the second best.
-    Random codes score 0, one code an attribute 0.5 for each attribute that counts.
-    """
+    """Total AUROC difference (Yeats et al., NashAE, ECCV 2022) of codes (n, N) and attributes (n,
+    A), 0 and 1 or -1 and 1 as CelebA's, else ValueError. One counts if a code detects it (AUROC >=
+    captured) and no other explains more than `overlap` of its entropy. TAD is the sum over these of
+    best AUROC minus second best: random codes 0, one code an attribute 0.5 for each."""
     codes = scalar_codes(codes)
     if codes.shape[1] < 2:
         raise ValueError("TAD compares two codes, and there is one")
@@ -312,9 +288,8 @@ def tad(codes, attributes, captured=0.75, overlap=0.2):
 
 
 # ---- Distances between images --------------------------------------------------------------------
-
 def check_pair(x, y):
-    """Two float batches (B, C, H, W) of one shape, in [0, 1]."""
+    """ValueError unless these are float batches (B, C, H, W) of one shape, in [0, 1]."""
     if x.shape != y.shape or x.ndim != 4 or x.numel() == 0:
         raise ValueError(f"images of shape {tuple(x.shape)} and {tuple(y.shape)}; "
                          f"expected one shape (B, C, H, W), none of them 0")
@@ -331,21 +306,14 @@ def mse(x, y):
 
 
 def ssim(x, y):
-    """Structural similarity of each image (B,) (Wang et al., IEEE TIP 2004), on [0, 1].
-
-    Do luminance, contrast and structure agree in every 11 x 11 Gaussian window, sigma 1.5? -1 to 1;
-    equal images 1, noise about 0. Zeros are padded at the border, as in the code behind Diff-AE's
-    numbers, which the paper compares with; Wang et al. use only windows that fit.
-    """
+    """Structural similarity of each image (B,) (Wang et al., IEEE TIP 2004), on [0, 1]: equal
+    images 1, noise about 0, least -1. Zeros are padded at the border, as in the code behind
+    Diff-AE's numbers, which the paper compares with; Wang et al. use only windows that fit."""
     check_pair(x, y)
     bell = torch.exp(-torch.arange(-5, 6, dtype=x.dtype, device=x.device) ** 2 / (2 * 1.5 ** 2))
-    window = torch.outer(bell, bell) / bell.sum() ** 2               # (11, 11), sums to 1
-    channels = x.shape[1]
-    window = window.expand(channels, 1, 11, 11)                      # each channel on its own
-
-    def blur(image):
-        return F.conv2d(image, window, padding=5, groups=channels)
-
+    window = torch.outer(bell, bell) / bell.sum() ** 2               # (11, 11) Gaussian, sigma 1.5
+    C = x.shape[1]                                                   # each channel on its own
+    blur = functools.partial(F.conv2d, weight=window.expand(C, 1, 11, 11), padding=5, groups=C)
     mx, my = blur(x), blur(y)
     vx, vy, cov = blur(x * x) - mx * mx, blur(y * y) - my * my, blur(x * y) - mx * my
     c1, c2 = 0.01 ** 2, 0.03 ** 2           # keep the ratio finite where an image is black or flat
@@ -358,11 +326,9 @@ ALEXNET = ((0, 4, 2, False), (3, 1, 2, True), (6, 1, 1, True), (8, 1, 1, False),
 
 
 def load_lpips(alexnet_file, linear_file):
-    """The weights of `lpips`, from two files that cannot be shipped, as one dict of tensors.
-
-    alexnet_file: torchvision's alexnet-owt-7be5be79.pth; linear_file: weights/v0.1/alex.pth of the
-    lpips package. Only tensors are read; nothing in the files is executed.
-    """
+    """The weights of `lpips`, from two files that cannot be shipped, as one dict of tensors:
+    torchvision's alexnet-owt-7be5be79.pth and the lpips package's weights/v0.1/alex.pth. Only
+    tensors are read, nothing is executed. OSError, ValueError: unreadable, or other files."""
     convolutions = [f"features.{i}.{part}" for i, *_ in ALEXNET for part in ("weight", "bias")]
     linear = [f"lin{level}.model.1.weight" for level in range(len(ALEXNET))]
     weights = {}
@@ -379,12 +345,9 @@ def load_lpips(alexnet_file, linear_file):
 
 
 def lpips(x, y, weights):
-    """Learned perceptual distance of each image (B,) (Zhang et al., CVPR 2018), images in [0, 1].
-
-    Squared differences of AlexNet's features, each pixel's scaled to unit length, weighted by
-    channel as fitted to human judgements, averaged over pixels, summed over layers. 0 for equal
-    images; no upper end, most pairs under 1. 32 x 32 pixels or more.
-    """
+    """Learned perceptual distance of each image (B,) (Zhang et al., CVPR 2018), on [0, 1],
+    32 x 32 pixels or more: squared differences of AlexNet's features, each pixel's scaled to unit
+    length, weighted as fitted to human judgements. 0 for equal images, no upper end, mostly < 1."""
     check_pair(x, y)
     # ImageNet's channels, for images in [-1, 1]: (3,) -> (3, 1, 1) each
     shift = x.new_tensor((-0.030, -0.088, -0.188)).view(3, 1, 1)
@@ -403,11 +366,9 @@ def lpips(x, y, weights):
 
 
 def frechet_distance(feats_a, feats_b):
-    """Frechet distance of two sets of features (n, D) and (m, D), each taken as a Gaussian.
-
+    """Frechet distance of two sets of features (n, D) and (m, D), each taken as a Gaussian:
     |mean difference|^2 + trace(A + B - 2 (A B)^(1/2)), A and B the covariances. 0 for equal sets,
-    no upper end. Biased upwards for few samples: compare only figures from equally many.
-    """
+    no upper end. Biased upwards for few samples: compare only figures from equally many."""
     a = torch.from_numpy(as_numbers(feats_a, "feats_a"))
     b = torch.from_numpy(as_numbers(feats_b, "feats_b"))
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
@@ -423,10 +384,8 @@ def frechet_distance(feats_a, feats_b):
 
 def fid(images_a, images_b, inception_file, batch=64):
     """FID (Heusel et al., NeurIPS 2017) of two sets of uint8 images (n, 3, H, W) and (m, 3, H, W).
-
     inception_file: NVIDIA's TorchScript inception-2015-12-05.pt, which resizes the images itself.
-    TorchScript is a program: run only a file you trust. The paper takes 10,000 images a side.
-    """
+    TorchScript is a program: run only a file you trust. The paper takes 10,000 images a side."""
     if not images_a.dtype == images_b.dtype == torch.uint8:
         raise ValueError(f"images are {images_a.dtype} and {images_b.dtype}; expected uint8")
     network = torch.jit.load(inception_file, map_location=images_a.device).eval()
@@ -437,7 +396,6 @@ def fid(images_a, images_b, inception_file, batch=64):
 
 
 # ---- The trees behind DCI: gradient boosting, written out ----------------------------------------
-#
 # Six samples have the codes 1 2 3 4 5 6 and the labels 0 0 0 1 0 1. Steps 2 to 5 are one round of
 # `fit_trees`; `python metrics.py` computes each number.
 # 1 START. A third of the labels is 1: say p = 1/3 for all. What we keep and mend is a score, any
@@ -454,26 +412,20 @@ def fid(images_a, images_b, inception_file, batch=64):
 #   over curvature, sum r / sum |r|(1-|r|). On the left -1 / (3 2/9) / 10 = -3/20, on the right
 #   3/20; p becomes .301 and .367. Then 2 again: each of a hundred rounds mends what is left.
 # K > 2 CLASSES: K scores a sample, softmax for sigmoid, K trees a round, one for each class, whose
-# r is 1 - p for the class it is and -p for the others, and (K-1)/K of the step.
+#   r is 1 - p for the class it is and -p for the others, and (K-1)/K of the step.
 # IMPORTANCE of a code: the gains of all splits on it, over all trees, as a share of all gains.
 # This is scikit-learn's GradientBoostingClassifier with its defaults: 1 sample in a leaf, all
 # samples and codes for each tree, c midway between two values, ties broken at random.
-
-
-class Trees(NamedTuple):
-    """Fitted trees. Each is (code, c, tree if code <= c, tree if not), or at a leaf its step."""
-    classes: np.ndarray           # (K,) the labels
-    start: np.ndarray             # first scores: K of them, or 1 if K = 2
-    rounds: list                  # of lists: a tree a score
-    importance: np.ndarray        # (N,) sums to 1, or all 0 if no code could be split
+Trees = collections.namedtuple("Trees", "classes start rounds importance")
 
 
 def fit_trees(codes, labels, rounds=100, rate=0.1, depth=3, seed=0):
-    """Boosted trees that read labels (n,) from codes (n, N)."""
+    """Boosted trees that read labels (n,) from codes (n, N): classes (K,), the labels; start, the
+    first scores, K of them or 1 if K = 2; rounds, lists of a tree a score, which is (code, c, tree
+    if code <= c, tree if not) or at a leaf its step; importance (N,), with sum 1 or 0."""
     classes, label = np.unique(labels, return_inverse=True)
     columns, K = np.ascontiguousarray(codes.T, dtype=np.float64), len(classes)      # (N, n)
-    # (N, n): the samples by each code. int32 is filtered twice as fast as int64.
-    order = columns.argsort(axis=1, kind="stable").astype(np.int32)
+    order = columns.argsort(axis=1, kind="stable").astype(np.int32)  # (N, n); faster than int64
     rank = np.stack([np.unique(column, return_inverse=True)[1] for column in columns])
     rank = rank.astype(np.float32) if rank.max(1).min() < len(codes) - 1 else None  # no equal codes
     used, rng = np.zeros(len(columns)), np.random.default_rng(seed)  # used (N,): the gains so far
@@ -533,11 +485,9 @@ def look_up(tree, columns):
 
 
 def best_split(r, order, columns, rank, rng):
-    """The best question of a node: its gain (0: there is none), and code <= c.
-
-    r (n,) residuals; order (N, m) the node's samples sorted by each code. All m - 1 cuts of all N
-    codes are tried: the running sum of r is what lies left of a cut. In float32, twice as fast.
-    """
+    """The best question of a node: its gain (0: there is none), and code <= c. r (n,) residuals;
+    order (N, m) the node's samples sorted by each code. All m - 1 cuts of all N codes are tried:
+    the running sum of r is what lies left of a cut. In float32, twice as fast."""
     (N, m), n = order.shape, len(r)
     sums = r.astype(np.float32).take(order).cumsum(axis=1)           # (N, m)
     left_count = np.arange(1, m, dtype=np.float32)
@@ -566,40 +516,47 @@ def gains(left_sum, left_count, total, count):
 
 
 # ---- python metrics.py ---------------------------------------------------------------------------
-
 def worked_example():
     """The six numbers above, each step computed, and beside it what was found by hand."""
-    def show(step, values, by_hand):
-        print(f"{step:<30}" + "".join(f"{float(v):7.3g}" for v in values).ljust(44) + by_hand)
-
     codes, labels = np.arange(1.0, 7.0)[:, None], np.array([0, 0, 0, 1, 0, 1])
     trees = fit_trees(codes, labels, rounds=1, depth=1)
     ((_, c, *steps),), p = trees.rounds[0], probabilities(trees.start[None])[0]      # p (1,)
     r = labels - p
-    after = trees.start + np.where(codes[:, 0] <= c, *steps)
+    gain = gains(r.cumsum()[:5], np.arange(1, 6), r.sum(), 6)
+    after = probabilities((trees.start + np.where(codes[:, 0] <= c, *steps))[None])[0]
+    label = predict(fit_trees(codes, labels), codes)
     print(f"{'':30}{'computed':44}by hand")
-    show("  code", codes[:, 0], "1 2 3 4 5 6")
-    show("  label", labels, "0 0 0 1 0 1")
-    show("1 p at the start", p.repeat(6), "1/3 1/3 1/3 1/3 1/3 1/3")
-    show("2 residual r = label - p", r, "-1/3 -1/3 -1/3 2/3 -1/3 2/3")
-    show("3 gain of a cut after 1 ... 5", gains(r.cumsum()[:5], np.arange(1, 6), r.sum(), 6),
-         "2/15 1/3 2/3 1/12 8/15")
-    show("4 the best question: code <=", [c], "7/2")
-    show("5 step of left and right leaf", steps, "-3/20 3/20")
-    show("  p after this round", probabilities(after[None])[0], ".301 .301 .301 .367 .367 .367")
-    show("  label by 100 rounds, depth 3", predict(fit_trees(codes, labels), codes), "0 0 0 1 0 1")
+    for step, values, by_hand in (
+            ("  code", codes[:, 0], "1 2 3 4 5 6"),
+            ("  label", labels, "0 0 0 1 0 1"),
+            ("1 p at the start", p.repeat(6), "1/3 1/3 1/3 1/3 1/3 1/3"),
+            ("2 residual r = label - p", r, "-1/3 -1/3 -1/3 2/3 -1/3 2/3"),
+            ("3 gain of a cut after 1 ... 5", gain, "2/15 1/3 2/3 1/12 8/15"),
+            ("4 the best question: code <=", [c], "7/2"),
+            ("5 step of left and right leaf", steps, "-3/20 3/20"),
+            ("  p after this round", after, ".301 .301 .301 .367 .367 .367"),
+            ("  label by 100 rounds, depth 3", label, "0 0 0 1 0 1")):
+        print(f"{step:<30}" + "".join(f"{float(v):7.3g}" for v in values).ljust(44) + by_hand)
 
 
-def read_table(path):
-    """The arrays `codes` and `factors` of an .npz file."""
+def report(path, *options):
+    """Prints all scores of the arrays `codes` and `factors` of an .npz file."""
     try:
         with np.load(path) as table:
-            return table["codes"], table["factors"]
+            codes, factors = table["codes"], table["factors"]
     except OSError as error:
         raise OSError(f"{path} cannot be read: {error.strerror or error}") from None
     except Exception:  # a dozen kinds, whose words are for programmers or advise unsafe loading
         raise ValueError(f"{path} is damaged or lacks an array of numbers; expected an .npz by "
                          f"np.savez(path, codes=codes, factors=factors)") from None
+    scores = evaluate(codes, factors, *options)
+    importance, note = scores.pop("importance", ()), scores.pop("note")
+    for name, value in scores.items():
+        print(f"{name:<22}{round(value, 4)}")
+    print("note:", note or "every score was computed")
+    print("importance of each code (row) for each factor (column)")
+    for code, row in enumerate(importance):
+        print(f"{code:4d} " + "".join(f"{value:6.2f}" for value in row))
 
 
 def main(arguments=None):
@@ -615,23 +572,12 @@ def main(arguments=None):
         if options.file is None:
             worked_example()
         else:
-            report(evaluate(*read_table(options.file), options.seed, options.train, options.test))
+            report(options.file, options.seed, options.train, options.test)
         sys.stdout.flush()
     except BrokenPipeError:  # `| head -1` has read enough; leave nothing to flush at the exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, ValueError) as error:
-        parser.exit(2, f"metrics.py: {error}\n")
-
-
-def report(scores):
-    """Prints a line a score, what is missing, and the importances."""
-    importance, note = scores.pop("importance", ()), scores.pop("note")
-    for name, value in scores.items():
-        print(f"{name:<22}{round(value, 4)}")
-    print("note:", note or "every score was computed")
-    print("importance of each code (row) for each factor (column)")
-    for code, row in enumerate(importance):
-        print(f"{code:4d} " + "".join(f"{value:6.2f}" for value in row))
+        parser.error(error)
 
 
 if __name__ == "__main__":
