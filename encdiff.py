@@ -61,14 +61,12 @@ class CNNEncoder(nn.Module):
 
 
 class CNNBatchNormEncoder(nn.Module):
-    """The encoder of the authors' code: images (B, 3, S, S) in [-1, 1] -> codes (B, outputs).
-
-    patch (ours): one convolution of 8x8 pixels in place of the first two, the costly ones.
-    """
+    """The encoder of the authors' code: images (B, 3, S, S) in [-1, 1] -> codes (B, outputs)."""
 
     def __init__(self, outputs, size=64, width=128, patch=False):
         super().__init__()
         layers, c = [], 3
+        # patch (ours): one convolution of 8x8 pixels in place of the first two, the costly ones.
         first = [(8, 4, 2)] if patch else 2 * [(4, 2, 1)]  # kernel, stride, padding
         for window in first + 2 * [(4, 2, 1)]:
             layers += [nn.Conv2d(c, width, *window), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
@@ -225,7 +223,7 @@ SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm": dpm_solver}
 
 
 class EncDiff(nn.Module):
-    """Encoder, token maps and denoiser around a frozen first stage.
+    """Encoder, token maps and denoiser, in the latent space of a frozen first stage.
 
     first_stage  encode(images) -> latent, decode(latent) -> images (vq.VQAutoencoder); frozen here
     encoder      images (B, 3, S, S) -> codes (B, N); token_map: codes -> tokens (B, N, d)
