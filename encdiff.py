@@ -1,7 +1,7 @@
 """EncDiff: an image becomes N scalars, the scalars tokens, and a diffusion model draws from them.
 
-WHERE     Read first; then unet.py (the denoiser) and vq.py (the latent space). Imports torch only:
-          encoder, first stage and denoiser are handed to EncDiff, so this file can be copied alone.
+WHERE     Read first; then unet.py (the denoiser) and vq.py (the latent space). Imports torch alone:
+          encoder, first stage and denoiser are handed to EncDiff, so this file can be copied.
 PAPER     arXiv 2402.09712, Sec. 3 and Appendices B-D. Equation numbers are the paper's.
 SHAPES    B batch, N tokens, d token width, (C, h, w) latent, n = C*h*w, T timesteps.
 SYMBOLS   z_0        z0                (B, C, h, w)  latent of the image, divided by its std
@@ -9,16 +9,16 @@ SYMBOLS   z_0        z0                (B, C, h, w)  latent of the image, divide
           eps        noise             (B, C, h, w)  the noise in z_t, N(0, I)
           beta_t     betas[t - 1]      (T,)          variance added in step t
           abar_t     alpha_bar[t]      (T + 1,)      share of signal variance left; alpha_bar[0] = 1
-          S          tokens            (B, N, d)     concept tokens
-IDEA      Nothing in the loss asks for disentanglement: encoder and denoiser are trained together to
-          predict noise, eq. (3). What separates the factors is the way in. Cross-attention lets
-          each position choose among the tokens, so a token gains by meaning one thing; and each
-          token is a function of ONE scalar, so it cannot hide a second factor in a second
-          dimension. The paper adds the noise: a bottleneck that opens as t falls, eq. (5). But
-          every training step draws all t (AnnealVAE opens its bottleneck while it trains), and
-          C_t counts what z_t shows anyway. Which factor pays at which noise can be measured
-          (python sample.py worth), and it matters which comes first: a lightly noised picture shows
-          where things are, so the token of a place pays under strong noise alone (toy --noise).
+          S          tokens            (B, N, d)     concept tokens; as a size, S is an image's side
+IDEA      Encoder and denoiser learn together to predict noise, eq. (3); nothing in that loss asks
+          for disentanglement. What separates the factors is the denoiser's only view of the image:
+          in cross-attention each position chooses among the tokens, so a token gains by meaning one
+          thing; and each token is a function of ONE scalar, so it has no second dimension in which
+          to hide a second factor. The paper adds the noise: as t falls a bottleneck opens, eq. (5),
+          as AnnealVAE's does over training. But each training step draws all t, and C_t counts what
+          z_t shows anyway. At which noise a factor's token pays can be measured (python sample.py
+          worth): for a place it is strong noise alone, as weak noise leaves places visible. So
+          training with strong noise first gives places a token too (toy --noise strong-first).
 DIFFERS   Eq. (3) is printed without the square; Table 7 says MSE, and so do we. Eq. (5) is printed
           with -beta~_t where the KL of two Gaussians has +beta~_t; we compute the KL.
 TRY       python encdiff.py   ->   the whole method on 8x8 pictures while you watch, in a minute
@@ -39,21 +39,18 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
-# ---- The image encoder: image -> N scalars ------------------------------------------------------
+# ---- The encoder: image -> N scalars -> N concept tokens ----------------------------------------
 
 
 class CNNEncoder(nn.Module):
-    """The paper's encoder (Table 6): images (B, 3, S, S) in [-1, 1] -> codes (B, outputs).
-
-    At width 64 and S = 64 these are the paper's channels: 64, 128, 256, 256, 256.
-    """
+    """The paper's encoder (Table 6): images (B, 3, S, S) in [-1, 1] -> codes (B, outputs)."""
 
     def __init__(self, outputs, size=64, width=64):
         super().__init__()
+        widths = [width, 2 * width, 4 * width, 4 * width, 4 * width]
         layers = [nn.Conv2d(3, width, 7, padding=3), nn.ReLU(inplace=True)]
-        for c_in, c_out in [(1, 2), (2, 4), (4, 4), (4, 4)]:  # each halves the resolution
-            layers += [nn.Conv2d(c_in * width, c_out * width, 4, stride=2, padding=1),
-                       nn.ReLU(inplace=True)]
+        for c_in, c_out in zip(widths, widths[1:]):  # each halves the resolution
+            layers += [nn.Conv2d(c_in, c_out, 4, stride=2, padding=1), nn.ReLU(inplace=True)]
         features = 4 * width * (size // 16) ** 2  # 4096 at the paper's size
         layers += [nn.Flatten(), nn.Linear(features, 256), nn.ReLU(inplace=True),
                    nn.Linear(256, 256), nn.ReLU(inplace=True), nn.Linear(256, outputs)]
@@ -64,19 +61,15 @@ class CNNEncoder(nn.Module):
 
 
 class CNNBatchNormEncoder(nn.Module):
-    """The encoder of the authors' code: images (B, 3, S, S) in [-1, 1] -> codes (B, outputs).
-
-    Four strided convolutions with BatchNorm, two residual blocks, one linear layer. The released
-    width is 128. Our preset `small` takes half of it, and with `patch` one convolution of 8x8
-    pixels in place of the first two: most of the encoder's work was in the second.
-    """
+    """The encoder of the authors' code: images (B, 3, S, S) in [-1, 1] -> codes (B, outputs)."""
 
     def __init__(self, outputs, size=64, width=128, patch=False):
         super().__init__()
         layers, c = [], 3
-        for kernel, stride, padding in [(8, 4, 2)] * patch + [(4, 2, 1)] * (2 if patch else 4):
-            layers += [nn.Conv2d(c, width, kernel, stride, padding), nn.BatchNorm2d(width),
-                       nn.ReLU(inplace=True)]
+        # patch (ours): one convolution of 8x8 pixels in place of the first two, the costly ones.
+        first = [(8, 4, 2)] if patch else 2 * [(4, 2, 1)]  # kernel, stride, padding
+        for window in first + 2 * [(4, 2, 1)]:
+            layers += [nn.Conv2d(c, width, *window), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
             c = width
         self.down = nn.Sequential(*layers)
         self.residual = nn.ModuleList(
@@ -91,22 +84,19 @@ class CNNBatchNormEncoder(nn.Module):
         return self.out(F.relu(x).flatten(1))  # (B, c, S/16, S/16) -> (B, outputs)
 
 
-# ---- Concept tokens: N scalars -> N vectors ------------------------------------------------------
-
-
 class ScalarTokens(nn.Module):
     """N MLPs 1 -> 64 -> 128 -> d with ELU, no weight shared: codes (B, N) -> tokens (B, N, d)."""
 
     def __init__(self, num_tokens, token_dim, width_in=1):
         super().__init__()
         widths = (width_in, 64, 128, token_dim)
-        # One weight tensor a layer holds that layer of all N MLPs, so that a layer is one batched
-        # matrix product instead of N small ones. Initialised as nn.Linear does.
+        # One tensor holds a layer of all N MLPs: one batched product in place of N small ones.
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         for c_in, c_out in zip(widths, widths[1:]):
+            limit = c_in**-0.5  # as nn.Linear initialises
             weight, bias = torch.empty(num_tokens, c_in, c_out), torch.empty(num_tokens, 1, c_out)
-            self.weights.append(nn.Parameter(weight.uniform_(-(c_in**-0.5), c_in**-0.5)))
-            self.biases.append(nn.Parameter(bias.uniform_(-(c_in**-0.5), c_in**-0.5)))
+            self.weights.append(nn.Parameter(weight.uniform_(-limit, limit)))
+            self.biases.append(nn.Parameter(bias.uniform_(-limit, limit)))
 
     def forward(self, codes):
         x = codes.reshape(*codes.shape[:2], -1).transpose(0, 1)  # (B, N) -> (B, N, 1) -> (N, B, 1)
@@ -117,16 +107,14 @@ class ScalarTokens(nn.Module):
 
 # ---- The noise: schedules, eq. (1)-(2), and the bottleneck, eq. (4)-(5) -------------------------
 
-
 SCHEDULES = ("cosine", "linear", "sqrt_linear", "sqrt")
 
 
 def beta_schedule(name, steps=1000, start=0.0015, end=0.0155):
     """beta_1..beta_T of Eq. (1): q(z_t | z_{t-1}) = N(sqrt(1 - beta_t) z_{t-1}, beta_t I).
 
-    name: one of SCHEDULES, else ValueError -> float64 tensor (steps,).
-    The names are those of the latent diffusion code, and odd: its "linear" is linear in
-    sqrt(beta), its "sqrt_linear" is the straight line that DDPM calls linear.
+    name: one of SCHEDULES, else ValueError -> float64 tensor (steps,). The names are the latent
+    diffusion code's, and odd: "linear" is linear in sqrt(beta), "sqrt_linear" the straight line.
     """
     if name == "cosine":  # Nichol & Dhariwal 2021: abar_t falls as a squared cosine
         t = torch.arange(steps + 1, dtype=torch.float64) / steps
@@ -151,12 +139,10 @@ def posterior(alpha_bar, t):
     alpha_bar (T + 1,), t int or int64 tensor in 1..T; a, b, v of t's shape. v is 0 at t = 1.
     """
     now, before = alpha_bar[t], alpha_bar[t - 1]
-    alpha = now / before
-    # Eq. (4), in this order: sqrt(abar_{t-1}) beta_t / (1 - abar_t),
-    # sqrt(alpha_t) (1 - abar_{t-1}) / (1 - abar_t), and beta~_t.
-    a = before.sqrt() * (1 - alpha) / (1 - now)
-    b = alpha.sqrt() * (1 - before) / (1 - now)
-    v = (1 - before) / (1 - now) * (1 - alpha)
+    alpha = now / before  # alpha_t = 1 - beta_t
+    a = before.sqrt() * (1 - alpha) / (1 - now)  # sqrt(abar_{t-1}) beta_t / (1 - abar_t)
+    b = alpha.sqrt() * (1 - before) / (1 - now)  # sqrt(alpha_t) (1 - abar_{t-1}) / (1 - abar_t)
+    v = (1 - before) / (1 - now) * (1 - alpha)  # beta~_t
     return a, b, v
 
 
@@ -164,26 +150,25 @@ def kl_bottleneck(betas, second_moment=1.0):
     """Eq. (5) for each latent dimension: KL(q(z_{t-1} | z_t, z_0) || N(0, I)) / n, in nats.
 
     betas float64 (T,), second_moment E[z_0^2] of one dimension -> float64 (T,), entry t - 1 for t.
-    Eq. (5): C_t / n = 1/2 [beta~_t - 1 - log beta~_t + E|mu~_t|^2 / n]. The expectation has a
-    closed form: mu~_t = a z_0 + b z_t with z_t from eq. (2) is (a + b sqrt(abar_t)) z_0 +
-    b sqrt(1 - abar_t) eps, and the coefficient of z_0 is sqrt(abar_{t-1}). beta~_1 = 0 is clipped
-    at 1e-20.
+    Eq. (5): C_t / n = 1/2 [beta~_t - 1 - log beta~_t + E|mu~_t|^2 / n]. With z_t from eq. (2),
+    mu~_t = a z_0 + b z_t is sqrt(abar_{t-1}) z_0 + b sqrt(1 - abar_t) eps, so the expectation has
+    a closed form. beta~_1 = 0 is clipped at 1e-20.
     """
     alpha_bar = cumulative(betas)
     t = torch.arange(1, len(betas) + 1)
     _, b, v = posterior(alpha_bar, t)
+    mean_square = alpha_bar[t - 1] * second_moment + b**2 * (1 - alpha_bar[t])  # E|mu~_t|^2 / n
     v = v.clamp(min=1e-20)
-    mean_square = alpha_bar[t - 1] * second_moment + b**2 * (1 - alpha_bar[t])
     return 0.5 * (v - 1 - v.log() + mean_square)
 
 
-# ---- Samplers: each is one short function -------------------------------------------------------
-# predict(z_t, t) -> z_0 as estimated from z_t (B, C, h, w) at timestep t (an int). All of them
-# start at z_T = z, include t = T, and add no noise in their last step.
+# ---- Samplers, each a short function, and the model that uses them ------------------------------
+# predict(z_t, t) estimates z_0 from z_t (B, C, h, w) at timestep t, an int. All start at z_T = z
+# (B, C, h, w), include t = T, add no noise in their last step, and return z_0 (B, C, h, w).
 
 
 def timesteps_down(T, steps):
-    """`steps` timesteps from T down, evenly spaced, followed by 0: a list of steps + 1 integers."""
+    """`steps` (1 to T, else ValueError) even timesteps from T down, then 0: a list of integers."""
     if not 1 <= steps <= T:
         raise ValueError(f"steps is {steps}; expected 1 to {T}, the timesteps of the schedule")
     return [round(T * (1 - i / steps)) for i in range(steps + 1)]
@@ -214,21 +199,19 @@ def ddim(predict, alpha_bar, z, steps, eta=0.0):
 def dpm_solver(predict, alpha_bar, z, steps):
     """DPM-Solver++(2M) (Lu et al. 2022b), Algorithm 2: second order from two estimates of z_0.
 
-    With alpha = sqrt(abar), sigma = sqrt(1 - abar) and lambda = log(alpha / sigma), the exact
-    solution from t to s is z_s = sigma_s/sigma_t z_t - alpha_s (e^-h - 1) D with h = lambda_s -
-    lambda_t, for a z_0-estimate D that is constant in between. The second order extrapolates D
-    linearly in lambda from the last two estimates. At s = 0 sigma is 0: z_0 is the estimate itself.
+    Let alpha = sqrt(abar), sigma = sqrt(1 - abar), lambda = log(alpha / sigma), h = lambda_s -
+    lambda_t. If D, the estimate of z_0, were constant from t to s, then z_s = sigma_s / sigma_t z_t
+    - alpha_s (e^-h - 1) D. The second order extrapolates D linearly in lambda from the last two.
     """
     ts = timesteps_down(len(alpha_bar) - 1, steps)
     lambdas = 0.5 * (alpha_bar.log() - (1 - alpha_bar).log())  # (T + 1,); infinite at t = 0
-    previous = None
     for i, (t, s) in enumerate(zip(ts, ts[1:])):
         z0 = predict(z, t)
         if s == 0:
-            return z0
+            return z0  # as sigma_s is 0
         h = lambdas[s] - lambdas[t]
         D = z0
-        if previous is not None:
+        if i > 0:
             r = (lambdas[t] - lambdas[ts[i - 1]]) / h
             D = (1 + 1 / (2 * r)) * z0 - 1 / (2 * r) * previous
         shrink = ((1 - alpha_bar[s]) / (1 - alpha_bar[t])).sqrt()  # sigma_s / sigma_t
@@ -239,15 +222,11 @@ def dpm_solver(predict, alpha_bar, z, steps):
 SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm": dpm_solver}
 
 
-# ---- The model ----------------------------------------------------------------------------------
-
-
 class EncDiff(nn.Module):
-    """Encoder, token maps and denoiser around a frozen first stage.
+    """Encoder, token maps and denoiser, in the latent space of a frozen first stage.
 
     first_stage  encode(images) -> latent, decode(latent) -> images (vq.VQAutoencoder); frozen here
-    encoder      images (B, 3, S, S) -> codes (B, N)
-    token_map    codes -> tokens (B, N, d)
+    encoder      images (B, 3, S, S) -> codes (B, N); token_map: codes -> tokens (B, N, d)
     denoiser     (z_t, t, tokens) -> noise (unet.UNet)
     latent_shape (C, h, w); schedule: name for beta_schedule; timesteps: T
     """
@@ -300,39 +279,32 @@ class EncDiff(nn.Module):
         z0 = self.latents(images)
         if t is None:
             t = torch.randint(1, len(self.alpha_bar), (len(z0),), device=z0.device)  # t ~ U{1..T}
-        if noise is None:
-            noise = torch.randn_like(z0)
-        codes = self.encoder(images)  # (B, N): the only way from the image to the denoiser
-        tokens = self.token_map(codes)  # (B, N) -> (B, N, d)
+        noise = torch.randn_like(z0) if noise is None else noise
+        codes = self.represent(images)  # (B, N): the only way from the image to the denoiser
         z_t = self.add_noise(z0, t, noise)  # Eq. (2)
-        return F.mse_loss(self.denoiser(z_t, t, tokens).float(), noise)  # Eq. (3)
+        return F.mse_loss(self.denoiser(z_t, t, self.tokens(codes)).float(), noise)  # Eq. (3)
 
     def forward(self, *args):
-        """The loss, under the name that DistributedDataParallel calls."""
-        return self.loss(*args)
+        return self.loss(*args)  # under the name that DistributedDataParallel calls
 
     @torch.no_grad()
     def sample(self, tokens, steps=20, sampler="dpm", noise=None, **options):
-        """tokens (B, N, d) -> images (B, 3, S, S) in [-1, 1].
-
-        sampler: ddpm (always T steps), ddim (option eta) or dpm; noise (B, C, h, w) is z_T.
-        """
+        """tokens (B, N, d) -> images (B, 3, S, S) in [-1, 1]; noise (B, C, h, w) is z_T.
+        sampler: ddpm (always T steps), ddim (option eta: 0 to 1) or dpm."""
         def predict(z_t, t):
             times = torch.full((len(z_t),), t, device=z_t.device)
             eps = self.denoiser(z_t, times, tokens).float()
             abar = self.alpha_bar[t]
             z0 = (z_t - (1 - abar).sqrt() * eps) / abar.sqrt()  # Eq. (2) solved for z_0
-            # Near t = T we divide by almost nothing: sqrt(abar_T) of the cosine schedule is
-            # 1/20,291, so an error of 0.01 in the noise becomes 200 in z_0. So the estimate is
-            # scaled back to the largest root mean square that a real latent has. Clamping each
-            # number instead would leave noise at full size.
+            # Near t = T we divide by almost nothing, for cosine by 1/20,291: an error of 0.01 in
+            # the noise becomes 200 in z_0. So the estimate is scaled back to the largest root mean
+            # square of a real latent. (Clamping each number would leave noise at full size.)
             rms = z0.square().mean((1, 2, 3), keepdim=True).sqrt()
             return z0 * (self.largest_rms / rms).clamp(max=1)
 
         if noise is None:
             noise = torch.randn(len(tokens), *self.latent_shape, device=tokens.device)
-        z0 = SAMPLERS[sampler](predict, self.alpha_bar, noise, steps, **options)
-        return self.decode(z0)
+        return self.decode(SAMPLERS[sampler](predict, self.alpha_bar, noise, steps, **options))
 
     @torch.no_grad()
     def decode(self, z0):
@@ -347,8 +319,8 @@ class EncDec(EncDiff):
     """EncDec w/o Diff (Table 3): a unet.DirectDecoder draws z_0 from the tokens at once."""
 
     def loss(self, images, t=None, noise=None):
-        return F.mse_loss(self.denoiser(self.token_map(self.encoder(images))).float(),
-                          self.latents(images))
+        z0 = self.denoiser(self.tokens(self.represent(images))).float()
+        return F.mse_loss(z0, self.latents(images))
 
     @torch.no_grad()
     def sample(self, tokens, steps=1, sampler="none", noise=None):
@@ -356,17 +328,14 @@ class EncDec(EncDiff):
 
 
 def vector_valued(encoder, num_tokens, token_dim):
-    """EncDiff-V (Table 5): an encoder of N*d outputs -> encoder and token map without scalars."""
-    split = nn.Unflatten(1, (num_tokens, token_dim))  # (B, N*d) -> (B, N, d)
-    return nn.Sequential(encoder, split), nn.Identity()
+    """EncDiff-V (Table 5): an encoder of N*d outputs -> encoder of codes (B, N, d), token map."""
+    return nn.Sequential(encoder, nn.Unflatten(1, (num_tokens, token_dim))), nn.Identity()
 
 
 class EulerTokens(ScalarTokens):
-    """Table 11, after Cha & Thiyagalingam 2023: each scalar is an angle, and enters as (cos, sin).
-
-    theta_i = gamma_i 2 pi (a_i - low_i) / (high_i - low_i) + beta_i. low and high are moving
-    averages of each batch's minimum and maximum; gamma (from 0.01) and beta (from pi) are learned.
-    """
+    """Table 11, after Cha & Thiyagalingam 2023: scalar a becomes an angle, (cos theta, sin theta).
+    theta = gamma 2 pi (a - low) / (high - low) + beta. low and high are moving averages of the
+    batches' minimum and maximum; gamma (from 0.01) and beta (from pi) are learned."""
 
     def __init__(self, num_tokens, token_dim):
         super().__init__(num_tokens, token_dim, width_in=2)
@@ -385,11 +354,9 @@ class EulerTokens(ScalarTokens):
 
 
 class SparseEncDiff(EncDiff):
-    """Table 11, after Fumero et al. 2023: few codes active at once.
-
-    The penalty is the entropy of |a_i| / sum |a_j|, in units of its maximum log N. An L1 norm alone
-    could be evaded: the encoder would shrink the codes and the token maps stretch them again.
-    """
+    """Table 11, after Fumero et al. 2023: few codes active at once. The penalty is the entropy of
+    |a_i| / sum |a_j| over its maximum, log N. An L1 norm could be evaded: the encoder would shrink
+    the codes, and the token maps would stretch them again."""
 
     def loss(self, images, t=None, noise=None, weight=0.01):
         codes = []  # what the encoder returns inside of `loss`
@@ -401,10 +368,8 @@ class SparseEncDiff(EncDiff):
 
 
 class OrthogonalTokens(nn.Module):
-    """Table 11, after Yang et al. 2023c: token i is scalar i times row i of an orthogonal matrix.
-
-    The matrix is exp(A - A^T), orthogonal for every A. Wants N <= d.
-    """
+    """Table 11, after Yang et al. 2023c: token i is scalar i times row i of an orthogonal matrix,
+    exp(A - A^T). Codes (B, N) -> tokens (B, N, d), N <= d."""
 
     def __init__(self, num_tokens, token_dim):
         super().__init__()
@@ -418,19 +383,15 @@ class OrthogonalTokens(nn.Module):
 
 
 class TransformerEncoder(nn.Module):
-    """EncDiff w/ Trans (Table 12): N learned queries refined by cross-attention to image features.
-
-    After Visual Concepts Tokenization (Yang et al. 2022b): a strided CNN gives (S/16)^2 features;
-    in each layer the queries attend to one another and to these. images -> (B, outputs).
-    """
+    """EncDiff w/ Trans (Table 12): images (B, 3, S, S) -> codes (B, outputs). As in Visual Concepts
+    Tokenization (Yang et al. 2022b) N learned queries attend to each other and a CNN's features."""
 
     def __init__(self, outputs, size=64, width=64, queries=20, layers=2):
         super().__init__()
         c = 4 * width
-        self.cnn = nn.Sequential(
-            nn.Conv2d(3, width, 4, 2, 1), nn.ReLU(),
-            nn.Conv2d(width, 2 * width, 4, 2, 1), nn.ReLU(),
-            nn.Conv2d(2 * width, c, 4, 2, 1), nn.ReLU(), nn.Conv2d(c, c, 4, 2, 1))
+        halve = lambda c_in, c_out: nn.Conv2d(c_in, c_out, 4, stride=2, padding=1)  # the resolution
+        self.cnn = nn.Sequential(halve(3, width), nn.ReLU(), halve(width, 2 * width), nn.ReLU(),
+                                 halve(2 * width, c), nn.ReLU(), halve(c, c))
         self.positions = nn.Parameter(0.02 * torch.randn((size // 16) ** 2, c))
         self.queries = nn.Parameter(0.02 * torch.randn(queries, c))
         self.layers = nn.ModuleList(
@@ -447,11 +408,9 @@ class TransformerEncoder(nn.Module):
 
 
 class NoiseFromVelocity(nn.Module):
-    """The denoiser of pixel space: a network that predicts v, and the noise that follows from v.
-
-    v = sqrt(abar_t) eps - sqrt(1 - abar_t) z_0 (Salimans & Ho 2022): strong noise passes by the
-    network, which has fewer channels than the noise dimensions. The loss remains eq. (3).
-    """
+    """The denoiser of pixel space, (z_t, t, tokens) -> noise: the network inside predicts v =
+    sqrt(abar_t) eps - sqrt(1 - abar_t) z_0 (Salimans & Ho 2022), so that strong noise, in more
+    channels than it has, can pass by it. The loss remains eq. (3)."""
 
     def __init__(self, network, alpha_bar):
         super().__init__()
@@ -465,17 +424,14 @@ class NoiseFromVelocity(nn.Module):
 
 # The weights of Higgins et al. 2017, Burgess et al. 2018 and Chen et al. 2018, who sum over pixels.
 VAE_WEIGHTS = {"beta": 4.0, "annealed": 1000.0, "tc": 6.0}
-CAPACITY, RISES = 25.0, 0.5  # C at last, in nats (theirs); share of the steps in which it rises
+CAPACITY, RISES = 25.0, 0.5  # the last C in nats (theirs); the share of the steps in which C rises
 
 
 def kl_terms(z, mean, log_var):
-    """KL(q(z|x) || N(0, I)) in three, in nats (Chen et al. 2018): mutual information of x and z,
-    total correlation of z, divergence of its single dimensions.
-
+    """KL(q(z|x) || N(0, I)) in three parts, in nats (Chen et al. 2018): mutual information of x and
+    z, total correlation of z, divergence of its single dimensions from N(0, 1).
     z from q(z|x) = N(mean, exp(log_var)), all (B, N) -> three scalars. Minibatch-weighted sampling:
-    q(z_i) is 1/B sum_j q(z_i|x_j), each q(z_id) likewise. (Chen et al. divide by the number of
-    images in the set, too: a constant without a gradient.)
-    """
+    q(z) is the mean of the batch's q(z|x). Their constant factor, without gradient, is left out."""
     normal = torch.distributions.Normal
     each = normal(mean, (log_var / 2).exp()).log_prob(z[:, None])  # (B, 1, N) -> (B, B, N): i, j, d
     average = lambda log_q: log_q.logsumexp(1) - math.log(len(z))  # over the images j
@@ -485,10 +441,10 @@ def kl_terms(z, mean, log_var):
 
 
 class VAE(nn.Module):
-    """beta-VAE, AnnealVAE, beta-TCVAE (Table 1): EncDiff's methods, but pixels for a target.
+    """beta-VAE, AnnealVAE, beta-TCVAE (Tables 1 and 2): EncDiff's methods, with pixels as target.
 
     encoder    images (B, 3, S, S) in [-1, 1] -> means and log variances (B, 2N); codes are means
-    objective  a key of VAE_WEIGHTS; steps: of the whole training, as AnnealVAE's C depends on them
+    objective  a key of VAE_WEIGHTS; steps: of the whole training, in which AnnealVAE's C rises
     The latent is the code, (B, N, 1, 1). There is no timestep, first stage or sampler.
     """
 
@@ -515,9 +471,7 @@ class VAE(nn.Module):
 
     def loss(self, images, t=None, noise=None):
         """-log p(x|z) of Bernoulli pixels + penalty, in nats for each number of an image: a scalar.
-
-        images (B, 3, S, S) in [-1, 1]; noise (B, N, 1, 1) is drawn unless given; t is not used.
-        """
+        images (B, 3, S, S) in [-1, 1]; noise (B, N, 1, 1) is drawn unless given; t is not used."""
         mean, log_var = self.encoder(images).float().chunk(2, 1)  # (B, 2N) -> 2x (B, N)
         noise = torch.randn_like(mean) if noise is None else noise.flatten(1)
         z = mean + (log_var / 2).exp() * noise
@@ -533,12 +487,12 @@ class VAE(nn.Module):
     forward = loss  # as DistributedDataParallel calls it
 
     def penalty(self, kl, total_correlation):
-        """What the objective adds to -log p(x|z), in nats an image."""
+        """What the objective adds to -log p(x|z), in nats an image; AnnealVAE's is that of Eq. (6),
+        E log p(x|z) - gamma |KL(q(z|x) || p(z)) - C|, which it maximises."""
+        C = CAPACITY * (self.step / (RISES * self.steps)).clamp(max=1)
         weight = VAE_WEIGHTS[self.objective]
-        if self.objective == "annealed":
-            C = CAPACITY * (self.step / (RISES * self.steps)).clamp(max=1)
-            return weight * (kl - C).abs()  # Eq. (6): -E log p(x|z) + gamma |KL(q(z|x)||p(z)) - C|
-        return weight * kl if self.objective == "beta" else kl + (weight - 1) * total_correlation
+        return {"beta": weight * kl, "annealed": weight * (kl - C).abs(),
+                "tc": kl + (weight - 1) * total_correlation}[self.objective]
 
     @torch.no_grad()
     def decode(self, z):
@@ -596,35 +550,33 @@ class ToyDenoiser(nn.Module):
 
 
 def toy(factors=3, attention=True, noise="uniform", steps=700, codes=6):
-    """Train encoder, token maps and denoiser together; returns the encoder, images -> (B, codes).
-
-    noise: how t is drawn, "uniform" or "strong-first"; "none" draws z_0 from the tokens alone.
-    """
+    """Train encoder, token maps and denoiser together -> the encoder, images -> (B, codes). noise:
+    how t is drawn, "uniform" or "strong-first"; "none": the tokens alone have to give z_0."""
     encoder = nn.Sequential(nn.Flatten(), nn.Linear(192, 128), nn.ReLU(), nn.Linear(128, 128),
                             nn.ReLU(), nn.Linear(128, codes))
     token_map, denoiser = ScalarTokens(codes, 16), ToyDenoiser(attention)
-    parameters = [p for part in (encoder, token_map, denoiser) for p in part.parameters()]
-    optimizer = torch.optim.AdamW(parameters, fused=True)
+    trained = nn.ModuleList([encoder, token_map, denoiser])
+    optimizer = torch.optim.AdamW(trained.parameters(), fused=True)
     alpha_bar = cumulative(beta_schedule("cosine")).float()
     for step in range(steps):
         z0 = room(torch.randint(5, (64, factors)))
         eps = torch.randn_like(z0)
         draws = 4 if noise == "strong-first" and step < 0.6 * steps else 1
-        t = torch.randint(1, 1001, (draws, 64)).amax(0)  # (64,); of one draw: t ~ U{1..T}
+        t = torch.randint(1, 1001, (draws, 64)).amax(0)  # (64,); with one draw t ~ U{1..T}
         abar = alpha_bar[t][:, None, None, None]
         z_t = abar.sqrt() * z0 + (1 - abar).sqrt() * eps  # Eq. (2)
         if noise == "none":  # no noise and no timestep: draw the picture from its tokens
             z_t, t, eps = torch.zeros_like(z0), 0 * t, z0
         tokens = token_map(encoder(z0))  # picture -> scalars (64, codes) -> tokens (64, codes, 16)
         loss = F.mse_loss(denoiser(z_t, t, tokens), eps)  # Eq. (3)
-        lr = 3e-3 * min(1, (step + 1) / 50, 2.5 * (1 - step / steps))  # rises, stays, falls to 0
-        optimizer.param_groups[0]["lr"] = lr
+        # The learning rate rises, stays, and falls to 0.
+        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 50, 2.5 * (1 - step / steps))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         if (step + 1) % (steps // 10) == 0:
-            print(f"step {step + 1}/{steps}  loss {loss.item():.3f}", *who_moves(encoder, factors),
-                  sep="\n")
+            print(f"step {step + 1}/{steps}  loss {loss.item():.3f}")
+            print(*who_moves(encoder, factors), sep="\n")
     return encoder
 
 

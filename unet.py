@@ -1,22 +1,20 @@
 """The denoiser: a U-Net that predicts the noise in a latent, cross-attending to concept tokens.
 
 WHERE     Read after encdiff.py, before vq.py. Imports torch only; copy it freely.
-PAPER     arXiv 2402.09712, Sec. 3.1 ("Diffusion Model with Cross Attention"), Appendix D (Table 7).
-          The blocks are those of latent diffusion (Rombach et al. 2022) and of ADM (Dhariwal &
-          Nichol 2021).
+PAPER     arXiv 2402.09712, Sec. 3.1 ("Diffusion Model with Cross Attention"), Appendix D (Table 7);
+          blocks: latent diffusion (Rombach et al. 2022) and ADM (Dhariwal & Nichol 2021).
 SHAPES    B batch, N concept tokens, d token width, c channels, h x w latent grid, P = h*w
           positions, H heads, e = c/H channels of one head, E width of the time embedding.
 IDEA      A query is a position of the latent image; keys and values are the N concept tokens. At
-          every position the softmax over the tokens makes the concepts compete, so a token is
-          rewarded for owning what is drawn in some region and left alone elsewhere. There is no
-          other way in for the image: what cross-attention does not carry, the denoiser has to guess
-          from z_t. Output projections start at zero, so each block begins as the identity and the
-          untrained network predicts 0, the mean of the noise. Two such zeros follow each other, so
-          in the first two steps the tokens get no gradient: that is expected.
-DIFFERS   Nothing in the layers (37,469,635 parameters at the paper's size and d = 16, as in the
-          authors' code). Attention is written out: for heads of 8 channels in bfloat16 on a CPU
-          torch's fused attention has a slow backward pass. Our preset `small` has learned
-          positions (`side`) in place of attention among positions, and drops skip features.
+          each position the softmax over the tokens makes the concepts compete, so a token gains by
+          owning what is drawn in some region and staying out elsewhere. The image has no other way
+          in: what the tokens do not tell, the denoiser has to guess from z_t. Output projections
+          start at zero, so each block begins as the identity and the untrained network predicts 0,
+          the mean of the noise. Two such zeros follow each other: the tokens get no gradient in the
+          first two steps, as is to be expected.
+DIFFERS   Nothing in the layers: 37,469,635 parameters (paper's size, d = 16), as the authors have.
+          Attention is written out: torch's fused one has a slow backward pass on CPUs. Our preset
+          `small` drops skip features, and learns positions (`side`) instead of self-attention.
 TRY       python unet.py   ->   parameters, shapes, and an attention map whose rows sum to 1
 """
 import contextlib
@@ -37,8 +35,8 @@ def timestep_embedding(t, width):
 
 
 def group_norm(channels, eps=1e-5):
-    """GroupNorm of at most 32 groups, each of at least two channels: 48 channels give 8 groups."""
-    # The norm takes each group's mean away; a channel alone could say nothing of the whole image.
+    """GroupNorm of at most 32 groups, each of two channels or more: 48 channels give 8 groups."""
+    # The norm takes each group's mean away: a channel alone in its group could not carry one.
     return nn.GroupNorm(math.gcd(32, channels // 2), channels, eps=eps)
 
 
@@ -68,8 +66,7 @@ class ResidualBlock(nn.Module):
             return F.interpolate(x, scale_factor=2)  # (B, c, h, w) -> (B, c, 2h, 2w), nearest
         return F.avg_pool2d(x, 2) if self.resample == "down" else x  # (B, c, h/2, w/2)
 
-    def forward(self, x, emb, tokens=None):
-        """`tokens` is ignored: blocks share one signature, so that the U-Net is a plain loop."""
+    def forward(self, x, emb, tokens=None):  # ignores the tokens: all blocks share one signature
         h = self.conv1(self.resize(F.silu(self.norm1(x))))  # (B, c_in, h, w) -> (B, c_out, h', w')
         scale, shift = self.emb(F.silu(emb))[:, :, None, None].chunk(2, 1)  # 2x (B, c_out, 1, 1)
         h = self.norm2(h) * (1 + scale) + shift
@@ -77,29 +74,27 @@ class ResidualBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Every position asks the context what belongs there.
+    """Every position asks the context what belongs there: (x, context) -> (B, P, c).
 
-    x        (B, P, c)  queries, one for each position of the latent image
-    context  (B, M, k)  keys and values: the N concept tokens (cross-attention), or x itself
-    returns  (B, P, c)
+    x (B, P, c): queries, one for each position of the latent image; context (B, M, k): keys and
+    values, the N concept tokens (cross-attention) or x itself (self-attention).
     """
 
     def __init__(self, channels, context_width, heads):
         super().__init__()
-        self.heads = heads
+        self.heads, self.record = heads, None  # record: a list inside of `record_attention`
         self.to_q = nn.Linear(channels, channels, bias=False)
         self.to_k = nn.Linear(context_width, channels, bias=False)
         self.to_v = nn.Linear(context_width, channels, bias=False)
         self.to_out = nn.Linear(channels, channels)
-        self.record = None  # a list while `record_attention` is active
 
     def forward(self, x, context):
         B, P, c = x.shape
         e = c // self.heads
         heads = lambda y: y.view(B, -1, self.heads, e).transpose(1, 2)  # (B, P, c) -> (B, H, P, e)
         q, k, v = heads(self.to_q(x)), heads(self.to_k(context)), heads(self.to_v(context))
-        # Each position has one weight for each token, and its weights sum to 1, so that the
-        # concepts compete for it. Tokens carry no position, so their order cannot matter.
+        # The weights of a position, one for each token, sum to 1, so the concepts compete for it.
+        # Tokens carry no position, so their order cannot matter.
         weights = (q * e**-0.5 @ k.mT).softmax(-1)  # (B, H, P, M)
         if self.record is not None:
             self.record.append(weights.detach().float().mean(1))  # (B, H, P, M) -> (B, P, M)
@@ -122,9 +117,8 @@ class GEGLU(nn.Module):
 class SpatialTransformer(nn.Module):
     """Attention among positions, attention to the tokens, feed-forward; all residual.
 
-    x (B, c, h, w), tokens (B, N, d) -> (B, c, h, w). With token_width None there is no
-    cross-attention (the AdaGN variant). positions is None, or P: then there is no attention among
-    the positions, and each of the P queries gets a learned vector that says where it is.
+    x (B, c, h, w), tokens (B, N, d) -> (B, c, h, w). token_width None: no cross-attention (AdaGN).
+    positions P: no attention among positions, but a learned vector for each that says where it is.
     """
 
     def __init__(self, channels, heads, token_width, positions=None):
@@ -153,8 +147,7 @@ class SpatialTransformer(nn.Module):
         if self.cross_attention is not None:
             y = y + self.cross_attention(self.norm2(y), tokens)
         y = y + self.feed_forward(self.norm3(y))
-        y = self.proj_out(y).transpose(1, 2).reshape(B, c, h, w)  # (B, P, c) -> (B, c, h, w)
-        return x + y
+        return x + self.proj_out(y).transpose(1, 2).reshape(B, c, h, w)  # (B, P, c) -> (B, c, h, w)
 
 
 class Stage(nn.ModuleList):
@@ -172,15 +165,12 @@ class UNet(nn.Module):
     latent_channels  channels of z_t
     channels         width at full latent resolution; level i has channels * multipliers[i]
     blocks           residual blocks a level
-    attention        downsampling factors at which a SpatialTransformer follows each residual block
-                     (the middle always has one)
-    heads            attention heads
-    token_dim        width d of a concept token
-    num_tokens       N; only the AdaGN variant, which concatenates the tokens, depends on it
+    attention        downsampling factors at which a SpatialTransformer with `heads` heads follows
+                     each residual block (the middle always has one)
+    token_dim        width d of a concept token; num_tokens: N, which only AdaGN depends on
     conditioning     "cross": cross-attention to the tokens; "adagn": see AdaGNBlock
     skip_dropout     share of the channels of each skip connection that is set to 0 in training
-    side             None, or the side of z_t: then a query has a learned position instead of
-                     self-attention
+    side             None, or the side of z_t: learned positions in place of self-attention
     """
 
     def __init__(self, latent_channels=3, channels=64, multipliers=(1, 2, 4, 4), blocks=2,
@@ -239,11 +229,8 @@ class UNet(nn.Module):
                     up[-1].append(self.residual(c, c, "up"))
         return up
 
-    def forward(self, z_t, t, tokens):
-        """z_t (B, C, h, w) float, t (B,) in 1..T, tokens (B, N, d) -> predicted noise (B, C, h, w).
-
-        The tokens have no default: a forgotten encoder must not pass unnoticed.
-        """
+    def forward(self, z_t, t, tokens):  # no default for tokens: none must not pass unnoticed
+        """z_t (B, C, h, w) float, t (B,) in 1..T, tokens (B, N, d) -> its noise (B, C, h, w)."""
         emb = self.time(timestep_embedding(t, self.channels))  # (B,) -> (B, E)
         x = self.conv_in(z_t)
         skips = [x]
@@ -263,7 +250,7 @@ def record_attention(model):
     """`with record_attention(unet) as maps:` collects the cross-attention of every call inside.
 
     maps has one entry a layer, in the order in which they run: a list of tensors (B, P, N), one a
-    call, averaged over the heads, float32, rows summing to 1. Outside the block nothing is kept.
+    call, averaged over the heads, float32, rows summing to 1.
     """
     layers = [m.cross_attention for m in model.modules()
               if isinstance(m, SpatialTransformer) and m.cross_attention is not None]
@@ -280,12 +267,9 @@ def record_attention(model):
 
 
 class SelfAttention(Attention):
-    """Attention among the positions themselves, computed in slices of the batch on a CPU.
-
-    P positions make P^2 weights a head: 67 MB in bfloat16 for the paper's P = 256 and batch of 64.
-    In slices of 8 MB, which stay in a CPU's cache, this layer takes two thirds of the time, and
-    forward and backward of the paper's whole U-Net 2.8 s in place of 3.7 (one core with AMX).
-    """
+    """Attention among the positions: x (B, P, c) -> (B, P, c), on a CPU in slices of the batch. The
+    paper's P = 256 and batch of 64 make 67 MB of weights in bfloat16; slices of 8 MB fit a CPU's
+    cache: forward and backward of the paper's U-Net take 2.8 s, not 3.7 (one core with AMX)."""
 
     def forward(self, x):
         weights = self.heads * x.shape[1] ** 2  # of one image
@@ -294,14 +278,12 @@ class SelfAttention(Attention):
 
 
 class AdaGNBlock(ResidualBlock):
-    """EncDiff w/ AdaGN: both norms are also scaled and shifted by the concatenated tokens.
-
-    As in Diff-AE (Preechakul et al. 2022) the tokens act at all positions alike.
-    """
+    """EncDiff w/ AdaGN, after Diff-AE (Preechakul et al. 2022): the concatenated tokens scale and
+    shift both norms, at all positions alike. Tokens (B, N, d), condition_width N*d."""
 
     def __init__(self, c_in, c_out, emb_width, dropout, condition_width, resample=None):
         super().__init__(c_in, c_out, emb_width, dropout, resample)
-        # N scalars need no wider channel than this, which keeps the U-Net near its usual size.
+        # N scalars need no wider layer than this, which keeps the U-Net near its usual size.
         self.narrow = nn.Linear(condition_width, emb_width // 4)
         self.condition1 = nn.Linear(emb_width // 4, 2 * c_in)
         self.condition2 = nn.Linear(emb_width // 4, 2 * c_out)
@@ -319,13 +301,9 @@ class AdaGNBlock(ResidualBlock):
 
 
 class DirectDecoder(UNet):
-    """EncDec w/o Diff: the way up of the U-Net alone, from a learned tensor to the clean latent.
-
-    latent_side  side of the latent; the other arguments are UNet's
-    forward      tokens (B, N, d) -> latent (B, C, latent_side, latent_side)
-
-    No noise, no timestep (a learned vector stands where its embedding was), no skip connections.
-    """
+    """EncDec w/o Diff: the U-Net's way up alone; tokens (B, N, d) -> clean latent (B, C, h, h).
+    It starts from a learned tensor, without noise, skip connections or timestep (a learned vector
+    stands for the embedding of that). latent_side: h; the other arguments are UNet's."""
 
     def __init__(self, latent_side, **options):
         super().__init__(**options)
