@@ -210,7 +210,9 @@ class Pixels(nn.Module):
 # What train.py --first-stage names: the paper's sizes, those of the preset `small`, no first stage.
 KINDS = {"deep": VQAutoencoder,
          "linear": functools.partial(VQAutoencoder, channels=64, multipliers=(1, 2), blocks=1,
-                                     latent_channels=4, patch=4, linear=True), "pixels": Pixels}
+                                     latent_channels=4, codebook_size=8192, patch=4,
+                                     linear=True),
+         "pixels": Pixels}
 
 
 if __name__ == "__main__":
