@@ -601,7 +601,7 @@ PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>encdiff: 
 <style>:root { color-scheme: light dark } * { box-sizing: border-box; font: 14px/1.4 system-ui }
 main { grid-template-columns: repeat(auto-fit, minmax(min(100%, 430px), 1fr)) } img { width: 100% }
 section > div { grid-template-columns: 2fr 2fr 1fr } [type=range] { accent-color: #2a8ccc }
-main, section > div { display: grid; gap: 0 16px } .slide i { position: absolute; bottom: 1px }
+main, section > div { display: grid; gap: 8px 16px } .slide i { position: absolute; bottom: 1px }
 section { position: sticky; top: 0; z-index: 1; align-self: start; background: Canvas }
 button { border: 1px solid #8884; border-radius: 8px; padding: 4px 10px; background: #8881 }
 .token { display: flex; flex-wrap: wrap; align-items: center; gap: 0 10px; margin-bottom: 6px }
@@ -686,7 +686,7 @@ FLAGS = {
     "--count": dict(type=int, metavar="N", help="images or values to show (default: %(default)s)"),
     "--tokens": dict(type=token, nargs="+", metavar="I", help="rows or all; default: one a factor"),
     "--sampler": dict(default="dpm", choices=(*encdiff.SAMPLERS,), help="default: %(default)s"),
-    "--steps": dict(default=20, type=int, metavar="N", help="solver steps (ddpm: always all)"),
+    "--steps": dict(default=20, type=int, metavar="N", help="default: 20 (ddpm: always all)"),
     "--lpips": dict(nargs=2, metavar="FILE", help="torchvision's AlexNet, lpips' alex.pth"),
     "--gif": dict(action="store_true", help="one animation instead, with four images"),
     "--port": dict(type=int, default=0, help="default: one that is free"),
