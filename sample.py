@@ -392,7 +392,7 @@ def importance(run, args):
     """DCI's matrix, factors x codes, with D of each code and C of each factor at the margins"""
     if not run.importance.size:
         why = run.scores.get("note", "no scores")
-        raise ValueError(f"{run.name} has no importance matrix ({why}); expected a run with DCI's")
+        raise ValueError(f"{run.name} has no importance matrix ({why}); expected a run with labels")
     matrix, order, focus = run.importance, list(named_tokens(run)), metrics.focus
     F, edge = len(run.factor_names), torch.linspace(-1, 1, 64).abs()
     shares = torch.from_numpy(matrix.T[:, order, None, None, None])  # (F, N, 1, 1, 1)
