@@ -4,21 +4,18 @@ WHERE     Read last, after train.py. Reads a run and its dataset; imports all th
 PAPER     arXiv 2402.09712, Figures 2(b) and 5-9, Tables 5 and 8. Eq. (5) is in encdiff.py.
 SHAPES    B images, N tokens, K columns of a picture, S image side; images (B, 3, S, S) in [-1, 1].
 IDEA      How to read the pictures. All rows share their noise z_T: what differs is the token.
-            swap        a row takes the tokens of ONE factor from the target: compared with the row
-                        "redrawn", only that factor should change
+            swap        compared with the row "redrawn", only the factor of a row should change
             traverse    one token takes the values that it has in the data, lowest to highest
-            attention   which places of the image read a token; each row has its own colour scale
+            attention   which places read a token; each row has its own colour scale
             generate    every token from another image: each combination should be a good picture
             importance  DCI's matrix: a code should matter for one factor, a factor need one code
             kl          how much z_{t-1} can say, in nats, so how many factors are worth a token
-            worth       by how much a wrong factor hurts at which t. Eq. (5) cannot tell: it knows
-                        how much can be said, not what of it a noised latent shows already
+            worth       how much a wrong factor hurts at t; eq. (5) does not know what z_t shows
             argument    DCI disentanglement against training compute, for several methods
             explore     all of it by hand: a slider a token, in the browser
-DIFFERS   The paper draws with 200 steps of DDIM, we with 20 of DPM-Solver++. Compare them:
-          python sample.py reconstruct RUN --sampler ddim --steps 200
-          A sweep visits quantiles of the values seen, not equal distances: so it also works for
-          vector-valued tokens, in the order of their first principal component.
+DIFFERS   The paper draws with 200 steps of DDIM (--sampler ddim --steps 200), we with 20 of
+          DPM-Solver++. A sweep visits quantiles of the values seen, not equal distances: so it also
+          works for vector-valued tokens, in the order of their first principal component.
 TRY       python sample.py      ->   the verbs
           python sample.py kl   ->   kl.png, the bottleneck of the four schedules
 """
@@ -69,22 +66,20 @@ def to_picture(image):
 
 
 def grid(rows, labels, headings=()):
-    """Rows of image tensors (K, 3, S, S), at the left of each its label of one or two lines."""
+    """Rows of image tensors (K, 3, S, S) as a PIL image, each with a label of one or two lines."""
     K, _, S, _ = rows[0].shape
     # Whole multiples keep pixels sharp; many rows are shown smaller so that they fit a screen.
     side = S * max(1, min(128, 640 // len(rows)) // S)
-    big, small, gap = font(17), font(13), 3
-    labels = [label.partition("\n")[::2] for label in labels]
-    left = 20 + int(max(max(big.getlength(name), small.getlength(more)) for name, more in labels))
+    text, gap = font(14), 3
+    left = 20 + int(max(text.getlength(line) for label in labels for line in label.split("\n")))
     top, pitch = 28 if headings else gap, side + gap
     canvas = Image.new("RGB", (left + K * pitch, top + len(rows) * pitch), "white")
     draw = ImageDraw.Draw(canvas)
     for k, heading in enumerate(headings):
-        draw.text((left + k * pitch + side // 2, top // 2), heading, "black", small, anchor="mm")
-    for r, (row, (name, remark)) in enumerate(zip(rows, labels)):
+        draw.text((left + k * pitch + side // 2, top // 2), heading, "black", text, anchor="mm")
+    for r, (row, label) in enumerate(zip(rows, labels)):
         y = top + r * pitch
-        draw.text((10, y + side // 2 - 9 * bool(remark)), name, "black", big, anchor="lm")
-        draw.text((10, y + side // 2 + 11), remark, "dimgray", small, anchor="lm")
+        draw.text((10, y + side // 2), label, "black", text, anchor="lm")
         for k, image in enumerate(row):
             tile = to_picture(image).resize((side, side), Image.Resampling.NEAREST)
             canvas.paste(tile, (left + k * pitch, y))
@@ -92,8 +87,8 @@ def grid(rows, labels, headings=()):
 
 
 def axis(values, start, end, logarithmic):
-    """An axis from pixel start to pixel end for these values, and for 0 unless it is logarithmic:
-    the function from values to pixels, and the values that get a tick."""
+    """An axis from pixel start to pixel end for these values, and for 0 unless it is logarithmic.
+    Returns the function from values to pixels, and the values that get a tick."""
     scale = np.log10 if logarithmic else np.asarray
     low, high = (min(values), max(values)) if logarithmic else (min(0, *values), max(0, *values))
     extent = scale(high) - scale(low) or 1  # one value alone has none
@@ -105,11 +100,8 @@ def axis(values, start, end, logarithmic):
 
 
 def plot(title, x_title, series, size=(900, 520), logarithmic=False):
-    """series: {name: points} -> PIL image with axes, ticks and a legend.
-
-    A point is (x, y), or (x, y, lowest, highest) with a bar for its range. A logarithmic y axis
-    wants y above 0, or it is linear.
-    """
+    """series {name: points} -> PIL image with axes, ticks and a legend. A point is (x, y), or
+    (x, y, lowest, highest) with a bar for its range. Only y above 0 has a logarithmic axis."""
     width, height = 2 * size[0], 2 * size[1]  # shrunk at the end: smooth lines
     canvas, text = Image.new("RGB", (width, height), "white"), font(30)
     draw = ImageDraw.Draw(canvas)
@@ -150,54 +142,37 @@ def save(args, folder, picture, ending="png", **options):
 
 # ---- A trained run ------------------------------------------------------------------------------
 
+ONE_PASS = (encdiff.EncDec, encdiff.VAE)  # draw at once; the others remove noise step by step
+
 
 def batched(function, *tensors):
     """function applied to 64 rows of the tensors at a time, results joined."""
     return torch.cat([function(*parts) for parts in zip(*(t.split(64) for t in tensors))])
 
 
-def denoises(model):
-    """Whether a model draws by removing noise step by step, and not in one pass."""
-    return not isinstance(getattr(model, "denoiser", None), (unet.DirectDecoder, type(None)))
-
-
-def need_part(there, part):
-    """ValueError in one line unless the model has what a verb shows."""
-    if not there:
-        raise ValueError(f"this model has no {part} to show; expected a run whose model has")
-
-
 class Trained:
-    """A run opened for use: its averaged model, its scores, its dataset.
-
-    The model may be any with represent, tokens, sample, latents, decode and latent_shape.
-    """
+    """A run opened for use: its averaged model, which may be any with represent, tokens, sample,
+    latents, decode and latent_shape; its scores; its dataset. Raises what train.load_run does."""
 
     def __init__(self, args):
-        path, self.device = Path(args.run or SHIPPED), train.Machine(args.device).device
+        self.name, self.device = Path(args.run or SHIPPED), train.Machine(args.device).device
         if not args.run:
-            say(f"no RUN given: using the trained model that comes with the code, {path}")
-        self.model, self.config, self.about = train.load_run(path, self.device)
-        self.name, self.folder, self.data = path, self.about["folder"], args.data
-        self.scores = self.about["scores"]  # {} on data without labels
-        self.importance = np.array(self.scores.get("importance", ()), float)  # DCI's (N, F)
-        self.factor_names = self.about["data"].get("factor_names", ())  # F of them
-        if self.importance.shape != (self.config.num_tokens, len(self.factor_names)):
-            self.importance = np.zeros((0, 0))  # there are no such scores, or of other data
-        steps = min(20 if args.steps is None else args.steps, self.config.timesteps)
-        # A model that draws in one pass ignores these.
-        self.options = {"sampler": args.sampler or "dpm", "steps": steps}
-        torch.manual_seed((args.seed or 0) % 2**63)  # a seed shows the same images for every run
+            say(f"no RUN given: using the trained model that comes with the code, {self.name}")
+        self.model, self.config, self.about = train.load_run(self.name, self.device)
+        self.folder, self.scores = self.about["folder"], self.about["scores"]
+        self.factor_names, self.data = self.about["data"].get("factor_names", ()), args.data
+        self.importance = np.array(self.scores.get("importance", ()), float)  # DCI's (N, F) or (0,)
+        steps = 1 if isinstance(self.model, ONE_PASS) else min(args.steps, self.config.timesteps)
+        self.options = {"sampler": args.sampler, "steps": steps}
+        torch.manual_seed(args.seed % 2**63)  # a seed shows the same images for every run
 
     @functools.cached_property
     def dataset(self):
         """The run's dataset, or that of --data; opened by the verbs that need it."""
-        path, cache = self.data or self.config.data, self.config.cache
-        if path and not self.data and not Path(path).exists():
-            raise ValueError(f"{path}, the dataset of {self.name}, is not there; if it has moved, "
-                             "say where it is with --data PATH")
-        dataset = data.open_dataset(path or None, self.config.size,
-                                    cache if Path(cache).is_dir() else None)
+        path, cache = self.data or self.config.data or None, self.config.cache
+        if path and not Path(path).exists():
+            raise ValueError(f"{path} is not there; if it has moved, say where it is with --data")
+        dataset = data.open_dataset(path, self.config.size, cache if Path(cache).is_dir() else None)
         if self.about["data"] not in ({}, dataset.identity):
             say(f"{dataset.name} is not what the run was trained on")
         return dataset
@@ -234,18 +209,20 @@ class Trained:
         options, tokens = {**self.options, **options}, batched(self.model.tokens, codes)
         return batched(lambda s, z: self.model.sample(s, noise=z, **options), tokens, noise)
 
-    def draw_each(self, variants, noise):
-        """A list of codes, each (B, N) or (B, N, d) -> images of each, all from the same z_T."""
-        noise = noise.repeat(len(variants), 1, 1, 1)
-        return self.draw(torch.cat(variants), noise).split(len(variants[0]))
+    def draw_variants(self, codes, changes, noise):
+        """Images from codes (B, N) or (B, N, d), and from them after each of the changes (tokens,
+        others): these tokens taken from others, of the same shape or with B = 1. z_T is shared."""
+        variants = [codes]
+        for tokens, others in changes:
+            variants.append(codes.clone())
+            variants[-1][:, tokens] = others[:, tokens]
+        drawn = self.draw(torch.cat(variants), noise.repeat(len(variants), 1, 1, 1))
+        return drawn.split(len(codes))
 
 
 def named_tokens(run):
-    """{token: the factor that uses it most, or "none"}, in the order of factors; {} without scores.
-
-    A token is named by a factor (DCI's importance) if it provides at least twice the share that it
-    would have if all provided the same. For one factor the more important token comes first.
-    """
+    """{token: the factor that uses it most (DCI's importance), or "none" if it provides less than
+    twice an equal share}, in the order of factors and of importance; {} without scores."""
     if not run.importance.size:
         return {}
     strength, factor = run.importance.max(1), run.importance.argmax(1)  # (N, F) -> (N,)
@@ -258,21 +235,18 @@ def named_tokens(run):
 def token_rows(run, args):
     """What the rows of a picture show: [token], [label]. The tokens are those of --tokens, or the
     most important one of each factor, or all where they have no names."""
-    names, N = named_tokens(run), run.config.num_tokens
-    wanted = args.tokens or ["all"]
+    names, N, wanted = named_tokens(run), run.config.num_tokens, args.tokens or ["all"]
     if names and not args.tokens:
         say("a row a factor (--tokens all: a row a token)")
         first = {name: i for i, name in reversed(names.items()) if name != "none"}
         wanted = first.values() or wanted
     for i in wanted:
-        train.need(i == "all" or 0 <= i < N, "tokens", i,
-                   f"0 to {N - 1}, the tokens of {run.name}, or all")
+        train.need(i == "all" or 0 <= i < N, "tokens", i, f"0 to {N - 1}, or all")
     tokens = [i for i in names or range(N) if i in wanted or "all" in wanted]
     return tokens, [f"{names[i]}\ntoken {i}" if names else f"token {i}" for i in tokens]
 
 
 # ---- The verbs: what each does is its --help ----------------------------------------------------
-
 
 def reconstruct(run, args):
     """inputs, first stage and samples from the tokens, with SSIM, MSE and LPIPS (Table 8)"""
@@ -287,15 +261,9 @@ def reconstruct(run, args):
     say(f"{args.count} images".ljust(14) + "".join(f" {name:>9}" for name in scores))
     for name in list(rows)[1:]:
         x, y = (images + 1) / 2, (rows[name] + 1) / 2  # the scores are defined on [0, 1]
-        say_row(name, [batched(score, x, y).mean().item() for score in scores.values()])
+        means = [batched(score, x, y).mean().item() for score in scores.values()]
+        say(f"{name:14s}" + "".join(f" {mean:9.4g}" for mean in means))
     save(args, run.folder, grid([x[:8] for x in rows.values()], rows))
-
-
-def exchanged(codes, tokens, others):
-    """codes (B, N) or (B, N, d) with these tokens from others, of the same shape or with B = 1."""
-    codes = codes.clone()
-    codes[:, tokens] = others[:, tokens]
-    return codes
 
 
 def swap(run, args):
@@ -307,8 +275,7 @@ def swap(run, args):
         labels = [f"{names[group[0]]}\ntoken " + " ".join(map(str, group)) for group in groups]
     source, target = run.images(2 * K).split(K)
     own, other = run.codes(source), run.codes(target)
-    variants = [own, *(exchanged(own, group, other) for group in groups)]
-    rows = [source, target, *run.draw_each(variants, run.noise(K))]
+    rows = [source, target, *run.draw_variants(own, [(g, other) for g in groups], run.noise(K))]
     save(args, run.folder, grid(rows, ["source", "target", "redrawn\nall of the source", *labels]))
 
 
@@ -321,23 +288,15 @@ def traverse(run, args):
     values = seen[places, range(seen.shape[1])]  # (K, N) or (K, N, d), lowest to highest
     images = run.images(4 if args.gif else 1)
     own, noise = run.codes(images), run.noise(len(images))
-    rows = [run.draw_each([own, *(exchanged(own, i, value[None]) for value in values)], noise)
-            for i in tokens]
-    if args.gif:
-        return animate(run, args, rows, labels)
-    headings = ["input", "redrawn", *(f"{share:.0%}" for share in shares)]
-    save(args, run.folder, grid([torch.cat([images, *row]) for row in rows], labels, headings))
-
-
-def animate(run, args, rows, labels):
-    """One GIF, in which each token in turn goes up and down again in all images at once.
-
-    rows: for each token a list of image tensors (B, 3, S, S), the first of which is left out.
-    """
-    frames = [grid([images], [label]) for row, label in zip(rows, labels)
-              for images in (*row[1:], *row[-2:1:-1])]
-    size = max(frame.width for frame in frames), frames[0].height
+    rows = [run.draw_variants(own, [(i, value[None]) for value in values], noise) for i in tokens]
+    if not args.gif:
+        headings = ["input", "redrawn", *(f"{share:.0%}" for share in shares)]
+        return save(args, run.folder,
+                    grid([torch.cat([images, *row]) for row in rows], labels, headings))
+    frames = [grid([drawn], [label]) for row, label in zip(rows, labels)
+              for drawn in (*row[1:], *row[-2:1:-1])]  # each token goes up and down again
     # Labels differ in width: aligned at the right, the images stay where they are.
+    size = max(frame.width for frame in frames), frames[0].height
     frames = [ImageOps.pad(frame, size, color="white", centering=(1, 0)) for frame in frames]
     # 64 colours: with them the 94 frames of a row for each factor of Shapes3D are below 2 MB.
     first, *rest = (frame.quantize(64, dither=Image.Dither.NONE) for frame in frames)
@@ -350,8 +309,7 @@ def attention_maps(records, size):
     for layer in records:
         layer = torch.stack(layer).mean(0).transpose(1, 2)  # calls (K, P, N) -> (K, N, P)
         side = math.isqrt(layer.shape[2])
-        layer = layer.unflatten(2, (side, side))
-        maps.append(F.interpolate(layer, size=(size, size), mode="bilinear"))
+        maps.append(F.interpolate(layer.unflatten(2, (side, side)), (size, size), mode="bilinear"))
     return torch.stack(maps).mean(0)
 
 
@@ -366,18 +324,16 @@ def heat(images, maps):
 
 def attention(run, args):
     """which places read which token while an image is drawn (Figures 6, 9)"""
-    (tokens, labels), K = token_rows(run, args), args.count
+    (tokens, labels), K, N = token_rows(run, args), args.count, run.config.num_tokens
     with unet.record_attention(run.model) as records:
-        need_part(records, "cross-attention")
+        if not records:
+            raise ValueError(f"{run.name} has no cross-attention; expected a model that has")
         codes = run.codes(run.images(K))
         drawn = run.model.sample(run.model.tokens(codes), noise=run.noise(K), **run.options)
-    maps, rows = attention_maps(records, run.config.size), [drawn]
-    for row, i in enumerate(tokens):
-        rows.append(heat(drawn, maps[:, i]))
-        scale = f"{maps[:, i].min():.2f} - {maps[:, i].max():.2f}"
-        labels[row] += ("  " if "\n" in labels[row] else "\n") + scale
-    say("colours run from the lowest to the highest attention of each row, as printed there; "
-        f"if all tokens were attended to alike it would be {1 / run.config.num_tokens:.2f}")
+    maps = attention_maps(records, run.config.size)[:, tokens].unbind(1)
+    labels = [f"{label}  {m.min():.2f} - {m.max():.2f}" for label, m in zip(labels, maps)]
+    say(f"colours: from the lowest to the highest share in each row; an equal share is {1 / N:.2f}")
+    rows = [drawn, *(heat(drawn, m) for m in maps)]
     save(args, run.folder, grid(rows, ["sample", *labels]))
 
 
@@ -389,92 +345,72 @@ def generate(run, args):
     save(args, run.folder, grid(rows, [""] * len(rows)))
 
 
-def some_timesteps(T):
-    """Twelve timesteps from about T/100, but at least 2, up to T: a list of integers."""
-    return torch.linspace(0.01 * T, T, 12).round().long().clamp(min=2).tolist()
-
-
-def say_row(name, values):
-    """Print a row of a table: its name and its numbers, each to four significant digits."""
-    say(f"{name:14s}" + "".join(f" {value:9.4g}" for value in values))
-
-
-def show_over_time(args, folder, title, T, curves):
-    """Print twelve points of curves {name: {t: value}}, save a plot of all."""
-    say_row("t", some_timesteps(T))
-    for name, curve in curves.items():
-        say_row(name, [curve[t] for t in some_timesteps(T)])
-    points = {name: list(curve.items()) for name, curve in curves.items()}
+def show_over_time(args, folder, title, ts, curves):
+    """Print twelve points of curves {name: [value at each of ts]}, save a plot of all."""
+    for name, values in {"t": ts, **curves}.items():
+        say(f"{name:14s}" + "".join(f" {value:9.4g}" for value in values[::len(ts) // 11]))
+    points = {name: list(zip(ts, values)) for name, values in curves.items()}
     save(args, folder, plot(title, "timestep t", points))
 
 
 def kl(args):
     """the bottleneck of eq. (5) under the four schedules, for unit variance (Figure 2b)"""
-    T, curves = train.Config().timesteps, {}
-    for name in encdiff.SCHEDULES:
-        nats = encdiff.kl_bottleneck(encdiff.beta_schedule(name, T)).tolist()
-        curves[name] = dict(zip(range(2, T + 1), nats[1:]))  # infinite at t = 1
-    title = "KL( q(z_{t-1} | z_t, z_0) || N(0, I) ) for each latent dimension, in nats"
-    show_over_time(args, ".", title, T, curves)
+    curves = {name: encdiff.kl_bottleneck(encdiff.beta_schedule(name, 1000))[9::10].tolist()
+              for name in encdiff.SCHEDULES}  # from t = 10, as it is infinite at t = 1
+    show_over_time(args, ".", "KL( q(z_{t-1} | z_t, z_0) || N(0, I) ), in nats for each dimension",
+                   range(10, 1001, 10), curves)
 
 
 def worth(run, args):
     """by how much the loss of eq. (3) rises at each t if one factor is wrong in the codes"""
-    need_part(denoises(run.model), "noised latents")
-    dataset, model, T = run.dataset, run.model, run.config.timesteps
+    dataset, model, T, curves = run.dataset, run.model, run.config.timesteps, {}
+    if isinstance(model, ONE_PASS):
+        raise ValueError(f"{run.name} draws without noise; expected a model that removes noise")
     train.need(dataset.factor_sizes, "data", dataset.name,
                "a dataset whose images are labelled with factors")
     factors = dataset.factors(run.some(args.count)).numpy()  # (B, F)
     images_of = lambda factors: run.load(dataset.find(factors))
     z0, noise = model.latents(images_of(factors)), run.noise(args.count)
+    ts = np.linspace(max(1, T / 100), T, 12).round().astype(int).tolist()
 
-    def losses(factors):
-        """The loss at each timestep, of the same noised latents, with codes of these factors."""
-        tokens = model.tokens(run.codes(images_of(factors)))
-        for t in some_timesteps(T):
-            t = torch.full((args.count,), t, device=run.device)
+    def losses(factors):  # at each of ts, of the same noised latents, with codes of these factors
+        tokens, found = model.tokens(run.codes(images_of(factors))), []
+        for t in torch.tensor(ts, device=run.device)[:, None].expand(-1, args.count):
             predicted = batched(model.denoiser, model.add_noise(z0, t, noise), t, tokens)
-            yield F.mse_loss(predicted, noise).item()
+            found.append(F.mse_loss(predicted, noise).item())
+        return np.array(found)
 
-    least, curves = list(losses(factors)), {}
-    for j, size in enumerate(dataset.factor_sizes):
+    least = losses(factors)
+    for j, (name, size) in enumerate(zip(dataset.factor_names, dataset.factor_sizes)):
         wrong, shift = factors.copy(), torch.randint(1, max(2, size), (args.count,)).numpy()
         wrong[:, j] = (wrong[:, j] + shift) % size  # another value of factor j, and of no other
-        rise = np.subtract(list(losses(wrong)), least)
-        curves[dataset.factor_names[j]] = dict(zip(some_timesteps(T), rise))
-    show_over_time(args, run.folder, "rise of the loss if this factor is wrong", T, curves)
+        curves[name] = losses(wrong) - least
+    show_over_time(args, run.folder, "rise of the loss if this factor is wrong", ts, curves)
 
 
 def importance(run, args):
     """DCI's matrix, factors x codes, with D of each code and C of each factor at the margins"""
     if not run.importance.size:
         why = run.scores.get("note", "no scores")
-        raise ValueError(f"{run.name} has no importance matrix ({why}); expected a finished run on "
-                         "a dataset with factors")
-    order, focus = list(named_tokens(run)), metrics.focus
-    edge = torch.linspace(-1, 1, 64).abs()
-    from_middle = torch.maximum(edge, edge[:, None])  # (S, S), 0 to 1
-    rows, labels = [], []
-    for name, shares, colour in zip(run.factor_names, run.importance.T, PALETTE * len(order)):
-        # The area of a square is the share of its code.
-        inside = from_middle < torch.from_numpy(shares[order]).sqrt()[:, None, None, None]
-        colour, pale = (train.to_float(torch.tensor(c))[:, None, None] for c in (colour, [243] * 3))
-        rows.append(torch.where(inside, colour, pale))  # (N, 3, S, S)
-        labels.append(f"{name}\nC {focus(shares[None]):.2f}")
-    headings = [f"{i}   D {focus(run.importance[i, None]):.2f}" for i in order]
-    D, C = focus(run.importance), focus(run.importance.T)
-    say(f"disentanglement D {D:.3f}   completeness C {C:.3f}")
-    save(args, run.folder, grid(rows, labels, headings))
+        raise ValueError(f"{run.name} has no importance matrix ({why}); expected a run with labels")
+    matrix, order, focus = run.importance, list(named_tokens(run)), metrics.focus
+    F, edge = len(run.factor_names), torch.linspace(-1, 1, 64).abs()
+    shares = torch.from_numpy(matrix.T[:, order, None, None, None])  # (F, N, 1, 1, 1)
+    inside = torch.maximum(edge, edge[:, None]) < shares.sqrt()  # squares whose areas are shares
+    colours = train.to_float(torch.tensor((PALETTE * F)[:F]))[:, None, :, None, None]
+    labels = [f"{name}\nC {focus(row[None]):.2f}" for name, row in zip(run.factor_names, matrix.T)]
+    headings = [f"{i} D {focus(matrix[i, None]):.2f}" for i in order]
+    say(f"disentanglement D {focus(matrix):.3f}   completeness C {focus(matrix.T):.3f}")
+    save(args, run.folder, grid(torch.where(inside, colours, 0.9), labels, headings))
 
 
 def read_log(folder):
     """log.csv of a run as a list of dicts of strings, "" where nothing was logged."""
     path = Path(folder, "log.csv")
-    log = csv.DictReader(path.read_text().splitlines() if path.is_file() else ())
-    if not {"stage", "step", "loss"} <= set(log.fieldnames or ()):
-        raise ValueError(f"{path} is not there, or no log of this version; expected a folder "
-                         "written by train.py --out")
-    return list(log)
+    log = list(csv.DictReader(path.read_text().splitlines() if path.is_file() else ()))
+    if not log or not {"stage", "step", "loss"} <= log[0].keys():
+        raise ValueError(f"{path} is not there, or no log of this version; expected a run's folder")
+    return log
 
 
 def curves(args):
@@ -485,82 +421,61 @@ def curves(args):
         series = {name: [(int(row["step"]), float(row[column])) for row in log
                          if row["stage"] == stage and row[column]] for name, log in logs.items()}
         if any(series.values()):
-            title, is_loss = f"{stage}: {column.replace('_', ' ')}", column in ("loss", "mse")
-            pictures.append(plot(title, "step", series, size, logarithmic=is_loss))
-    if not pictures:
-        raise ValueError(f"{args.runs[0]}/log.csv has no losses; expected a run that logged some")
+            pictures.append(plot(f"{stage}: {column}", "step", series, size, column in columns[:2]))
     pictures += [Image.new("RGB", size, "white")] * (len(pictures) % 2)
     rows = [np.hstack(pictures[i:i + 2]) for i in range(0, len(pictures), 2)]
     save(args, args.runs[0], Image.fromarray(np.vstack(rows)))
 
 
 def method(config):
-    """The flags that make a config from the nearest preset: "--decoder direct"; or its name."""
+    """The nearest preset, and the flags that make a config from it: "small --decoder direct"."""
     aside = ("cache", "seed", "precision", "lender", "score_every")  # not of the method
-    mine, labels = {**dataclasses.asdict(config), "data": Path(config.data).name}, []
+    own, labels = {**dataclasses.asdict(config), "data": Path(config.data).name}, []
     for preset, values in train.PRESETS.items():
         usual = dataclasses.asdict(train.Config(**values))
-        flags = [f"--{name.replace('_', '-')} {value}" for name, value in mine.items()
-                 if value != usual[name] and name not in aside]
-        labels.append(flags if preset == "small" else [f"--preset {preset}", *flags])
-    return " ".join(min(labels, key=len)) or "small"
+        labels.append([preset, *(f"--{name.replace('_', '-')} {new}" for name, new in own.items()
+                                 if new != usual[name] and name not in aside)])
+    return " ".join(min(labels, key=len))
 
 
 def argument(args):
     """DCI disentanglement against training compute: mean and range of the runs of each method"""
-    methods = {}  # {flags: (a config, {step: [D of each run]})}
+    methods, series = {}, {}  # {flags: (a config, {step: [D of each run]})}, {flags: points}
     for folder in map(Path, args.runs):
+        reached = {int(row["step"]): row["disentanglement"] for row in read_log(folder)}
         with train.reading(folder, "a folder written by train.py"):
             config = train.Config(**json.loads((folder / "config.json").read_text()))
-            path = folder / "metrics.json"  # not there before the end of a run
-            scores = json.loads(path.read_text()) if path.exists() else {}
-        reached = {int(row["step"]): row["disentanglement"] for row in read_log(folder)}
-        reached[config.steps] = scores.get("disentanglement", "")
+            if (folder / "metrics.json").exists():  # written at the end of a run
+                scores = json.loads((folder / "metrics.json").read_text())
+                reached[config.steps] = scores.get("disentanglement", "")
         _, points = methods.setdefault(method(config), (config, {}))
-        for step, D in reached.items():
-            if D != "":
-                points.setdefault(step, []).append(float(D))
-    series = {}
+        for step in [step for step, D in reached.items() if D != ""]:
+            points.setdefault(step, []).append(float(reached[step]))
     say("   TFLOP   runs    D, mean    lowest   highest")
     for name, (config, points) in methods.items():
         train.need(points, "score-every", f"{config.score_every} in {name}", "runs with scores")
         first, joint = train.training_tflop(config, train.step_flops(config))
         series[name] = [(first + joint * step / config.steps, np.mean(D), min(D), max(D))
                         for step, D in sorted(points.items())]
-        x, *of_D = series[name][-1]
-        runs = len(points[max(points)])
-        say(f"{x:8.4g}{runs:7d}" + "{:11.3f}{:10.3f}{:10.3f}".format(*of_D) + f"   {name}")
-    title = "DCI disentanglement: mean and range over seeds"
-    save(args, ".", plot(title, "training compute in TFLOP", series))
+        row = [series[name][-1][0], len(points[max(points)]), *series[name][-1][1:], name]
+        say("{:8.4g}{:7d}{:11.3f}{:10.3f}{:10.3f}   {}".format(*row))
+    save(args, ".", plot("DCI disentanglement: mean, range", "training compute in TFLOP", series))
 
 
 def complexity(run, args):
-    """parameters, FLOPs and seconds of a sample (Table 5) on this device"""
-    model, S = run.model, run.config.size
-    image, noise = torch.zeros(1, 3, S, S, device=run.device), run.noise(1)
-    codes = model.represent(image)
-    tokens, t = model.tokens(codes), torch.ones(1, dtype=torch.long, device=run.device)
-    latents, denoiser = getattr(model, "first_stage", model), getattr(model, "denoiser", None)
-    flops = {}
-    say("                parameters   MFLOPs a pass (a multiply-add is two)")
-    for name, module, function, inputs in (
-            ("encoder", model.encoder, model.represent, (image,)),
-            ("token maps", getattr(model, "token_map", None), model.tokens, (codes,)),
-            ("denoiser", denoiser, denoiser, (noise, t, tokens) if denoises(model) else (tokens,)),
-            ("decoder", getattr(latents, "decoder", latents), model.decode, (noise,))):
-        if module:
-            with FlopCounterMode(display=False) as counter:
-                function(*inputs)
-            flops[name] = counter.get_total_flops()
-            count = sum(p.numel() for p in module.parameters())
-            say(f"{name:12s}{count:14,d}{flops[name] / 1e6:16,.1f}")
-    passes = {"encoder": 0, "denoiser": run.options["steps"] if denoises(model) else 1}
-    total = sum(passes.get(name, 1) * each for name, each in flops.items())
-    run.draw(codes, noise)  # the first call is slower than those that follow
+    """parameters, FLOPs (a multiply-add is two) and seconds of a sample (Table 5) on this device"""
+    for name, part in run.model.named_children():
+        say(f"{name:12s}{sum(p.numel() for p in part.parameters()):14,d} parameters")
+    image, noise = torch.zeros(1, 3, *[run.config.size] * 2, device=run.device), run.noise(1)
+    codes = run.codes(image)
+    with FlopCounterMode(display=False) as counter:
+        run.draw(codes, noise)  # the first call is slower than those that follow
     began = time.monotonic()
     run.draw(codes, noise).cpu()  # .cpu() waits for a GPU
-    say(f"a sample: {passes['denoiser']} passes of the denoiser, {total / 1e9:,.1f} GFLOPs, "
-        f"{time.monotonic() - began:.2f} s on {run.device}")
+    flops, seconds = counter.get_total_flops(), time.monotonic() - began
+    tflop = sum(train.training_tflop(run.config, train.step_flops(run.config)))
+    say(f"a sample: {run.options['steps']} passes of the denoiser, {flops / 1e9:,.1f} GFLOPs, "
+        f"{seconds:.2f} s on {run.device}\nits training: {tflop:,.1f} TFLOP")
 
 
 def encode(run, args):
@@ -571,7 +486,7 @@ def encode(run, args):
     arrays = {"codes": codes.numpy(), "indices": indices.numpy()}
     if run.dataset.factor_names:
         arrays["factors"] = run.dataset.factors(indices).numpy()
-    path = Path(args.out or run.folder / "codes.npz")
+    path = args.out or run.folder / "codes.npz"
     train.write_atomically(path, lambda file: np.savez(file, **arrays))
     say(f"wrote {path}: " + ", ".join(f"{name} {a.shape}" for name, a in arrays.items()))
 
@@ -582,16 +497,15 @@ def export(run, args):
     learned = {name for name, _ in run.model.named_parameters()}
     weights = {name: value.cpu().half() if name in learned else value.cpu()
                for name, value in run.model.state_dict().items()}
-    about = {name: run.about[name] for name in ("commit", "step", "data", "scores")}
-    content = {"format": train.FORMAT, "config": dataclasses.asdict(run.config),
-               "stage": "joint training", "model": weights, "ema": {}, **about}
+    content = {"format": train.FORMAT, "config": dataclasses.asdict(run.config), "model": weights,
+               "ema": {}, "stage": "joint training", **run.about}
+    del content["folder"]  # where the run was does not belong in the file
     train.write_atomically(args.file, lambda file: torch.save(content, file))
     say(f"wrote {args.file}, {Path(args.file).stat().st_size / 1e6:.1f} MB; "
         f"try it: python sample.py swap {args.file}")
 
 
 # ---- explore: a page to take the method apart by hand. Skip on first reading. -------------------
-
 
 class Explorer:
     """Draws for the page. What it answers depends on the request alone, so clients cannot mix. A
@@ -603,12 +517,10 @@ class Explorer:
         axis = torch.linalg.svd((seen - seen.mean(0)).transpose(0, 1), full_matrices=False).Vh[:, 0]
         self.axis = axis * axis.sum(1, keepdim=True).sign()  # (N, d)
         low, high = (seen * self.axis).sum(2).quantile(torch.tensor([0.01, 0.99]), dim=0).tolist()
-        widest = sorted(range(len(low)), key=lambda i: low[i] - high[i])
-        tokens = [{"i": i, "name": f"{names[i]} (token {i})" if names else f"token {i}",
-                   "idle": names.get(i) == "none" or high[i] - low[i] < 0.1,
-                   "low": low[i], "high": high[i]} for i in names or widest]
-        setup = {"run": str(run.name), "images": len(run.dataset), "tokens": tokens,
-                 "steps": run.options["steps"] * denoises(run.model)}
+        order = names or sorted(range(len(low)), key=lambda i: low[i] - high[i])  # widest first
+        tokens = [{"i": i, "low": low[i], "high": high[i], "name": f"{names.get(i, '')} token {i}",
+                   "idle": names.get(i) == "none" or high[i] - low[i] < 0.1} for i in order]
+        setup = dict(run=str(run.name), images=len(run.dataset), tokens=tokens, **run.options)
         # A factor may have any name; "<" could end the script that the names are in.
         self.page = PAGE.replace("SETUP", json.dumps(setup).replace("<", "\\u003c"))
 
@@ -630,10 +542,9 @@ class Explorer:
             elif word != "s":
                 codes[i] += (float(word) - places[0, i]) * self.axis[i]
         train.need(codes.abs().max() < 1e6, "tokens", asked["tokens"], "finite places")
-        z = torch.randn(run.model.latent_shape, generator=torch.Generator().manual_seed(noise))
-        codes, z = (x.to(run.device) for x in (codes.reshape(own[:1].shape), z[None]))
         with self.lock, unet.record_attention(run.model) as layers:
-            drawn = run.draw(codes, z, steps=steps)
+            torch.manual_seed(noise)
+            drawn = run.draw(codes.reshape(own[:1].shape).to(run.device), run.noise(1), steps=steps)
         maps = attention_maps(layers, run.config.size).transpose(0, 1) if layers else ()
         urls = []
         for image in (*images, *drawn, *(heat(drawn, m)[0] for m in maps)):
@@ -690,14 +601,14 @@ PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>encdiff: 
 <style>:root { color-scheme: light dark } * { box-sizing: border-box; font: 14px/1.4 system-ui }
 main { grid-template-columns: repeat(auto-fit, minmax(min(100%, 430px), 1fr)) } img { width: 100% }
 section > div { grid-template-columns: 2fr 2fr 1fr } [type=range] { accent-color: #2a8ccc }
-main, section > div { display: grid; gap: 0 16px } .slide i { position: absolute; bottom: 1px }
+main, section > div { display: grid; gap: 8px 16px } .slide i { position: absolute; bottom: 1px }
 section { position: sticky; top: 0; z-index: 1; align-self: start; background: Canvas }
 button { border: 1px solid #8884; border-radius: 8px; padding: 4px 10px; background: #8881 }
 .token { display: flex; flex-wrap: wrap; align-items: center; gap: 0 10px; margin-bottom: 6px }
 .name { flex: 1 0 190px; text-align: left } .slide { flex: 4 1 200px; position: relative }
-.taken input { accent-color: light-dark(#c0500a, #dd6b1c) } figure, #used { margin: 8px 0 }
 [type=range] { width: 100%; margin: 2px 0 9px } i.ring { border: 2px solid #dd6b1c; padding: 3px }
-i { border: 5px solid #2a8ccc; border-radius: 5px; display: inline-block }</style>
+i { border: 5px solid #2a8ccc; border-radius: 5px; display: inline-block; /* thumbs are 16px wide */
+left: clamp(4px, 4px + var(--at) * (100% - 16px), 100% - 12px) } figure { margin: 8px 0 }</style>
 <main><section><b>encdiff</b> <small id="run"></small><div>
 <figure><img alt="source"><figcaption><i></i> source</figcaption></figure>
 <figure><img alt="drawn"><figcaption id="said" aria-live="polite"></figcaption></figure>
@@ -708,8 +619,8 @@ i { border: 5px solid #2a8ccc; border-radius: 5px; display: inline-block }</styl
 <span id="noisy"><button onclick="state.noise++; draw()">another noise</button> <label>solver steps
 <input id="steps" type="number" min="1" max="200" onchange="draw()"></label></span></section>
 <div><div id="used"></div><details id="idle"><summary>tokens in little use</summary></details>
-<p>A dot is where the source is, a ring where the target. Point at a name to see which places read
-the token by cross-attention (yellow most). Without scores there are no names.</p></div></main>
+<p>A dot is where the source is, a ring where the target. Point at a name to see where the token
+is read (by cross-attention, so not with AdaGN). Without scores there are no names.</p></div></main>
 <template><div class="token"><button class="name"></button><button>from target</button>
 <div class="slide"><i></i><i class="ring"></i><input type="range" step="any"></div></div></template>
 <script>
@@ -722,12 +633,11 @@ function show() {  // the last answer, and the sliders as they are asked for
   if (!answer) return
   const urls = [answer.images[0], answer.maps[hovered] ?? answer.images[2], answer.images[1]]
   document.querySelectorAll("img").forEach((image, k) => image.src = urls[k])
-  rows.forEach(({low, high, box, slider, dots}, i) => {
+  rows.forEach(({low, high, slider, dots}, i) => {
     const ends = answer.places.map(places => places[i]), word = state.tokens[i]
     slider.value = {s: ends[0], t: ends[1]}[word] ?? word
-    dots.forEach((dot, k) => dot.style.left =  // a slider's thumb is 16 pixels wide, a dot 9
-      `clamp(4px, 4px + ${(ends[k] - low) / (high - low)} * (100% - 16px), 100% - 12px)`)
-    box.classList.toggle("taken", word === "t")
+    slider.style.accentColor = word === "t" ? "#dd6b1c" : ""
+    dots.forEach((dot, k) => dot.style.setProperty("--at", (ends[k] - low) / (high - low)))
   })
 }
 async function draw(most = 200) {  // of the states that come while one is drawn the last one counts
@@ -747,7 +657,7 @@ async function draw(most = 200) {  // of the states that come while one is drawn
 for (const {i, name, idle, low, high} of setup.tokens) {
   const box = document.querySelector("template").content.firstChild.cloneNode(true)
   const [label, other] = box.querySelectorAll("button"), slider = box.querySelector("input")
-  rows[i] = {low, high, box, slider, dots: box.querySelectorAll("i")}
+  rows[i] = {low, high, slider, dots: box.querySelectorAll("i")}
   Object.assign(slider, {min: low, max: high, ariaLabel: label.textContent = name})
   slider.oninput = () => { state.tokens[i] = slider.value; draw(8) }  // faster while it moves
   slider.onchange = () => draw()
@@ -756,14 +666,13 @@ for (const {i, name, idle, low, high} of setup.tokens) {
   label.onmouseleave = label.onblur = () => { hovered = null; show() }
   $(idle ? "idle" : "used").append(box)
 }
-$("run").textContent = setup.run; $("steps").value = setup.steps; $("noisy").hidden = !setup.steps
-$("idle").hidden = setup.tokens.every(token => !token.idle)
+$("run").textContent = setup.run; $("steps").value = setup.steps
+$("idle").hidden = setup.tokens.every(token => !token.idle); $("noisy").hidden = setup.steps < 2
 draw()
 </script></html>"""
 
 
 # ---- The command line ---------------------------------------------------------------------------
-
 
 def token(word):
     """An argument of --tokens: "all" or a number; ValueError, which argparse reports, otherwise."""
@@ -771,16 +680,13 @@ def token(word):
 
 
 FLAGS = {
-    "run": dict(metavar="RUN", nargs="?", help="folder written by train.py, or file written by "
-                f"export; default: the trained model that comes with the code, {SHIPPED.name}"),
+    "run": dict(metavar="RUN", nargs="?", help="run's folder, or file of export; default: ours"),
     "runs": dict(metavar="RUN", nargs="+", help="folders written by train.py"),
     "file": dict(metavar="FILE", help="file to write: runs/small-0.pt, say"),
-    "--count": dict(type=int, metavar="N", help="number of images, in traverse of values of a token"
-                    " (default: %(default)s; None: all)"),
-    "--tokens": dict(type=token, nargs="+", metavar="I", help="rows to show: numbers of tokens, or "
-                     "all (default: the most important one of each factor)"),
-    "--sampler": dict(choices=tuple(encdiff.SAMPLERS), help="solver (default: dpm)"),
-    "--steps": dict(type=int, metavar="N", help="solver steps (default: 20; ddpm: always all)"),
+    "--count": dict(type=int, metavar="N", help="images or values to show (default: %(default)s)"),
+    "--tokens": dict(type=token, nargs="+", metavar="I", help="rows or all; default: one a factor"),
+    "--sampler": dict(default="dpm", choices=(*encdiff.SAMPLERS,), help="default: %(default)s"),
+    "--steps": dict(default=20, type=int, metavar="N", help="default: 20 (ddpm: always all)"),
     "--lpips": dict(nargs=2, metavar="FILE", help="torchvision's AlexNet, lpips' alex.pth"),
     "--gif": dict(action="store_true", help="one animation instead, with four images"),
     "--port": dict(type=int, default=0, help="default: one that is free"),
@@ -811,10 +717,10 @@ VERBS = {  # the usual --count, and the flags that a verb takes
 
 
 def parse(arguments):
-    """The command line as a namespace, in which flags of other verbs are None, with the function
-    of the verb: None, after the help is shown, if there is no verb."""
+    """The command line as a namespace with a value for every flag; its `function` is the verb."""
     parser = train.Parser("sample.py", description=__doc__.splitlines()[0])
-    parser.set_defaults(function=None, **{flag.strip("-"): None for flag in FLAGS})
+    parser.set_defaults(function=lambda args: say(parser.format_help()), count=None)
+    parser.set_defaults(**{flag[2:]: FLAGS[flag].get("default") for flag in FLAGS if "--" in flag})
     verbs = parser.add_subparsers(dest="verb", metavar="VERB")
     for function, (count, flags) in VERBS.items():
         p = verbs.add_parser(function.__name__, help=function.__doc__, description=function.__doc__)
@@ -822,8 +728,6 @@ def parse(arguments):
             p.add_argument(flag, **FLAGS[flag])
         p.set_defaults(function=function, count=count)
     args = parser.parse_args(arguments)
-    if not args.function:
-        say(parser.format_help())
     train.need(args.count is None or args.count >= 1, "count", args.count, "at least 1")
     return args
 
@@ -831,9 +735,8 @@ def parse(arguments):
 def main(arguments=None):
     """Run one verb. Raises ValueError or OSError, one line, for what a user gets wrong."""
     args = parse(arguments)
-    if args.function:
-        opened = [Trained(args)] if "run" in VERBS[args.function][1].split() else []
-        args.function(*opened, args)
+    opened = [Trained(args)] if hasattr(args, "run") else []
+    args.function(*opened, args)
 
 
 if __name__ == "__main__":
