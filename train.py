@@ -69,7 +69,7 @@ class Config:
     model: str = field("encdiff", "method; vae: those it is compared with", ("encdiff", "vae"))
     vae_loss: str = field("beta", "objective of --model vae", encdiff.VAE_WEIGHTS)
     # The first stage (vq.py)
-    first_stage: str = field("deep", "kind of first stage; pixels: none; RUN: copy its", vq.KINDS)
+    first_stage: str = field("deep", "kind (pixels: none), or the RUN to copy one from", vq.KINDS)
     lender: str = field("", "")  # the RUN of --first-stage; its kind is in first_stage
     vq_steps: int = field(10_000, "training steps of the first stage", "0 or more")
     # The encoder and the tokens (encdiff.py)
@@ -92,7 +92,8 @@ class Config:
     timesteps: int = field(1000, "", "1 or more")  # T, the paper's
     regularizer: str = field("none", "constraint on the codes, Table 11", encdiff.REGULARIZERS)
     # Joint training
-    noise_order: str = field("uniform", "noise; weak-first: then strong", ("uniform", "weak-first"))
+    noise_order: str = field("uniform", "timesteps; weak-first: lowest of three draws in the first "
+                             "third of the steps, then highest", ("uniform", "weak-first"))
     steps: int = field(75_000, "training steps of encoder and denoiser", "0 or more")
     batch: int = field(64, "images in a joint training step", "1 or more")
     optimizer: str = field("adamw", "muon: orthogonal steps for matrices", ("adamw", "muon"))
