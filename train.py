@@ -476,7 +476,7 @@ def write_atomically(path, content):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save wraps the first into the second
+    except (OSError, RuntimeError) as error:  # torch.save puts the first into the second
         reason = error if isinstance(error, OSError) else error.__context__
         raise OSError(f"cannot write {path}: {getattr(reason, 'strerror', 0) or error}; what was "
                       "there is untouched. Make room, or the folder writable, and resume") from None
@@ -551,7 +551,7 @@ class Run:
 
     def __init__(self, folder, config, machine, identity=None, checkpoint=None):
         self.folder, self.config, self.machine = Path(folder), config, machine
-        self.identity, self.resumed = identity or {}, checkpoint or {}  # what tells the dataset; {}
+        self.identity, self.resumed = identity or {}, checkpoint or {}  # the dataset's; {}: new
         self.rows = self.resumed.get("log", [])  # of log.csv
         self.stopping = False  # set by a signal; the step under way is finished first
         self.began = self.saved = time.monotonic()
@@ -797,7 +797,8 @@ def make_parser():
 def parse(arguments):
     """-> (Config, run folder, checkpoint to go on from or None, device or None)."""
     given = vars(make_parser().parse_args(arguments))
-    preset, out, resume, device = map(given.pop, ("preset", "out", "resume", "device"), [None] * 4)
+    preset, out, resume, device = (given.pop(name, None) for name in (
+        "preset", "out", "resume", "device"))
     if given.get("first_stage", "deep") not in vq.KINDS:  # a run; its kind is kept, as it may go
         lender = given["lender"] = given["first_stage"]
         need(Path(lender).exists(), "first_stage", lender, f"RUN or one of {', '.join(vq.KINDS)}")
