@@ -505,13 +505,9 @@ def load_checkpoint(path):
     path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
     with reading(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        config = checkpoint["config"]
-        if checkpoint["format"] == 4:  # had two flags for what --first-stage says now
-            config["lender"], config["first_stage"] = config["first_stage"], config["autoencoder"]
-            del config["autoencoder"], config["low_noise_first"]
-        elif checkpoint["format"] != FORMAT:
+        if checkpoint["format"] != FORMAT:
             raise ValueError(f"format {checkpoint['format']}; this version reads {FORMAT}")
-        checkpoint["config"] = Config(**config)
+        checkpoint["config"] = Config(**checkpoint["config"])
         check(checkpoint["config"])
         parts = {"step", "model", "ema", "commit", "data"}
         if checkpoint["stage"] not in Run.STAGES or not parts <= checkpoint.keys():
