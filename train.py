@@ -4,11 +4,10 @@ WHERE     Read after metrics.py and data.py, before sample.py. This is where eve
 PAPER     arXiv 2402.09712, Sec. 4.1 ("Training Details"), Appendix D.
 SHAPES    as in encdiff.py
 IDEA      Two stages. (1) The autoencoder of vq.py learns to compress images; it is then frozen.
-          (2) Encoder, token maps and U-Net are trained together, by eq. (3) and nothing else.
-          Everything random in a step is drawn after seeding with (seed, stage, step), so a run that
-          was interrupted goes on bit for bit without storing random states. P processes share a
-          batch: they do what one would do, but for dropout, BatchNorm and the order of summation.
-          What is scored, drawn and shipped is the moving average (EMA) of the weights.
+          (2) Encoder, token maps and U-Net are trained together, by eq. (3) and nothing else; the
+          moving average (EMA) of their weights is what is scored, drawn and shipped. Each step is
+          seeded with (seed, stage, step): an interrupted run goes on bit for bit, and P processes
+          do what one would do, but for dropout, BatchNorm and the order of summation.
 DIFFERS   How long the first stage was trained the paper does not say: 10,000 steps are our choice.
           The moving average starts fast and slows down, so that a short run is not scored on its
           initialisation. The last weights are scored, never the best: labels would leak in.
@@ -37,10 +36,8 @@ from pathlib import Path
 # beside another busy program takes most of the time; with a short spin training keeps its speed.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
-import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
@@ -72,8 +69,7 @@ class Config:
     model: str = field("encdiff", "method; vae: those it is compared with", ("encdiff", "vae"))
     vae_loss: str = field("beta", "objective of --model vae", encdiff.VAE_WEIGHTS)
     # The first stage (vq.py)
-    first_stage: str = field("deep", "kind of first stage (pixels: none), or RUN to copy one from",
-                             vq.KINDS)
+    first_stage: str = field("deep", "kind (pixels: none), or the RUN to copy one from", vq.KINDS)
     lender: str = field("", "")  # the RUN of --first-stage; its kind is in first_stage
     vq_steps: int = field(10_000, "training steps of the first stage", "0 or more")
     # The encoder and the tokens (encdiff.py)
@@ -90,15 +86,14 @@ class Config:
     dropout: float = field(0.1, "dropout in the residual blocks of the U-Net", "0 to below 1")
     skip_dropout: float = field(0.0, "dropout of channels in the U-Net's skips", "0 to below 1")
     self_attention: bool = field(True, "attention among positions; without: learned positions")
-    conditioning: str = field("cross", "how tokens reach the U-Net; adagn: by scale and shift of "
-                              "its norms", ("cross", "adagn"))
+    conditioning: str = field("cross", "how tokens act; adagn: on the norms", ("cross", "adagn"))
     decoder: str = field("diffusion", "direct: one pass without noise", ("diffusion", "direct"))
     schedule: str = field("cosine", "noise schedule", encdiff.SCHEDULES)
     timesteps: int = field(1000, "", "1 or more")  # T, the paper's
     regularizer: str = field("none", "constraint on the codes, Table 11", encdiff.REGULARIZERS)
     # Joint training
-    noise_order: str = field("uniform", "timesteps; weak-first: the lowest of three draws in the "
-                             "first third of the steps, then the highest", ("uniform", "weak-first"))
+    noise_order: str = field("uniform", "timesteps; weak-first: lowest of three draws in the first "
+                             "third of the steps, then highest", ("uniform", "weak-first"))
     steps: int = field(75_000, "training steps of encoder and denoiser", "0 or more")
     batch: int = field(64, "images in a joint training step", "1 or more")
     optimizer: str = field("adamw", "muon: orthogonal steps for matrices", ("adamw", "muon"))
@@ -112,26 +107,25 @@ class Config:
 
     @property
     def trains_first_stage(self):
-        """False if there is none to train, or if it is borrowed."""
+        """bool: False if there is none to train, or if it is borrowed."""
         return self.model == "encdiff" and self.first_stage != "pixels" and not self.lender
 
 
-# `paper`: why 75,000 steps? The paper only says a day on one V100, where 7,500 steps take minutes;
-# a public rerun of the authors' configuration reaches DCI .99 between 56 and 86 thousand steps.
+# `paper`: 75,000 steps, as the paper only says "a day on one V100", where 7,500 take minutes, and
+# as a public rerun of the authors' configuration reaches DCI .99 between 56 and 86 thousand.
 # `small`, the default, is what two CPU cores can do: latents of 8x8, less width, a lighter encoder.
-# Four things take its steps from 9,000 to 3,000 (README, "What we learned"): Muon; learned
-# positions, by which attention tells places apart from the first step on; dropped skip connections,
-# so that more has to come from the tokens; and weak noise first, where form pays too, then strong
-# noise, where hues and places pay most.
+# Four things take its steps from 9,000 to 3,000 (README, "What we learned"): Muon; positions that
+# are learned, so that attention tells places apart at once; dropped skips, so that more has to come
+# from the tokens; weak noise first, where form pays too, then strong, where hues and places do.
 SMALL = dict(vq_steps=5_000, first_stage="linear", encoder="cnn_patch", token_dim=16, channels=48,
              multipliers=(1, 2), blocks=1, heads=4, dropout=0.0, skip_dropout=0.3,
-             self_attention=False, ema=0.999, noise_order="weak-first", steps=3_000, optimizer="muon",
-             lr=1e-3, lr_decay=0.4, score_every=1_000)
+             self_attention=False, noise_order="weak-first", steps=3_000, optimizer="muon",
+             lr=1e-3, lr_decay=0.4, ema=0.999, score_every=1_000)
 PRESETS = {"small": SMALL, "paper": {}}
 
 # How each kind of vq.KINDS is trained: images a step, learning rate, weight of the squared error
-# beside L1, and the step from which its encoder stays as it is (0: never). A linear encoder is
-# trained briefly, as the factors fall apart sooner on such latents; its decoder goes on.
+# beside L1, and the step from which its encoder stays as it is (0: never): on latents of a linear
+# encoder that was trained briefly the factors fall apart sooner.
 FIRST_STAGE = {"deep": dict(batch=64, lr=1e-3, squared=0.0, encoder_steps=0),
                "linear": dict(batch=16, lr=2e-3, squared=4.0, encoder_steps=1_500)}
 LR_WARMUP = 100  # steps in which a learning rate rises from 0, as Adam's averages are then young
@@ -152,15 +146,15 @@ def build_model(config):
         return encdiff.VAE(encoder, c.num_tokens, c.vae_loss, c.steps, c.size)
     if c.tokens == "vector":
         encoder, token_map = encdiff.vector_valued(encoder, c.num_tokens, c.token_dim)
-    options = {name: getattr(c, name) for name in (
-        "channels", "multipliers", "blocks", "heads", "token_dim", "dropout", "skip_dropout",
-        "conditioning", "num_tokens")}
+    names = ("channels", "multipliers", "blocks", "heads", "num_tokens", "token_dim", "dropout",
+             "skip_dropout", "conditioning")
+    options = {name: getattr(c, name) for name in names}
     options.update(latent_channels=channels, side=None if c.self_attention else side)
-    parts = [first_stage, encoder, token_map]
     rest = [(channels, side, side), c.schedule, c.timesteps]
     if c.decoder == "direct":
-        return encdiff.EncDec(*parts, unet.DirectDecoder(side, **options), *rest)
-    model = method(*parts, unet.UNet(**options), *rest)
+        decoder = unet.DirectDecoder(side, **options)
+        return encdiff.EncDec(first_stage, encoder, token_map, decoder, *rest)
+    model = method(first_stage, encoder, token_map, unet.UNet(**options), *rest)
     if c.first_stage == "pixels":
         model.denoiser = encdiff.NoiseFromVelocity(model.denoiser, model.alpha_bar)
     return model
@@ -180,27 +174,25 @@ def learning_rate(peak, step, steps, decay):
     return peak * min(1, (step + 1) / LR_WARMUP) * min(1, fall)
 
 
-def train_first_stage(run, dataset, model, checkpoint):
+def train_first_stage(run, dataset, model):
     """Stage 1: images -> latent -> images. Leaves model.first_stage trained and frozen."""
-    config, machine, stage = run.config, run.machine, "first stage"
+    config, machine, autoencoder = run.config, run.machine, model.first_stage
     recipe, steps = FIRST_STAGE[config.first_stage], config.vq_steps
     warmup = min(200, steps // 2)  # steps without rounding, before there are latents to round to
-    autoencoder, codebook = model.first_stage, model.first_stage.quantizer.codebook
     loss_of = vq.FirstStageLoss(autoencoder, recipe["squared"]).to(machine.device)
     loss_of.requires_grad_(True).train()
     optimizer = Optimizer(autoencoder, config, recipe["lr"], betas=(0.9, 0.99), weight_decay=1e-4)
-    start = run.start_stage(stage, steps, recipe["batch"], checkpoint, loss_of, optimizer)
+    start = run.start_stage("first stage", steps, recipe["batch"], loss_of, optimizer)
     network = DistributedDataParallel(loss_of) if machine.world > 1 else loss_of
     counts = 0
     for step in range(start, steps):
-        seed_step(config, stage, step)
+        seed_step(config, "first stage", step)
         indices = torch.randint(len(dataset), (recipe["batch"],))
         images = to_float(dataset.images(machine.share(indices)).to(machine.device))
         lr = learning_rate(recipe["lr"], step, steps, decay=0.6)
         if step == warmup:  # from the whole batch, so that all processes agree
-            with torch.no_grad():
-                whole = to_float(dataset.images(indices).to(machine.device))
-                autoencoder.quantizer.initialise(autoencoder.encode(whole))
+            whole = to_float(dataset.images(indices).to(machine.device))
+            autoencoder.quantizer.initialise(autoencoder.encode(whole))
         with torch.autocast(machine.kind, torch.bfloat16, config.precision == "bf16"):
             loss, reconstruction, codes = network(images)
         loss.backward()
@@ -210,39 +202,38 @@ def train_first_stage(run, dataset, model, checkpoint):
         run.note(step, loss.item(), norm)
         optimizer.step(lr)
         loss_of.zero_grad()  # now, not before `backward`: the next activations need the room
-        counts = counts + torch.bincount(codes.flatten(), minlength=len(codebook))
+        counts += torch.bincount(codes.flatten(), minlength=len(autoencoder.quantizer.codebook))
         if run.due(step + 1):
             used, perplexity = vq.codebook_usage(counts)
-            run.report(step + 1, lr=lr, mse=F.mse_loss(reconstruction, images).item(),
-                       codes_used=used, perplexity=perplexity)
+            mse = (reconstruction - images).square().mean().item()
+            run.report(step + 1, lr=lr, mse=mse, codes_used=used, perplexity=perplexity)
             counts = 0
         run.checkpoint(step + 1)
     autoencoder.requires_grad_(False).eval()
 
 
-def train_jointly(run, dataset, model, checkpoint):
+def train_jointly(run, dataset, model):
     """Stage 2: encoder, token maps and denoiser by eq. (3). Returns the averaged model."""
-    config, machine, stage = run.config, run.machine, "joint training"
+    config, machine, steps = run.config, run.machine, run.config.steps
     model.to(machine.device).train()
     optimizer = Optimizer(model, config, config.lr, weight_decay=WEIGHT_DECAY)
-    if not checkpoint and config.model == "encdiff":
-        seed_step(config, stage, -1)
+    if config.model == "encdiff" and not run.resumed:
+        seed_step(config, "joint training", -1)
         some = dataset.images(torch.randint(len(dataset), (1024,)))
         model.measure_latents(to_float(some.to(machine.device)))
     average = copy.deepcopy(model).requires_grad_(False).eval()
-    start = run.start_stage(stage, config.steps, config.batch, checkpoint, model, optimizer,
-                            average)
+    start = run.start_stage("joint training", steps, config.batch, model, optimizer, average)
     network = DistributedDataParallel(model) if machine.world > 1 else model
-    for step in range(start, config.steps):
-        seed_step(config, stage, step)
+    for step in range(start, steps):
+        seed_step(config, "joint training", step)
         indices = torch.randint(len(dataset), (config.batch,))
         draws = 3 if config.noise_order == "weak-first" else 1  # 1: t ~ U{1..T}
         t = torch.randint(1, config.timesteps + 1, (draws, config.batch))
-        t = t.amin(0) if 3 * step < config.steps else t.amax(0)  # (draws, B) -> (B,)
+        t = t.amin(0) if 3 * step < steps else t.amax(0)  # (draws, B) -> (B,)
         noise = torch.randn(config.batch, *model.latent_shape)
         images = to_float(dataset.images(machine.share(indices)).to(machine.device))
         t, noise = machine.share(t).to(machine.device), machine.share(noise).to(machine.device)
-        lr = learning_rate(config.lr, step, config.steps, config.lr_decay)
+        lr = learning_rate(config.lr, step, steps, config.lr_decay)
         with torch.autocast(machine.kind, torch.bfloat16, config.precision == "bf16"):
             loss = network(images, t, noise)  # Eq. (3)
         loss.backward()
@@ -253,7 +244,7 @@ def train_jointly(run, dataset, model, checkpoint):
         update_average(average, model, min(config.ema, (1 + step) / (10 + step)))
         if run.due(step + 1):
             run.report(step + 1, lr=lr, **getattr(model, "terms", {}))
-        if config.score_every and (step + 1) % config.score_every == 0 and step + 1 < config.steps:
+        if config.score_every and (step + 1) % config.score_every == 0 and step + 1 < steps:
             quick_look(run, dataset, average, step + 1)
         run.checkpoint(step + 1)
     return average
@@ -276,24 +267,16 @@ def update_average(average, model, decay):
 
 
 @torch.no_grad()
-def encode(model, dataset, indices, device):
-    """Codes (n, N) or (n, N, d) of the images at these indices, float32 on the CPU."""
-    # In small parts: on a CPU a larger one would take more memory than a training step.
-    return torch.cat([model.represent(to_float(dataset.images(some).to(device))).cpu()
-                      for some in indices.split(32)])
-
-
-@torch.no_grad()
 def score(run, dataset, model, train, test, mapped=False):
     """All scores that the labels allow, as a dict; its "note" says why one is missing. DCI is on
     train + test samples. mapped: also of the tokens of the scalars, through PCA (Table 9)."""
+    if not dataset.factor_sizes and not dataset.attribute_names:
+        return {"note": "the dataset has no labels: nothing is scored"}
     train, test = min(train, len(dataset) * 2 // 3), min(test, len(dataset) // 3)
+    options = dict(seed=run.config.seed, dci_train=train, dci_test=test)
     generator = torch.Generator().manual_seed(run.config.seed)
     # Without repetition: no image may be in DCI's training and test samples.
     indices = torch.randperm(len(dataset), generator=generator)[:train + test]
-    options = dict(seed=run.config.seed, dci_train=train, dci_test=test)
-    if not dataset.factor_sizes and not dataset.attribute_names:
-        return {"note": "the dataset has no labels: nothing is scored"}
     try:
         codes = encode(model, dataset, indices, run.machine.device)
         if dataset.attribute_names:
@@ -309,20 +292,18 @@ def score(run, dataset, model, train, test, mapped=False):
         return {"note": f"not scored: {error}"}
 
 
-def work(run, dataset, checkpoint):
+def work(run, dataset):
     """All of a run from its checkpoint, or from nothing, to the scores."""
     config = run.config
     torch.manual_seed(config.seed)
     model = build_model(config)
     run.introduce(dataset, model)
-    stage = checkpoint["stage"] if checkpoint else "first stage"
     with signals(lambda *_: setattr(run, "stopping", True)):
-        if config.lender and not checkpoint:  # ablations share one
+        if config.lender and not run.resumed:  # ablations share one
             model.first_stage = load_run(config.lender)[0].first_stage
-        if config.trains_first_stage and stage == "first stage":
-            train_first_stage(run, dataset, model, checkpoint)
-            checkpoint = None
-        average = train_jointly(run, dataset, model, checkpoint)
+        if config.trains_first_stage and run.resumed.get("stage") != "joint training":
+            train_first_stage(run, dataset, model)
+        average = train_jointly(run, dataset, model)
     if run.machine.main:
         scores = score(run, dataset, average, 10_000, 5_000, mapped=True)
         pictures(run, dataset, average, config.steps)
@@ -337,21 +318,19 @@ LOG_EVERY = 100  # steps between two lines of log.csv
 RANGES = {"0 or more": lambda v: 0 <= v < math.inf, "1 or more": lambda v: 1 <= v < math.inf,
           "above 0": lambda v: 0 < v < math.inf, "0 to below 1": lambda v: 0 <= v < 1,
           "each 1 or more": lambda v: v and min(v) >= 1}
-# What may change when a run is resumed: where and how well it goes on, not what it is.
+# What a resumed run may change: where and how well it goes on, not what it is.
 CHANGEABLE = {"data", "cache", "precision", "steps", "lr", "lr_decay", "score_every"}
 RUNNING = threading.Lock()  # torch has one random generator: two runs at once would share it
+say = data.say  # print that never ends a run, whatever the terminal
 
 
 class Optimizer:
-    """AdamW; with --optimizer muon only for what Muon leaves to it.
+    """AdamW; with --optimizer muon only for what Muon leaves to it. Muon (Jordan et al. 2024) makes
+    each step of a weight matrix orthogonal, so that directions of small gradients learn as fast as
+    those of large ones; not so where encoder, denoiser and decoder begin and end, nor in the token
+    maps."""
 
-    Muon (Jordan et al. 2024) makes each step of a weight matrix orthogonal, so that directions of
-    small gradients learn as fast as those of large ones. It is for the matrices inside encoder,
-    denoiser and decoder: not for the layers where they begin and end, nor for the token maps.
-    """
-
-    OUTER = (r"token_map|conv_in|conv_out|encoder\.(0\.)?(out|1)\.|decoder\.0\.|"
-             r"positions|queries|start")
+    OUTER = r"token_map|conv_(in|out)|encoder\.(0\.)?(out|1)\.|decoder\.0\.|positions|queries|start"
 
     def __init__(self, model, config, lr, **adamw):
         rest = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -372,22 +351,15 @@ class Optimizer:
             part.param_groups[0]["lr"] = scale * lr
             part.step()
 
-    def state_dict(self):
-        return {"parts": [part.state_dict() for part in self.parts]}
-
-    def load_state_dict(self, state):
-        for part, its_state in zip(self.parts, state["parts"], strict=True):
-            part.load_state_dict(its_state)
-
 
 def quick_look(run, dataset, average, step):
     """Pictures, and scores from fewer samples, hence lower than those at the end."""
     if run.machine.main:
         scores = score(run, dataset, average, 4_000, 2_000)
         pictures(run, dataset, average, step)
-        known = {k: v for k, v in scores.items() if k in Run.SCORES}
+        known = {name: scores[name] for name in Run.SCORES if name in scores}
         run.log(stage="joint training", step=step, **known)
-        words = "  ".join(f"{k} {v:.3f}" for k, v in known.items())
+        words = "  ".join(f"{name} {value:.3f}" for name, value in known.items())
         run.print(f"  quick score at step {step}: {words}  {scores.get('note', '')}")
 
 
@@ -396,16 +368,15 @@ def pictures(run, dataset, model, step):
     """samples.png: images, what their latents decode to, samples from their tokens.
     swap.png: source and target, then the source with one token after the other from the target.
     progress.gif: the latter after every quick look. Images and noise are the same at every step."""
-    N, device = run.config.num_tokens, run.machine.device
     generator = torch.Generator().manual_seed(run.config.seed)
-    images = to_float(dataset.images(torch.randint(len(dataset), (8,), generator=generator)))
-    noise = torch.randn(8, *model.latent_shape, generator=generator).to(device)
-    images = images.to(device)
-    codes = model.represent(images)
-    samples = model.sample(model.tokens(codes), noise=noise)
-    swapped = codes[:1].repeat(N, *[1] * (codes.ndim - 1))  # N copies of the source's codes
+    indices = torch.randint(len(dataset), (8,), generator=generator)
+    noise = torch.randn(8, *model.latent_shape, generator=generator).to(run.machine.device)
+    images = to_float(dataset.images(indices).to(run.machine.device))
+    codes, N = model.represent(images), run.config.num_tokens
+    swapped = codes[[0] * N]  # the source's codes N times: (N, N) or (N, N, d)
     swapped[range(N), range(N)] = codes[1]
-    swapped = model.sample(model.tokens(swapped), noise=noise[:1].repeat(N, 1, 1, 1))
+    samples = model.sample(model.tokens(codes), noise=noise)
+    swapped = model.sample(model.tokens(swapped), noise=noise[[0] * N])
     decoded = model.decode(model.latents(images))
     run.write("samples.png", png(torch.cat([images, decoded, samples]), 8))
     for name in ("swap.png", f"progress/{step:07d}.png"):
@@ -414,9 +385,9 @@ def pictures(run, dataset, model, step):
     for path in sorted((run.folder / "progress").glob("*.png")):
         frames.append(ImageOps.expand(Image.open(path), (0, 14, 0, 0), "white"))
         ImageDraw.Draw(frames[-1]).text((3, 1), f"step {int(path.stem):,}", "black")
+    times = [800] * (len(frames) - 1) + [2500]  # milliseconds
     run.write("progress.gif", lambda file: frames[0].save(
-        file, "GIF", save_all=True, append_images=frames[1:], loop=0,
-        duration=[800] * (len(frames) - 1) + [2500]))  # milliseconds
+        file, "GIF", save_all=True, append_images=frames[1:], loop=0, duration=times))
 
 
 def png(images, columns):
@@ -449,9 +420,9 @@ def step_flops(config):
 
 
 def training_tflop(config, flops):
-    """TFLOP of a run's first stage and of its joint training; flops: as from step_flops."""
-    steps = (config.vq_steps, config.steps)
-    return [n * flops[stage] / 1e12 for n, stage in zip(steps, Run.STAGES)]
+    """[TFLOP of a run's first stage, of its joint training]; flops: as from step_flops."""
+    steps = {"first stage": config.vq_steps, "joint training": config.steps}
+    return [steps[stage] * flops[stage] / 1e12 for stage in Run.STAGES]
 
 
 class Machine:
@@ -465,13 +436,12 @@ class Machine:
         self.device = torch.device(self.kind)
         self.world, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
         self.main = self.rank == 0  # the one that writes, logs and scores
-        # Left alone, glibc gives memory of large tensors back, and gets it page by page in each step.
+        # glibc gives memory of large tensors back, and gets it page by page in the next step.
         with contextlib.suppress(AttributeError, OSError, TypeError):
             for option in ((-4, 0), (-1, -1), (-8, 1)) * (self.kind == "cpu"):
                 ctypes.CDLL(None).mallopt(*option)  # no mmap, no trimming, one heap: see malloc.h
-        if self.world > 1 and self.kind == "cuda":
-            self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(self.device)
+        if self.world > 1 and self.kind == "cuda":  # from here on "cuda" is this one
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         if self.world > 1 and not dist.is_initialized():
             # Longer than any conversion: if one process dies, torchrun itself ends the others.
             dist.init_process_group(timeout=datetime.timedelta(days=7))
@@ -495,36 +465,21 @@ class Machine:
         return value.item() / self.world
 
 
-def say(text, file=None, **options):
-    """print that never ends a run: a closed pipe or terminal is silence, other letters escapes."""
-    stream = file or sys.stdout
-    try:
-        with contextlib.suppress(AttributeError):  # a notebook's stream has all letters anyway
-            stream.reconfigure(errors="backslashreplace")
-        print(text, file=stream, flush=True, **options)
-    except (OSError, ValueError):  # nobody listens: nor to what is flushed when Python ends
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
 def write_atomically(path, content):
     """Write a text, or what content(file) writes, to a temporary name, then rename: the file is the
     old or the new one, never half. Raises OSError, one line, for a full disk or a closed folder."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = Path(f"{path}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             content(file) if callable(content) else file.write(content.encode())
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        # torch.save meets a failed write with a RuntimeError of its own, about positions.
+    except (OSError, RuntimeError) as error:  # torch.save puts the first into the second
         reason = error if isinstance(error, OSError) else error.__context__
         raise OSError(f"cannot write {path}: {getattr(reason, 'strerror', 0) or error}; what was "
-                      "there before is untouched. Free space or make the folder writable, then "
-                      "resume") from None
+                      "there is untouched. Make room, or the folder writable, and resume") from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -536,40 +491,34 @@ def reading(path, expected="a folder written by train.py, or a file by sample.py
     try:
         yield
         return
-    except OSError as error:
-        found = "not found" if isinstance(error, FileNotFoundError) else f"not readable: {error}"
-    except Exception as error:
-        plain = isinstance(error, (ValueError, RuntimeError)) and str(error).strip()
+    except FileNotFoundError:
+        found = "not found"
+    except Exception as error:  # of KeyError and the like only the name tells something
+        plain = isinstance(error, (OSError, ValueError, RuntimeError)) and str(error).strip()
         reason = plain.splitlines()[-1].strip() if plain else type(error).__name__
-        found = f"is damaged or foreign: {reason}"
+        found = f"cannot be read, is damaged or foreign: {reason}"
     raise ValueError(f"{path} {found}; expected {expected}")
 
 
 def load_checkpoint(path):
-    """The dict in a run folder or a file of sample.py export. Nothing in the file is executed."""
+    """The dict in a run folder or an exported file, else ValueError. Nothing in it is executed."""
     path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
     with reading(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        config = checkpoint["config"]
-        if checkpoint["format"] == 4:  # had two flags for what --first-stage says now
-            config["lender"], config["first_stage"] = config["first_stage"], config["autoencoder"]
-            del config["autoencoder"], config["low_noise_first"]
-        elif checkpoint["format"] != FORMAT:
+        if checkpoint["format"] != FORMAT:
             raise ValueError(f"format {checkpoint['format']}; this version reads {FORMAT}")
-        checkpoint["config"] = Config(**config)
+        checkpoint["config"] = Config(**checkpoint["config"])
         check(checkpoint["config"])
-        missing = {"stage", "step", "model", "ema", "commit", "data"} - checkpoint.keys()
-        if missing or checkpoint["stage"] not in Run.STAGES:
-            raise ValueError(f"lacks {', '.join(missing) or 'its stage'}")
+        parts = {"step", "model", "ema", "commit", "data"}
+        if checkpoint["stage"] not in Run.STAGES or not parts <= checkpoint.keys():
+            raise ValueError("it is not complete")
     return checkpoint
 
 
 def load_run(path, device="cpu"):
-    """A trained run, from its folder or from a file of sample.py export, else ValueError.
-
-    Returns the model with averaged weights in float32, in eval mode; its Config; and a dict: scores
-    (of metrics.json), step, commit, data (the dataset's identity), folder (for pictures).
-    """
+    """A trained run, from its folder or an exported file, else ValueError: the model with averaged
+    weights in float32, in eval mode; its Config; a dict: scores (of metrics.json), step, commit,
+    data (the dataset's identity), folder (for pictures)."""
     checkpoint, path = load_checkpoint(path), Path(path)
     if checkpoint["stage"] == "first stage":
         raise ValueError(f"{path} has not finished its first stage; "
@@ -579,32 +528,32 @@ def load_run(path, device="cpu"):
         # abar_T is too small for the half precision that a file may have: it comes from the config.
         known = {"alpha_bar": model.alpha_bar} if hasattr(model, "alpha_bar") else {}
         model.load_state_dict({**checkpoint["model"], **checkpoint["ema"], **known})
-    about = {name: checkpoint[name] for name in ("step", "commit", "data")}
-    about.update(scores=checkpoint.get("scores", {}), folder=path if path.is_dir() else Path())
-    if (path / "metrics.json").is_file():
-        with reading(path / "metrics.json", f"JSON; for a new one: train.py --resume {path}"):
-            about["scores"] = json.loads((path / "metrics.json").read_text())
+    about = {name: checkpoint.get(name, {}) for name in ("step", "commit", "data", "scores")}
+    about["folder"], scores = path if path.is_dir() else Path(), path / "metrics.json"
+    if scores.is_file():
+        with reading(scores, f"JSON; for a new one: train.py --resume {path}"):
+            about["scores"] = json.loads(scores.read_text())
     return model.to(device).eval().requires_grad_(False), checkpoint["config"], about
 
 
 class Run:
-    """A run folder that only this process writes, to be used in a `with`: config.json,
-    checkpoint.pt (everything needed to go on), log.csv, metrics.json and pictures.
-    In processes other than the main one all writing methods do nothing."""
+    """A run folder that only the main process writes, to be used in a `with`: config.json, log.csv,
+    checkpoint.pt (everything needed to go on), metrics.json and pictures."""
 
     STAGES = ("first stage", "joint training")
     SCORES = ("factor_vae", "disentanglement", "completeness", "informativeness_test")
     COLUMNS = ("stage", "step", "loss", "lr", "grad_norm", "images_per_second",
                "mse", "codes_used", "perplexity", "kl", "total_correlation", *SCORES)
 
-    def __init__(self, folder, config, machine, identity=None, rows=()):
+    def __init__(self, folder, config, machine, identity=None, checkpoint=None):
         self.folder, self.config, self.machine = Path(folder), config, machine
-        self.identity, self.rows = identity or {}, list(rows)  # of the dataset; of log.csv
+        self.identity, self.resumed = identity or {}, checkpoint or {}  # the dataset's; {}: new
+        self.rows = self.resumed.get("log", [])  # of log.csv
         self.stopping = False  # set by a signal; the step under way is finished first
         self.began = self.saved = time.monotonic()
         self.print = say if machine.main else lambda text: None
         self.commit, self.lock = "", None
-        with contextlib.suppress(OSError):  # there may be no git; "" too outside a git checkout
+        with contextlib.suppress(OSError):  # without git; outside a checkout it is "" as well
             command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
             self.commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
@@ -634,20 +583,22 @@ class Run:
         for name, part in model.named_children():
             self.print(f"{name:12s} {sum(p.numel() for p in part.parameters()):>12,} parameters")
 
-    def start_stage(self, stage, steps, batch, checkpoint, module, optimizer, average=None):
-        """Restore a stage from its checkpoint, or save its beginning. Returns its first step."""
+    def start_stage(self, stage, steps, batch, module, optimizer, average=None):
+        """Restore a stage from the checkpoint, or save its beginning. Returns its first step."""
         self.stage, self.steps, self.batch = stage, steps, batch
         self.state, self.losses, self.since = (module, optimizer, average), [], time.monotonic()
-        if not checkpoint:
+        old, self.resumed = self.resumed, {}
+        if not old:
             self.save(0)
             return 0
-        self.print(f"resumed at step {checkpoint['step']} of the {stage}")
+        self.print(f"resumed at step {old['step']} of the {stage}")
         with reading(self.folder):  # pop: to hold the weights but once
-            module.load_state_dict(checkpoint.pop("model"))
-            optimizer.load_state_dict(checkpoint.pop("optimizer"))
+            module.load_state_dict(old.pop("model"))
+            for part, state in zip(optimizer.parts, old.pop("optimizer")["parts"], strict=True):
+                part.load_state_dict(state)
             if average is not None:
-                average.load_state_dict({**module.state_dict(), **checkpoint.pop("ema")})
-        return checkpoint["step"]
+                average.load_state_dict({**module.state_dict(), **old.pop("ema")})
+        return old["step"]
 
     def note(self, step, loss, norm):
         """Note a step's loss. Raises ValueError if the gradient's norm is not finite."""
@@ -655,8 +606,8 @@ class Run:
         self.norm = norm
         if not math.isfinite(norm):  # the same in all processes: gradients are averaged
             raise ValueError(f"loss {loss:.4g} and gradient norm {norm} in step {step + 1} of the "
-                             f"{self.stage}; the last good checkpoint is kept. Try another --seed, "
-                             f"or: python train.py --resume {self.folder} --precision fp32 "
+                             f"{self.stage}; the last good checkpoint is kept. Go on with: python "
+                             f"train.py --resume {self.folder} --precision fp32 "
                              f"--lr {self.config.lr / 3:.1g}")
 
     def due(self, step):
@@ -664,13 +615,12 @@ class Run:
 
     def report(self, step, **row):
         """A row of log.csv and a line on the terminal: mean loss and speed since the last ones."""
-        now, loss = time.monotonic(), self.machine.mean(float(np.mean(self.losses)))
-        speed = len(self.losses) / (now - self.since)  # steps a second
+        now, loss = time.monotonic(), self.machine.mean(sum(self.losses) / len(self.losses))
+        speed, left = len(self.losses) / (now - self.since), self.steps - step  # steps a second
         self.losses, self.since, rate = [], now, speed * self.batch
         self.log(stage=self.stage, step=step, loss=loss, grad_norm=self.norm,
                  images_per_second=rate, **row)
-        left = self.steps - step
-        if self.stage == "first stage":  # in steps of this stage, what is to come
+        if self.stage == "first stage":  # in its steps, what joint training will take
             left += self.config.steps * self.flops["joint training"] / self.flops[self.stage]
         more = "".join(f"  {name.replace('_', ' ')} {value:.3g}" for name, value in row.items())
         self.print(f"{self.stage} {step}/{self.steps}  loss {loss:.4f}{more}  {rate:.0f} img/s  "
@@ -686,7 +636,8 @@ class Run:
         content = {"format": FORMAT, "config": dataclasses.asdict(self.config), "step": step,
                    "commit": self.commit, "stage": self.stage, "data": self.identity,
                    "log": self.rows, "model": module.state_dict(),
-                   "optimizer": optimizer.state_dict(), "ema": averaged(average) if average else {}}
+                   "optimizer": {"parts": [part.state_dict() for part in optimizer.parts]},
+                   "ema": averaged(average) if average else {}}
         self.write("checkpoint.pt", lambda file: torch.save(content, file))
         self.saved = time.monotonic()
 
@@ -712,12 +663,12 @@ class Run:
                    "tflop": first + joint, **scores}
         self.write("metrics.json", json.dumps(content, indent=1))
         lines = [f"{k:24s} {v:.3f}" for k, v in scores.items() if isinstance(v, float)]
-        lines += [scores["note"]] if "note" in scores else []
+        self.print("\n".join([*lines, scores.get("note", "")]))
         minutes = (time.monotonic() - self.began) / 60
-        self.print("\n".join(lines + [
-            f"compute: {first + joint:,.1f} TFLOP = {first:,.1f} (first stage) + {joint:,.1f} "
-            f"(joint training)\ndone in {minutes:.0f} minutes; weights, scores, pictures are in "
-            f"{self.folder}\nnext: python sample.py swap {self.folder}"]))
+        self.print(f"compute: {first + joint:,.1f} TFLOP = {first:,.1f} (first stage) + "
+                   f"{joint:,.1f} (joint training)\ndone in {minutes:.0f} minutes; "
+                   f"weights, scores, pictures are in {self.folder}\n"
+                   f"next: python sample.py swap {self.folder}")
 
 
 def to_float(images):
@@ -728,6 +679,13 @@ def to_float(images):
 def to_bytes(images):
     """Float images in [-1, 1] -> uint8, on the CPU."""
     return ((images.cpu() + 1) * 127.5).round().clamp(0, 255).byte()
+
+
+@torch.no_grad()
+def encode(model, dataset, indices, device):
+    """Codes (n, N) or (n, N, d) of the images at these indices, float32 on the CPU."""
+    return torch.cat([model.represent(to_float(dataset.images(some).to(device))).cpu()
+                      for some in indices.split(32)])  # more would need more memory than a step
 
 
 def need(ok, name, found, expected):
@@ -765,10 +723,13 @@ def check(config):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line."""
+    """argparse with errors of one line, and help that a closed pipe may cut."""
 
     def error(self, message):
         raise ValueError(f"{message}; see python {self.prog} --help")
+
+    def print_help(self, file=None):
+        say(self.format_help())
 
 
 @contextlib.contextmanager
@@ -792,28 +753,29 @@ def one_line_errors():
     try:
         with signals(signal.default_int_handler):  # a kill tidies up, too
             yield
-    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        text = "out of memory; try a smaller --batch" if memory else " ".join(str(error).split())
-        say(f"error: {text}", file=sys.stderr)
-        sys.exit(2)
+        return
     except KeyboardInterrupt as stop:
-        say(str(stop) or "interrupted; nothing half-written is left", file=sys.stderr)
-        sys.exit(130)
-    finally:
-        say("", end="")  # flushes what argparse printed, also into a closed pipe
+        status, text = 130, str(stop) or "interrupted; nothing half-written is left"
+    except (ValueError, OSError) as error:
+        status, text = 2, f"error: {' '.join(str(error).split())}"
+    except (MemoryError, RuntimeError) as error:  # torch raises RuntimeError for a lack of memory
+        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate", str(error)):
+            raise  # no fault of the user
+        status, text = 2, "error: out of memory; try a smaller --batch"
+    with contextlib.redirect_stdout(sys.stderr):
+        say(text)
+    sys.exit(status)
 
 
 def make_parser():
     """The flags of a run, and one for each field of Config that has a help text."""
-    parser = Parser("train.py", description="Train EncDiff: first stage, joint training, scores.")
+    parser = Parser("train.py", argument_default=argparse.SUPPRESS,
+                    description="Train EncDiff: first stage, joint training, scores.")
     parser.add_argument("--preset", choices=PRESETS, help="set of values for the flags below; "
                         "small (default): for two CPU cores; paper: the paper's, for a GPU")
     parser.add_argument("--out", help="folder of a new run (default: runs/PRESET-SEED)")
     parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
-    parser.add_argument("--device", choices=("cuda", "mps", "cpu"),
-                        help="where to compute (default: the best that is here)")
-    show = lambda v: round(v, 4) if isinstance(v, float) else str(v).strip("()")
+    parser.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: the best here")
     for f in [f for f in dataclasses.fields(Config) if f.metadata["help"]]:
         kind, allowed, text = type(f.default), f.metadata["allowed"], f.metadata["help"]
         options = {bool: dict(action=argparse.BooleanOptionalAction),
@@ -823,23 +785,20 @@ def make_parser():
         elif allowed:  # `check` refuses others
             options["metavar"] = "{%s}" % ",".join(map(str, allowed))
         if f.default != "":
-            text += f" (small: {show(SMALL.get(f.name, f.default))}, paper: {show(f.default)})"
-        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=text,
-                            **options)
+            text += f" (small: {SMALL.get(f.name, f.default)}, paper: {f.default})"
+        parser.add_argument("--" + f.name.replace("_", "-"), help=text, **options)
     return parser
 
 
 def parse(arguments):
     """-> (Config, run folder, checkpoint to go on from or None, device or None)."""
     given = vars(make_parser().parse_args(arguments))
-    preset, out, resume, device = (given.pop(k) for k in ("preset", "out", "resume", "device"))
-    if given.get("first_stage", "deep") not in vq.KINDS:  # a run
-        given["lender"] = given["first_stage"]
-        try:  # its kind is kept, as the run itself may go
-            given["first_stage"] = load_checkpoint(given["lender"])["config"].first_stage
-        except ValueError as error:
-            kinds = ", ".join(vq.KINDS)
-            raise ValueError(f"--first-stage is none of {kinds}, and {error}") from None
+    preset, out, resume, device = (given.pop(name, None) for name in (
+        "preset", "out", "resume", "device"))
+    if given.get("first_stage", "deep") not in vq.KINDS:  # a run; its kind is kept, as it may go
+        lender = given["lender"] = given["first_stage"]
+        need(Path(lender).exists(), "first_stage", lender, f"RUN or one of {', '.join(vq.KINDS)}")
+        given["first_stage"] = load_checkpoint(lender)["config"].first_stage
     for name in {"data", "cache", "lender"} & given.keys():  # found from any working directory
         given[name] = given[name] and os.path.abspath(os.path.expanduser(given[name]))
     if not resume:
@@ -859,6 +818,7 @@ def parse(arguments):
          f"only {', '.join(sorted(CHANGEABLE))} may change. Train a new run with --out")
     need(checkpoint["stage"] == "first stage" or config.steps >= done, "steps", config.steps,
          f"{done} or more, as many as {resume} has done")
+    need(Path(resume).is_dir() and "log" in checkpoint, "resume", resume, "the folder of a run")
     return config, Path(resume), checkpoint, device
 
 
@@ -872,10 +832,7 @@ def main(arguments=()):
         machine = Machine(device)
         if config.precision == "auto":
             config.precision = "bf16" if machine.fast_bf16() else "fp32"
-        if checkpoint:
-            need(folder.is_dir() and "log" in checkpoint, "resume", folder,
-                 "the folder of a run: what sample.py exported cannot go on")
-        else:
+        if not checkpoint:
             need(not (folder / "checkpoint.pt").exists(), "out", folder,
                  f"a folder that holds no run yet, or --resume {folder}")
             need(not config.lender or hasattr(load_run(config.lender)[0], "first_stage"),
@@ -885,16 +842,15 @@ def main(arguments=()):
              f"a number of images that {machine.world} processes can share, as in the first stage")
         need(not config.data or Path(config.data).exists(), "data", config.data,
              "the place where the dataset is now: nothing is found there")
-        if not machine.main:  # the others read the cache that the main process writes
-            machine.mean(0.0)
-        dataset = data.open_dataset(config.data or None, config.size, config.cache or None)
-        if machine.main:
+        for turn in (True, False):  # the others read the cache that the main process writes
+            if machine.main == turn:
+                dataset = data.open_dataset(config.data or None, config.size, config.cache or None)
             machine.mean(0.0)
         here, there = dataset.identity, checkpoint["data"] if checkpoint else {}
         other = [f"{k} {there[k]}, not {here.get(k)}" for k in there if there[k] != here.get(k)]
         need(not other, "data", dataset.name, f"the dataset of {folder}: {'; '.join(other)}")
-        with Run(folder, config, machine, here, checkpoint["log"] if checkpoint else ()) as run:
-            work(run, dataset, checkpoint)
+        with Run(folder, config, machine, here, checkpoint) as run:
+            work(run, dataset)
     finally:
         RUNNING.release()
 
