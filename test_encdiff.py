@@ -362,7 +362,7 @@ def test_trees_agree_with_scikit_learn_and_see_only_order():
 
 
 @pytest.mark.parametrize("codes, factors, d, c, mig", [
-    (PERFECT, PERFECT, 1, 1, 1), (0 * PERFECT, PERFECT, 0, 0, 0),  # one code a factor; no codes
+    (PERFECT > 0, PERFECT > 0, 1, 1, 1), (0 * PERFECT, PERFECT, 0, 0, 0),  # a code each; no codes
     (PERFECT, PERFECT[:, [0, 0, 1, 1]], 1 - math.log(2) / math.log(4), 1, 1),  # factors in pairs
     # Two equal codes a factor: D does not mind, C loses log 2 / log N; ties are shared.
     (PERFECT[:, [0, 0, 1, 1]], PERFECT, 1, 1 - math.log(2) / math.log(4), 0)])
@@ -398,7 +398,7 @@ def test_factor_vae_score_is_the_share_of_votes_that_go_home():
 
 def test_tad_is_what_was_counted_by_hand():
     a, b, c = all_combinations(2, 2, 2).T
-    yes = np.stack([a, b, c, c - a * b * c, a**0], axis=1)  # the fourth is c, but for one row
+    yes = np.stack([a, b, c, c * (a == b), a**0], axis=1)  # the fourth tells 0.3 bits of c
     result = metrics.tad(np.stack([-3 * a, a + b, c], axis=1), 2 * yes - 1)  # ties count half
     assert [row[:3] for row in result["auroc"]] == [[1, .5, .5], [.875, .875, .5], [.5, .5, 1]]
     assert (result["counted"], result["captured"], result["tad"]) == ([0, 1], 2, 1 / 8 + 3 / 8)
@@ -455,7 +455,7 @@ def test_the_table_of_scores_from_python_and_the_command_line(capsys):
     codes = NOISY + np.random.default_rng(1).normal(size=(720, 3))
     scores = metrics.evaluate(torch.from_numpy(codes), torch.from_numpy(PERFECT), 3, 300, 200)
     assert scores == json.loads(json.dumps(scores)) and np.shape(scores["importance"]) == (3, 2)
-    assert scores["informativeness_train"] > 0.9 > scores["informativeness_test"]  # other samples
+    assert scores["informativeness_train"] > 0.95 and scores["informativeness_test"] < 0.6
     np.savez("codes.npz", codes=codes, factors=PERFECT)
     metrics.main("codes.npz --train 300 --test 200 --seed 3".split())
     printed = [line.split() for line in capsys.readouterr().out.splitlines()]
