@@ -9,16 +9,18 @@ SYMBOLS   z_0        z0                (B, C, h, w)  latent of the image, divide
           eps        noise             (B, C, h, w)  the noise in z_t, N(0, I)
           beta_t     betas[t - 1]      (T,)          variance added in step t
           abar_t     alpha_bar[t]      (T + 1,)      share of signal variance left; alpha_bar[0] = 1
-          S          tokens            (B, N, d)     concept tokens; as a size, S is an image's side
+          S          tokens            (B, N, d)     concept tokens; in sizes, S is an image's side
+          C_t        kl_bottleneck     (T,)          nats that step t lets through, by eq. (5)
 IDEA      Encoder and denoiser learn together to predict noise, eq. (3); nothing in that loss asks
           for disentanglement. What separates the factors is the denoiser's only view of the image:
           in cross-attention each position chooses among the tokens, so a token gains by meaning one
           thing; and each token is a function of ONE scalar, so it has no second dimension in which
-          to hide a second factor. The paper adds the noise: as t falls a bottleneck opens, eq. (5),
-          as AnnealVAE's does over training. But each training step draws all t, and C_t counts what
-          z_t shows anyway. At which noise a factor's token pays can be measured (python sample.py
-          worth): for a place it is strong noise alone, as weak noise leaves places visible. So
-          training with strong noise first gives places a token too (toy --noise strong-first).
+          to hide a second factor. The paper's second argument is the noise: a bottleneck, eq. (5),
+          that opens as t falls, as AnnealVAE's opens over training. (C_t does not tell what the
+          tokens are needed for, though, as it counts what z_t shows anyway.) A token pays at
+          timestep t if the loss there is higher without it: a place pays under strong noise alone,
+          as weak noise leaves it visible. So the noise that training meets decides which factors
+          get a token (python sample.py worth; toy --noise strong-first).
 DIFFERS   Eq. (3) is printed without the square; Table 7 says MSE, and so do we. Eq. (5) is printed
           with -beta~_t where the KL of two Gaussians has +beta~_t; we compute the KL.
 TRY       python encdiff.py   ->   the whole method on 8x8 pictures while you watch, in a minute
@@ -26,8 +28,8 @@ TRY       python encdiff.py   ->   the whole method on 8x8 pictures while you wa
             three factors                            1.000   .979 to 1.000  (1.000)
             three factors, --no-noise                1.000   .982 to 1.000  (1.000)
             three factors, --no-attention             .783   .659 to  .936  (1.000)
-            four factors, --noise strong-first       1.000  1.000 in all    (1.000)
-            four factors, --noise uniform             .615   .442 to  .660   (.970)
+            and the block's place, strong-first      1.000  1.000 in all    (1.000)
+            and the block's place, uniform            .615   .442 to  .660   (.970)
           Here competition separates, with noise or without; the noise decides what gets a code.
 """
 import argparse
@@ -61,7 +63,8 @@ class CNNEncoder(nn.Module):
 
 
 class CNNBatchNormEncoder(nn.Module):
-    """The encoder of the authors' code: images (B, 3, S, S) in [-1, 1] -> codes (B, outputs)."""
+    """The encoder of the authors' code: images (B, 3, S, S) in [-1, 1] -> codes (B, outputs). Our
+    preset `small` has it with `patch`, which replaces the first two convolutions by a cheap one."""
 
     def __init__(self, outputs, size=64, width=128, patch=False):
         super().__init__()
@@ -85,7 +88,8 @@ class CNNBatchNormEncoder(nn.Module):
 
 
 class ScalarTokens(nn.Module):
-    """N MLPs 1 -> 64 -> 128 -> d with ELU, no weight shared: codes (B, N) -> tokens (B, N, d)."""
+    """N MLPs 1 -> 64 -> 128 -> d with ELU: codes (B, N) -> tokens (B, N, d). They share no weight:
+    attention does not see the order of the tokens, so only its MLP makes a token differ by kind."""
 
     def __init__(self, num_tokens, token_dim, width_in=1):
         super().__init__()
@@ -105,7 +109,7 @@ class ScalarTokens(nn.Module):
         return x.transpose(0, 1)  # (N, B, d) -> (B, N, d)
 
 
-# ---- The noise: schedules, eq. (1)-(2), and the bottleneck, eq. (4)-(5) -------------------------
+# ---- The noise schedules, eq. (1) ---------------------------------------------------------------
 
 SCHEDULES = ("cosine", "linear", "sqrt_linear", "sqrt")
 
@@ -133,93 +137,7 @@ def cumulative(betas):
     return torch.cat([betas.new_ones(1), (1 - betas).cumprod(0)])
 
 
-def posterior(alpha_bar, t):
-    """Eq. (4): q(z_{t-1} | z_t, z_0) = N(a z_0 + b z_t, v I) -> coefficients a, b and variance v.
-
-    alpha_bar (T + 1,), t int or int64 tensor in 1..T; a, b, v of t's shape. v is 0 at t = 1.
-    """
-    now, before = alpha_bar[t], alpha_bar[t - 1]
-    alpha = now / before  # alpha_t = 1 - beta_t
-    a = before.sqrt() * (1 - alpha) / (1 - now)  # sqrt(abar_{t-1}) beta_t / (1 - abar_t)
-    b = alpha.sqrt() * (1 - before) / (1 - now)  # sqrt(alpha_t) (1 - abar_{t-1}) / (1 - abar_t)
-    v = (1 - before) / (1 - now) * (1 - alpha)  # beta~_t
-    return a, b, v
-
-
-def kl_bottleneck(betas, second_moment=1.0):
-    """Eq. (5) for each latent dimension: KL(q(z_{t-1} | z_t, z_0) || N(0, I)) / n, in nats.
-
-    betas float64 (T,), second_moment E[z_0^2] of one dimension -> float64 (T,), entry t - 1 for t.
-    Eq. (5): C_t / n = 1/2 [beta~_t - 1 - log beta~_t + E|mu~_t|^2 / n]. With z_t from eq. (2),
-    mu~_t = a z_0 + b z_t is sqrt(abar_{t-1}) z_0 + b sqrt(1 - abar_t) eps, so the expectation has
-    a closed form. beta~_1 = 0 is clipped at 1e-20.
-    """
-    alpha_bar = cumulative(betas)
-    t = torch.arange(1, len(betas) + 1)
-    _, b, v = posterior(alpha_bar, t)
-    mean_square = alpha_bar[t - 1] * second_moment + b**2 * (1 - alpha_bar[t])  # E|mu~_t|^2 / n
-    v = v.clamp(min=1e-20)
-    return 0.5 * (v - 1 - v.log() + mean_square)
-
-
-# ---- Samplers, each a short function, and the model that uses them ------------------------------
-# predict(z_t, t) estimates z_0 from z_t (B, C, h, w) at timestep t, an int. All start at z_T = z
-# (B, C, h, w), include t = T, add no noise in their last step, and return z_0 (B, C, h, w).
-
-
-def timesteps_down(T, steps):
-    """`steps` (1 to T, else ValueError) even timesteps from T down, then 0: a list of integers."""
-    if not 1 <= steps <= T:
-        raise ValueError(f"steps is {steps}; expected 1 to {T}, the timesteps of the schedule")
-    return [round(T * (1 - i / steps)) for i in range(steps + 1)]
-
-
-def ddpm(predict, alpha_bar, z, steps=None):
-    """Ancestral sampling, DDPM (Ho et al. 2020) Algorithm 2: every one of the T steps."""
-    for t in range(len(alpha_bar) - 1, 0, -1):
-        a, b, v = posterior(alpha_bar, t)  # Eq. (4) with the estimate in the place of z_0
-        z = a * predict(z, t) + b * z + (v.sqrt() * torch.randn_like(z) if t > 1 else 0)
-    return z
-
-
-def ddim(predict, alpha_bar, z, steps, eta=0.0):
-    """DDIM (Song et al. 2021), its eq. 12 and 16: eta 0 is deterministic, 1 has DDPM's variance."""
-    ts = timesteps_down(len(alpha_bar) - 1, steps)
-    for t, s in zip(ts, ts[1:]):  # from t to the smaller s
-        now, then = alpha_bar[t], alpha_bar[s]
-        z0 = predict(z, t)
-        eps = (z - now.sqrt() * z0) / (1 - now).sqrt()  # Eq. (2) solved for eps
-        sigma = eta * ((1 - then) / (1 - now) * (1 - now / then)).sqrt()
-        z = then.sqrt() * z0 + (1 - then - sigma**2).clamp(min=0).sqrt() * eps
-        if s > 0:
-            z = z + sigma * torch.randn_like(z)
-    return z
-
-
-def dpm_solver(predict, alpha_bar, z, steps):
-    """DPM-Solver++(2M) (Lu et al. 2022b), Algorithm 2: second order from two estimates of z_0.
-
-    Let alpha = sqrt(abar), sigma = sqrt(1 - abar), lambda = log(alpha / sigma), h = lambda_s -
-    lambda_t. If D, the estimate of z_0, were constant from t to s, then z_s = sigma_s / sigma_t z_t
-    - alpha_s (e^-h - 1) D. The second order extrapolates D linearly in lambda from the last two.
-    """
-    ts = timesteps_down(len(alpha_bar) - 1, steps)
-    lambdas = 0.5 * (alpha_bar.log() - (1 - alpha_bar).log())  # (T + 1,); infinite at t = 0
-    for i, (t, s) in enumerate(zip(ts, ts[1:])):
-        z0 = predict(z, t)
-        if s == 0:
-            return z0  # as sigma_s is 0
-        h = lambdas[s] - lambdas[t]
-        D = z0
-        if i > 0:
-            r = (lambdas[t] - lambdas[ts[i - 1]]) / h
-            D = (1 + 1 / (2 * r)) * z0 - 1 / (2 * r) * previous
-        shrink = ((1 - alpha_bar[s]) / (1 - alpha_bar[t])).sqrt()  # sigma_s / sigma_t
-        z = shrink * z - alpha_bar[s].sqrt() * torch.expm1(-h) * D
-        previous = z0
-
-
-SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm": dpm_solver}
+# ---- The model, eq. (2)-(3) ---------------------------------------------------------------------
 
 
 class EncDiff(nn.Module):
@@ -248,7 +166,8 @@ class EncDiff(nn.Module):
 
     @torch.no_grad()
     def measure_latents(self, images):
-        """Before training: make the std of these latents their unit, note the largest rms."""
+        """Before training: make the std of these latents their unit, note the largest rms (root
+        mean square of one latent, for `sample`)."""
         z = torch.cat([self.first_stage.encode(some).float() for some in images.split(64)])
         self.latent_std.copy_(z.std())
         self.largest_rms.copy_(z.square().mean((1, 2, 3)).max().sqrt() / z.std())
@@ -310,6 +229,95 @@ class EncDiff(nn.Module):
     def decode(self, z0):
         """z_0 in units of its std (B, C, h, w) -> images (B, 3, S, S) in [-1, 1]."""
         return self.first_stage.decode(z0 * self.latent_std).float().clamp(-1, 1)
+
+
+# ---- Samplers, each a short function, and the bottleneck that noise is, eq. (4)-(5) -------------
+# predict(z_t, t) estimates z_0 from z_t (B, C, h, w) at timestep t, an int. All start at z_T = z
+# (B, C, h, w), include t = T, add no noise in their last step, and return z_0 (B, C, h, w).
+
+
+def timesteps_down(T, steps):
+    """`steps` (1 to T, else ValueError) even timesteps from T down, then 0: a list of integers."""
+    if not 1 <= steps <= T:
+        raise ValueError(f"steps is {steps}; expected 1 to {T}, the timesteps of the schedule")
+    return [round(T * (1 - i / steps)) for i in range(steps + 1)]
+
+
+def posterior(alpha_bar, t):
+    """Eq. (4): q(z_{t-1} | z_t, z_0) = N(a z_0 + b z_t, v I) -> coefficients a, b and variance v.
+
+    alpha_bar (T + 1,), t int or int64 tensor in 1..T; a, b, v of t's shape. v is 0 at t = 1.
+    """
+    now, before = alpha_bar[t], alpha_bar[t - 1]
+    alpha = now / before  # alpha_t = 1 - beta_t
+    a = before.sqrt() * (1 - alpha) / (1 - now)  # sqrt(abar_{t-1}) beta_t / (1 - abar_t)
+    b = alpha.sqrt() * (1 - before) / (1 - now)  # sqrt(alpha_t) (1 - abar_{t-1}) / (1 - abar_t)
+    v = (1 - before) / (1 - now) * (1 - alpha)  # beta~_t
+    return a, b, v
+
+
+def ddpm(predict, alpha_bar, z, steps=None):
+    """Ancestral sampling, DDPM (Ho et al. 2020) Algorithm 2: every one of the T steps."""
+    for t in range(len(alpha_bar) - 1, 0, -1):
+        a, b, v = posterior(alpha_bar, t)  # Eq. (4) with the estimate in the place of z_0
+        z = a * predict(z, t) + b * z + (v.sqrt() * torch.randn_like(z) if t > 1 else 0)
+    return z
+
+
+def ddim(predict, alpha_bar, z, steps, eta=0.0):
+    """DDIM (Song et al. 2021), its eq. 12 and 16: eta 0 is deterministic, 1 has DDPM's variance."""
+    ts = timesteps_down(len(alpha_bar) - 1, steps)
+    for t, s in zip(ts, ts[1:]):  # from t to the smaller s
+        now, then = alpha_bar[t], alpha_bar[s]
+        z0 = predict(z, t)
+        eps = (z - now.sqrt() * z0) / (1 - now).sqrt()  # Eq. (2) solved for eps
+        sigma = eta * ((1 - then) / (1 - now) * (1 - now / then)).sqrt()
+        z = then.sqrt() * z0 + (1 - then - sigma**2).clamp(min=0).sqrt() * eps
+        if s > 0:
+            z = z + sigma * torch.randn_like(z)
+    return z
+
+
+def dpm_solver(predict, alpha_bar, z, steps):
+    """DPM-Solver++(2M) (Lu et al. 2022b), Algorithm 2: second order from two estimates of z_0.
+
+    Let alpha = sqrt(abar), sigma = sqrt(1 - abar), lambda = log(alpha / sigma), h = lambda_s -
+    lambda_t. If D, the estimate of z_0, were constant from t to s, then z_s = sigma_s / sigma_t z_t
+    - alpha_s (e^-h - 1) D. The second order extrapolates D linearly in lambda from the last two.
+    """
+    ts = timesteps_down(len(alpha_bar) - 1, steps)
+    lambdas = 0.5 * (alpha_bar.log() - (1 - alpha_bar).log())  # (T + 1,); infinite at t = 0
+    for i, (t, s) in enumerate(zip(ts, ts[1:])):
+        z0 = predict(z, t)
+        if s == 0:
+            return z0  # as sigma_s is 0
+        h = lambdas[s] - lambdas[t]
+        D = z0
+        if i > 0:
+            r = (lambdas[t] - lambdas[ts[i - 1]]) / h
+            D = (1 + 1 / (2 * r)) * z0 - 1 / (2 * r) * previous
+        shrink = ((1 - alpha_bar[s]) / (1 - alpha_bar[t])).sqrt()  # sigma_s / sigma_t
+        z = shrink * z - alpha_bar[s].sqrt() * torch.expm1(-h) * D
+        previous = z0
+
+
+SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm": dpm_solver}
+
+
+def kl_bottleneck(betas, second_moment=1.0):
+    """Eq. (5) for each latent dimension: KL(q(z_{t-1} | z_t, z_0) || N(0, I)) / n, in nats.
+
+    betas float64 (T,), second_moment E[z_0^2] of one dimension -> float64 (T,), entry t - 1 for t.
+    No loss contains it. Eq. (5): C_t / n = 1/2 [beta~_t - 1 - log beta~_t + E|mu~_t|^2 / n]. With
+    z_t from eq. (2), mu~_t = a z_0 + b z_t is sqrt(abar_{t-1}) z_0 + b sqrt(1 - abar_t) eps, so the
+    expectation has a closed form. beta~_1 = 0 is clipped at 1e-20.
+    """
+    alpha_bar = cumulative(betas)
+    t = torch.arange(1, len(betas) + 1)
+    _, b, v = posterior(alpha_bar, t)
+    mean_square = alpha_bar[t - 1] * second_moment + b**2 * (1 - alpha_bar[t])  # E|mu~_t|^2 / n
+    v = v.clamp(min=1e-20)
+    return 0.5 * (v - 1 - v.log() + mean_square)
 
 
 # ---- Variants (Tables 1, 3, 5, 11, 12). Skip on first reading. ----------------------------------

@@ -4,17 +4,18 @@ WHERE     read after vq.py, before data.py. Imports numpy and torch only: copy i
 PAPER     EncDiff, arXiv 2402.09712v2, experimental setup; each score names its own paper.
 SHAPES    n samples, N codes, d width of a vector-valued code, F factors, K classes of one factor,
           codes (n, N) or (n, N, d), factors (n, F) integers, images (B, 3, H, W)
-IDEA      The factor scores fill a table "which code knows which factor", and ask: does a code know
-          one factor only (disentanglement), one code only a factor (completeness)? They ask it by
+IDEA      The factor scores fill a table "which code knows which factor", and ask: does each code
+          know one factor only (disentanglement), is each factor known by one code only
+          (completeness)? They fill it by asking
             FactorVAE score   which code stands still while one factor is held fixed? Votes.
             DCI               which codes does a classifier use to read a factor? Boosted trees.
-            MIG               how many nats do a code and a factor share? A 2-d histogram.
+            MIG               how much do a code and a factor tell of each other? A 2-d histogram.
           FactorVAE and DCI's D do not mind a factor spread over several codes; C and MIG do, and
           with 20 codes for 6 factors stay well below D. "DCI" in the paper's tables is D alone.
 DIFFERS   from disentanglement_lib 1.5: FactorVAE votes on a pool encoded once and never for a dead
           code, DCI never tests on its training samples, the trees are our own. On 4,500 x 8 codes
-          its code and ours give MIG .104189 .104189, D .2967 .2966, C .2914 .2915, informativeness
-          .5873 .5869 and, up to the noise of votes, FactorVAE score .8562 .8522 (script: README).
+          its code and ours give MIG .104189 .104189, D .2963 .2966, C .2916 .2915, informativeness
+          .5877 .5869 and, up to the noise of votes, FactorVAE score .8562 .8522 (script: README).
           From the public TAD script: AUROC is exact, not summed over a grid of thresholds.
 TRY       python metrics.py              the trees, worked step by step on six numbers
           python metrics.py codes.npz    all factor scores of your own `codes` and `factors`
@@ -62,49 +63,6 @@ def evaluate(codes, factors, seed=0, dci_train=10_000, dci_test=5_000):
     if "importance" in scores:
         scores["importance"] = scores["importance"].tolist()
     return scores | {"note": "; ".join(filter(None, notes))}
-
-
-def as_numbers(array, name, whole=False):
-    """Any array or tensor, on any device, as float64 numpy; ValueError: not finite, not whole."""
-    expected = ("integers: number the values of a factor 0, 1, 2, ..." if whole else
-                "finite numbers: drop these samples or mend the encoder")
-    array = np.asarray(array.detach().cpu().double() if torch.is_tensor(array) else array)
-    if array.dtype.kind not in "fiub":
-        raise ValueError(f"{name} has dtype {array.dtype}; expected {expected}")
-    array = array.astype(np.float64)
-    bad = np.argwhere(~np.isfinite(array) | (whole & (array != np.floor(array)))).tolist()
-    if bad:
-        raise ValueError(f"{name}{bad[0]} is {array[tuple(bad[0])]}, and {len(bad) - 1} more; "
-                         f"expected {expected}")
-    return array
-
-
-def check_factors(factors, samples, name="factors"):
-    """factors as int64 (n, F), one row a code; else ValueError."""
-    factors = as_numbers(factors, name, whole=True).astype(np.int64)
-    if factors.ndim != 2 or len(factors) != samples or factors.shape[1] < 1:
-        raise ValueError(f"{name} has shape {factors.shape}; expected (samples, factors), and "
-                         f"{samples} rows as there are {samples} codes")
-    return factors
-
-
-def scalar_codes(codes, fit_on=None, name="codes"):
-    """codes as finite float64 (n, N): vector-valued ones (n, N, d) along their main axis, by PCA.
-    fit_on (m, N, d) gives mean and axis (default: codes). An eigenvector's sign is arbitrary: its
-    largest entry is made positive, so that two runs agree. ValueError for other shapes."""
-    codes = as_numbers(codes, name)
-    basis = codes if fit_on is None else as_numbers(fit_on, "fit_on")
-    if codes.ndim not in (2, 3) or codes.size == 0 or basis.shape[1:] != codes.shape[1:]:
-        raise ValueError(f"{name} has shape {codes.shape}, fitted on {basis.shape}; expected "
-                         f"(samples, codes) or (samples, codes, width), none of them 0")
-    if codes.ndim == 2:
-        return codes
-    mean = basis.mean(0)                                             # (N, d)
-    centred = (basis - mean).transpose(1, 2, 0)                      # (m, N, d) -> (N, d, m)
-    spread = centred @ centred.transpose(0, 2, 1)                    # (N, d, m) @ (N, m, d)
-    axis = np.linalg.eigh(spread)[1][:, :, -1]                       # (N, d); eigenvalues ascend
-    largest = np.take_along_axis(axis, np.abs(axis).argmax(1)[:, None], axis=1)     # (N, 1)
-    return np.einsum("nkd,kd->nk", codes - mean, axis * np.sign(largest))  # (n, N, d) -> (n, N)
 
 
 # ---- DCI -----------------------------------------------------------------------------------------
@@ -217,7 +175,7 @@ def count_votes(scaled, groups, votes, batch, rng):
     return np.stack(table)
 
 
-# ---- MIG and TAD ---------------------------------------------------------------------------------
+# ---- MIG -----------------------------------------------------------------------------------------
 def mutual_information(joint):
     """Nats that a and b share, from their joint probabilities (..., a, b)."""
     apart = joint.sum(-1, keepdims=True) * joint.sum(-2, keepdims=True)     # if independent
@@ -247,6 +205,50 @@ def mig(codes, factors, bins=20):
         second, best = np.sort(mutual_information(joint))[-2:]
         gaps.append((best - second) / -(prior * np.log(prior)).sum())
     return float(np.mean(gaps))
+
+
+# ---- What the scores take; TAD, images, the trees of DCI. Skip on first reading. -----------------
+def as_numbers(array, name, whole=False):
+    """Any array or tensor, on any device, as float64 numpy; ValueError: not finite, not whole."""
+    expected = ("integers: number the values of a factor 0, 1, 2, ..." if whole else
+                "finite numbers: drop these samples or mend the encoder")
+    array = np.asarray(array.detach().cpu().double() if torch.is_tensor(array) else array)
+    if array.dtype.kind not in "fiub":
+        raise ValueError(f"{name} has dtype {array.dtype}; expected {expected}")
+    array = array.astype(np.float64)
+    bad = np.argwhere(~np.isfinite(array) | (whole & (array != np.floor(array)))).tolist()
+    if bad:
+        raise ValueError(f"{name}{bad[0]} is {array[tuple(bad[0])]}, and {len(bad) - 1} more; "
+                         f"expected {expected}")
+    return array
+
+
+def check_factors(factors, samples, name="factors"):
+    """factors as int64 (n, F), one row a code; else ValueError."""
+    factors = as_numbers(factors, name, whole=True).astype(np.int64)
+    if factors.ndim != 2 or len(factors) != samples or factors.shape[1] < 1:
+        raise ValueError(f"{name} has shape {factors.shape}; expected (samples, factors), and "
+                         f"{samples} rows as there are {samples} codes")
+    return factors
+
+
+def scalar_codes(codes, fit_on=None, name="codes"):
+    """codes as finite float64 (n, N): vector-valued ones (n, N, d) along their main axis, by PCA.
+    fit_on (m, N, d) gives mean and axis (default: codes). An eigenvector's sign is arbitrary: its
+    largest entry is made positive, so that two runs agree. ValueError for other shapes."""
+    codes = as_numbers(codes, name)
+    basis = codes if fit_on is None else as_numbers(fit_on, "fit_on")
+    if codes.ndim not in (2, 3) or codes.size == 0 or basis.shape[1:] != codes.shape[1:]:
+        raise ValueError(f"{name} has shape {codes.shape}, fitted on {basis.shape}; expected "
+                         f"(samples, codes) or (samples, codes, width), none of them 0")
+    if codes.ndim == 2:
+        return codes
+    mean = basis.mean(0)                                             # (N, d)
+    centred = (basis - mean).transpose(1, 2, 0)                      # (m, N, d) -> (N, d, m)
+    spread = centred @ centred.transpose(0, 2, 1)                    # (N, d, m) @ (N, m, d)
+    axis = np.linalg.eigh(spread)[1][:, :, -1]                       # (N, d); eigenvalues ascend
+    largest = np.take_along_axis(axis, np.abs(axis).argmax(1)[:, None], axis=1)     # (N, 1)
+    return np.einsum("nkd,kd->nk", codes - mean, axis * np.sign(largest))  # (n, N, d) -> (n, N)
 
 
 def auroc(codes, attributes):

@@ -3,13 +3,14 @@
 WHERE     Read after unet.py, before metrics.py. Imports torch only; copy it freely.
 PAPER     arXiv 2402.09712, Sec. 4.1 ("VQ-reg") after latent diffusion (Rombach et al. 2022);
           VQ-VAE: van den Oord et al. 2017.
-SHAPES    B batch, image (B, 3, S, S) in [-1, 1], latent (B, C, S/f, S/f), K codebook entries.
+SHAPES    B batch, image (B, 3, S, S) in [-1, 1], latent (B, C, S/f, S/f) where f is the
+          downsampling factor, K codebook entries.
 IDEA      Each of the (S/f)^2 latent vectors is replaced by the nearest of K codebook vectors, and
           the decoder sees only those. Rounding has no gradient, so the decoder's gradient is copied
           to the encoder as if rounding were the identity ("straight-through"), while two extra
           terms pull codebook and encoder towards each other. An entry that is nearest to nothing
-          gets no gradient and stays dead, so the codebook starts from latents of real images, after
-          a time without rounding. Diffusion works on the latent BEFORE rounding; `decode` rounds
+          gets no gradient and stays dead, so the codebook starts from latents of real images, once
+          a time without rounding has made these differ. Diffusion works on the latent BEFORE rounding; `decode` rounds
           first, which cleans up what sampling gets slightly wrong. By then the first stage is
           frozen: the second may not make its own task easy.
 DIFFERS   From the authors' code: L1 alone judges reconstructions, without LPIPS (its weights cannot
@@ -195,7 +196,7 @@ class FirstStageLoss(nn.Module):
         return loss + codebook_loss, reconstruction, indices
 
 
-# ---- Pixel space. Skip on first reading. --------------------------------------------------------
+# ---- What train.py --first-stage names ----------------------------------------------------------
 
 
 class Pixels(nn.Module):
@@ -207,7 +208,7 @@ class Pixels(nn.Module):
         self.encode, self.decode = nn.PixelUnshuffle(factor), nn.PixelShuffle(factor)
 
 
-# What train.py --first-stage names: the paper's sizes, those of the preset `small`, no first stage.
+# The paper's sizes; those of the preset `small`; no first stage.
 KINDS = {"deep": VQAutoencoder,
          "linear": functools.partial(VQAutoencoder, channels=64, multipliers=(1, 2), blocks=1,
                                      latent_channels=4, codebook_size=8192, patch=4,
