@@ -818,7 +818,7 @@ def parse(arguments):
          f"only {', '.join(sorted(CHANGEABLE))} may change. Train a new run with --out")
     need(checkpoint["stage"] == "first stage" or config.steps >= done, "steps", config.steps,
          f"{done} or more, as many as {resume} has done")
-    need(Path(resume).is_dir() and "log" in checkpoint, "resume", resume, "the folder of a run")
+    need(Path(resume).is_dir() and "log" in checkpoint, "resume", resume, "run's folder, no export")
     return config, Path(resume), checkpoint, device
 
 
