@@ -521,8 +521,9 @@ class Explorer:
         tokens = [{"i": i, "low": low[i], "high": high[i], "name": f"{names.get(i, '')} token {i}",
                    "idle": names.get(i) == "none" or high[i] - low[i] < 0.1} for i in order]
         setup = dict(run=str(run.name), images=len(run.dataset), tokens=tokens, **run.options)
+        page = SHIPPED.with_name("explore.html").read_text("utf-8")
         # A factor may have any name; "<" could end the script that the names are in.
-        self.page = PAGE.replace("SETUP", json.dumps(setup).replace("<", "\\u003c"))
+        self.page = page.replace("SETUP", json.dumps(setup).replace("<", "\\u003c"))
 
     def draw(self, asked):
         """tokens=s,t,0.3 asks for token 0 of the source, 1 of the target, 2 moved to place 0.3."""
@@ -594,82 +595,6 @@ def explore(run, args):
         if not args.no_browser:
             threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
         server.serve_forever()
-
-
-PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>encdiff: explore</title>
-<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
-<style>:root { color-scheme: light dark } * { box-sizing: border-box; font: 14px/1.4 system-ui }
-main { grid-template-columns: repeat(auto-fit, minmax(min(100%, 430px), 1fr)) } img { width: 100% }
-section > div { grid-template-columns: 2fr 2fr 1fr } [type=range] { accent-color: #2a8ccc }
-main, section > div { display: grid; gap: 8px 16px } .slide i { position: absolute; bottom: 1px }
-section { position: sticky; top: 0; z-index: 1; align-self: start; background: Canvas }
-button { border: 1px solid #8884; border-radius: 8px; padding: 4px 10px; background: #8881 }
-.token { display: flex; flex-wrap: wrap; align-items: center; gap: 0 10px; margin-bottom: 6px }
-.name { flex: 1 0 190px; text-align: left } .slide { flex: 4 1 200px; position: relative }
-[type=range] { width: 100%; margin: 2px 0 9px } i.ring { border: 2px solid #dd6b1c; padding: 3px }
-i { border: 5px solid #2a8ccc; border-radius: 5px; display: inline-block; /* thumbs are 16px wide */
-left: clamp(4px, 4px + var(--at) * (100% - 16px), 100% - 12px) } figure { margin: 8px 0 }</style>
-<main><section><b>encdiff</b> <small id="run"></small><div>
-<figure><img alt="source"><figcaption><i></i> source</figcaption></figure>
-<figure><img alt="drawn"><figcaption id="said" aria-live="polite"></figcaption></figure>
-<figure><img alt="target"><figcaption><i class="ring"></i> target</figcaption></figure></div>
-<button onclick="state.source = some(); take('s')">new source</button>
-<button onclick="state.target = some(); draw()">new target</button>
-<button onclick="take('t')">take all from target</button> <button onclick="take('s')">reset</button>
-<span id="noisy"><button onclick="state.noise++; draw()">another noise</button> <label>solver steps
-<input id="steps" type="number" min="1" max="200" onchange="draw()"></label></span></section>
-<div><div id="used"></div><details id="idle"><summary>tokens in little use</summary></details>
-<p>A dot is where the source is, a ring where the target. Point at a name to see where the token
-is read (by cross-attention, so not with AdaGN). Without scores there are no names.</p></div></main>
-<template><div class="token"><button class="name"></button><button>from target</button>
-<div class="slide"><i></i><i class="ring"></i><input type="range" step="any"></div></div></template>
-<script>
-const setup = SETUP, $ = id => document.getElementById(id), rows = []
-const some = () => Math.floor(Math.random() * setup.images)
-const state = {source: some(), target: some(), noise: 0, tokens: setup.tokens.map(() => "s")}
-const take = word => { state.tokens.fill(word); draw() }
-let answer, hovered, next, busy
-function show() {  // the last answer, and the sliders as they are asked for
-  if (!answer) return
-  const urls = [answer.images[0], answer.maps[hovered] ?? answer.images[2], answer.images[1]]
-  document.querySelectorAll("img").forEach((image, k) => image.src = urls[k])
-  rows.forEach(({low, high, slider, dots}, i) => {
-    const ends = answer.places.map(places => places[i]), word = state.tokens[i]
-    slider.value = {s: ends[0], t: ends[1]}[word] ?? word
-    slider.style.accentColor = word === "t" ? "#dd6b1c" : ""
-    dots.forEach((dot, k) => dot.style.setProperty("--at", (ends[k] - low) / (high - low)))
-  })
-}
-async function draw(most = 200) {  // of the states that come while one is drawn the last one counts
-  next = {...state, steps: Math.max(1, Math.min(most, $("steps").value))}
-  show()
-  while (next && !busy) try {
-    const began = performance.now(), query = new URLSearchParams(next)
-    next = null
-    busy = true
-    const reply = await fetch("draw?" + query)
-    if (!reply.ok) throw Error(await reply.text())
-    answer = await reply.json()
-    show()
-    $("said").textContent = `drawn in ${((performance.now() - began) / 1000).toFixed(2)} s`
-  } catch (error) { $("said").textContent = `no answer: ${error.message}` } finally { busy = false }
-}
-for (const {i, name, idle, low, high} of setup.tokens) {
-  const box = document.querySelector("template").content.firstChild.cloneNode(true)
-  const [label, other] = box.querySelectorAll("button"), slider = box.querySelector("input")
-  rows[i] = {low, high, slider, dots: box.querySelectorAll("i")}
-  Object.assign(slider, {min: low, max: high, ariaLabel: label.textContent = name})
-  slider.oninput = () => { state.tokens[i] = slider.value; draw(8) }  // faster while it moves
-  slider.onchange = () => draw()
-  other.onclick = () => { state.tokens[i] = state.tokens[i] === "t" ? "s" : "t"; draw() }
-  label.onmouseenter = label.onfocus = () => { hovered = i; show() }
-  label.onmouseleave = label.onblur = () => { hovered = null; show() }
-  $(idle ? "idle" : "used").append(box)
-}
-$("run").textContent = setup.run; $("steps").value = setup.steps
-$("idle").hidden = setup.tokens.every(token => !token.idle); $("noisy").hidden = setup.steps < 2
-draw()
-</script></html>"""
 
 
 # ---- The command line ---------------------------------------------------------------------------

@@ -8,7 +8,6 @@ IDEA      Code that is compared with itself cannot fail. So each test has anothe
 DIFFERS   Nothing here shows that the method disentangles: that takes a real run (README, Results).
 TRY       python -m pytest -q                ->   every claim, in a few minutes
           python -m pytest -q -k eq_         ->   the equations alone, in seconds
-          SLOW=1 python -m pytest -k killed  ->   a run killed twenty times, in minutes
 """
 import contextlib
 import csv

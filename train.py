@@ -114,9 +114,9 @@ class Config:
 # `paper`: 75,000 steps, as the paper only says "a day on one V100", where 7,500 take minutes, and
 # as a public rerun of the authors' configuration reaches DCI .99 between 56 and 86 thousand.
 # `small`, the default, is what two CPU cores can do: latents of 8x8, less width, a lighter encoder.
-# Four things take its steps from 9,000 to 3,000 (README, "What we learned"): Muon; positions that
-# are learned, so that attention tells places apart at once; dropped skips, so that more has to come
-# from the tokens; weak noise first, where form pays too, then strong, where hues and places do.
+# Four things keep its steps few (README, "What we learned"): Muon; positions that are learned, so
+# that attention tells places apart at once; dropped skips, so that more comes from the tokens; weak
+# noise first, where the token of a form pays too, then strong, where hues and places pay most.
 SMALL = dict(vq_steps=5_000, first_stage="linear", encoder="cnn_patch", token_dim=16, channels=48,
              multipliers=(1, 2), blocks=1, heads=4, dropout=0.0, skip_dropout=0.3,
              self_attention=False, noise_order="weak-first", steps=3_000, optimizer="muon",
@@ -124,8 +124,8 @@ SMALL = dict(vq_steps=5_000, first_stage="linear", encoder="cnn_patch", token_di
 PRESETS = {"small": SMALL, "paper": {}}
 
 # How each kind of vq.KINDS is trained: images a step, learning rate, weight of the squared error
-# beside L1, and the step from which its encoder stays as it is (0: never): on latents of a linear
-# encoder that was trained briefly the factors fall apart sooner.
+# beside L1, and the step from which its encoder stays as it is (0: never): after a brief training
+# of a linear encoder the factors separate sooner, which was measured and is not explained.
 FIRST_STAGE = {"deep": dict(batch=64, lr=1e-3, squared=0.0, encoder_steps=0),
                "linear": dict(batch=16, lr=2e-3, squared=4.0, encoder_steps=1_500)}
 LR_WARMUP = 100  # steps in which a learning rate rises from 0, as Adam's averages are then young
@@ -161,6 +161,8 @@ def build_model(config):
 
 
 # ---- The two stages -----------------------------------------------------------------------------
+# `run` keeps the folder, its log and its checkpoints; `run.machine` is the device and, of several
+# processes, this one's share of a batch. Both are below the rule, as is Optimizer: AdamW or Muon.
 
 
 def seed_step(config, stage, step):
@@ -227,7 +229,7 @@ def train_jointly(run, dataset, model):
     for step in range(start, steps):
         seed_step(config, "joint training", step)
         indices = torch.randint(len(dataset), (config.batch,))
-        draws = 3 if config.noise_order == "weak-first" else 1  # 1: t ~ U{1..T}
+        draws = 3 if config.noise_order == "weak-first" else 1  # of one alone: t ~ U{1..T}
         t = torch.randint(1, config.timesteps + 1, (draws, config.batch))
         t = t.amin(0) if 3 * step < steps else t.amax(0)  # (draws, B) -> (B,)
         noise = torch.randn(config.batch, *model.latent_shape)
@@ -250,7 +252,7 @@ def train_jointly(run, dataset, model):
     return average
 
 
-def averaged(model):
+def trained_state(model):
     """The part of the state that joint training changes: all but the first stage."""
     return {k: v for k, v in model.state_dict().items() if not k.startswith("first_stage.")}
 
@@ -258,7 +260,7 @@ def averaged(model):
 @torch.no_grad()
 def update_average(average, model, decay):
     """average <- decay * average + (1 - decay) * model, BatchNorm statistics included."""
-    for old, new in zip(averaged(average).values(), averaged(model).values()):
+    for old, new in zip(trained_state(average).values(), trained_state(model).values()):
         if old.is_floating_point():  # BatchNorm also has a counter of batches
             old.lerp_(new, 1 - decay)
 
@@ -637,7 +639,7 @@ class Run:
                    "commit": self.commit, "stage": self.stage, "data": self.identity,
                    "log": self.rows, "model": module.state_dict(),
                    "optimizer": {"parts": [part.state_dict() for part in optimizer.parts]},
-                   "ema": averaged(average) if average else {}}
+                   "ema": trained_state(average) if average else {}}
         self.write("checkpoint.pt", lambda file: torch.save(content, file))
         self.saved = time.monotonic()
 

@@ -10,9 +10,9 @@ IDEA      Each of the (S/f)^2 latent vectors is replaced by the nearest of K cod
           to the encoder as if rounding were the identity ("straight-through"), while two extra
           terms pull codebook and encoder towards each other. An entry that is nearest to nothing
           gets no gradient and stays dead, so the codebook starts from latents of real images, once
-          a time without rounding has made these differ. Diffusion works on the latent BEFORE rounding; `decode` rounds
-          first, which cleans up what sampling gets slightly wrong. By then the first stage is
-          frozen: the second may not make its own task easy.
+          a time without rounding has made these differ. Diffusion works on the latent BEFORE
+          rounding; `decode` rounds first, which cleans up what sampling gets slightly wrong. By
+          then the first stage is frozen: the second may not make its own task easy.
 DIFFERS   From the authors' code: L1 alone judges reconstructions, without LPIPS (its weights cannot
           be shipped) or a patch discriminator. Ours are `patch`, which saves the expensive layers
           at full resolution, and `linear`, an encoder that costs joint training next to nothing.
