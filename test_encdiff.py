@@ -1031,7 +1031,7 @@ def test_the_page_refuses_strangers_and_nonsense(runs):
     ("importance {0}/direct", "has no importance matrix (no labels)"),
     ("explore {0}/run --port 70000", "--port 70000 cannot be used"),
     ("swap {0}/unfinished", "has not finished its first stage"),
-    ("swap {0}/damaged", "metrics.json is damaged"),
+    ("swap {0}/damaged", "metrics.json cannot be read"),
     ("swap {0}/run --tokens 1 6", "--tokens is 6; expected 0 to 5"),
     ("swap {0}/run --count 151", "302 images are needed; expected at most 300"),
     ("swap {0}/run --steps 1 --count 1 --out {0}/run", "cannot write"),
