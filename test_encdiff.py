@@ -825,6 +825,7 @@ def test_readmes_equations_and_snippets_are_right(monkeypatch, capsys):
     for snippet in re.findall(r"```python\n(.*?)```", README, re.S):
         exec(snippet, {})
         assert capsys.readouterr().out == "".join(re.findall(r"^# (.*\n)", snippet, re.M)), snippet
+
 # ---- Pictures and tables of a trained run --------------------------------------------------------
 
 GOOD = {"source": 7, "target": 2, "noise": 1, "steps": 3, "tokens": "s,s,s,s,s,s"}  # for the page
