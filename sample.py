@@ -162,7 +162,7 @@ class Trained:
         self.folder, self.scores = self.about["folder"], self.about["scores"]
         self.factor_names, self.data = self.about["data"].get("factor_names", ()), args.data
         self.importance = np.array(self.scores.get("importance", ()), float)  # DCI's (N, F) or (0,)
-        steps = 1 if isinstance(self.model, ONE_PASS) else min(args.steps, self.config.timesteps)
+        steps = 1 if isinstance(self.model, ONE_PASS) else min(args.steps, train.TIMESTEPS)
         self.options = {"sampler": args.sampler, "steps": steps}
         torch.manual_seed(args.seed % 2**63)  # a seed shows the same images for every run
 
@@ -363,7 +363,7 @@ def kl(args):
 
 def worth(run, args):
     """by how much the loss of eq. (3) rises at each t if one factor is wrong in the codes"""
-    dataset, model, T, curves = run.dataset, run.model, run.config.timesteps, {}
+    dataset, model, T, curves = run.dataset, run.model, train.TIMESTEPS, {}
     if isinstance(model, ONE_PASS):
         raise ValueError(f"{run.name} draws without noise; expected a model that removes noise")
     train.need(dataset.factor_sizes, "data", dataset.name,

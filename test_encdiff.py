@@ -60,7 +60,7 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 vq.KINDS["tiny"] = functools.partial(vq.VQAutoencoder, channels=32, multipliers=(1,), blocks=1,
                                      latent_channels=3, patch=4, codebook_size=64)
 train.FIRST_STAGE["tiny"] = dict(batch=8, lr=1e-3, squared=0.0, encoder_steps=0)
-train.LOG_EVERY, train.ENCODER_WIDTH, train.SMALL["timesteps"] = 4, 8, 20
+train.LOG_EVERY, train.ENCODER_WIDTH, train.TIMESTEPS = 4, 8, 20
 TINY = dict(size=32, first_stage="tiny", encoder="cnn_bn", num_tokens=6, token_dim=8, channels=16,
             multipliers=(1, 2), blocks=1, dropout=0.1, vq_steps=12, steps=12, batch=8,
             optimizer="muon", score_every=0, precision="fp32")
@@ -86,7 +86,9 @@ def refused(run, *said):
 
 def tiny_model(**changes):
     torch.manual_seed(0)
-    return train.build_model(train.Config(**{"heads": 2, **TINY, **changes}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "TIMESTEPS", 1000)
+        return train.build_model(train.Config(**{"heads": 2, **TINY, **changes}))
 
 
 def some_images(count=4):
@@ -822,6 +824,7 @@ def test_readmes_equations_and_snippets_are_right(monkeypatch, capsys):
         assert f"Eq. ({number})" in function, name
     monkeypatch.chdir(HERE)
     monkeypatch.setattr(train, "ENCODER_WIDTH", 64)
+    monkeypatch.setattr(train, "TIMESTEPS", 1000)
     for snippet in re.findall(r"```python\n(.*?)```", README, re.S):
         exec(snippet, {})
         assert capsys.readouterr().out == "".join(re.findall(r"^# (.*\n)", snippet, re.M)), snippet

@@ -89,7 +89,6 @@ class Config:
     conditioning: str = field("cross", "how tokens act; adagn: on the norms", ("cross", "adagn"))
     decoder: str = field("diffusion", "direct: one pass without noise", ("diffusion", "direct"))
     schedule: str = field("cosine", "noise schedule", encdiff.SCHEDULES)
-    timesteps: int = field(1000, "", "1 or more")  # T, the paper's
     regularizer: str = field("none", "constraint on the codes, Table 11", encdiff.REGULARIZERS)
     # Joint training
     noise_order: str = field("uniform", "timesteps; weak-first: lowest of three draws in the first "
@@ -129,6 +128,7 @@ PRESETS = {"small": SMALL, "paper": {}}
 FIRST_STAGE = {"deep": dict(batch=64, lr=1e-3, squared=0.0, encoder_steps=0),
                "linear": dict(batch=16, lr=2e-3, squared=4.0, encoder_steps=1_500)}
 LR_WARMUP = 100  # steps in which a learning rate rises from 0, as Adam's averages are then young
+TIMESTEPS = 1000  # T, the paper's
 ENCODER_WIDTH = 64  # the paper's; the authors' code has 128 for the lighter encoder
 WEIGHT_DECAY, CLIP = 0.01, 1.0  # AdamW's default; the largest norm of a gradient
 
@@ -150,7 +150,7 @@ def build_model(config):
              "skip_dropout", "conditioning")
     options = {name: getattr(c, name) for name in names}
     options.update(latent_channels=channels, side=None if c.self_attention else side)
-    rest = [(channels, side, side), c.schedule, c.timesteps]
+    rest = [(channels, side, side), c.schedule, TIMESTEPS]
     if c.decoder == "direct":
         decoder = unet.DirectDecoder(side, **options)
         return encdiff.EncDec(first_stage, encoder, token_map, decoder, *rest)
@@ -230,7 +230,7 @@ def train_jointly(run, dataset, model):
         seed_step(config, "joint training", step)
         indices = torch.randint(len(dataset), (config.batch,))
         draws = 3 if config.noise_order == "weak-first" else 1  # of one alone: t ~ U{1..T}
-        t = torch.randint(1, config.timesteps + 1, (draws, config.batch))
+        t = torch.randint(1, TIMESTEPS + 1, (draws, config.batch))
         t = t.amin(0) if 3 * step < steps else t.amax(0)  # (draws, B) -> (B,)
         noise = torch.randn(config.batch, *model.latent_shape)
         images = to_float(dataset.images(machine.share(indices)).to(machine.device))
@@ -314,7 +314,7 @@ def work(run, dataset):
 
 # ---- Machinery: Muon, pictures, device, run folder, flags. Skip on first reading. ---------------
 
-FORMAT = 5  # of checkpoint.pt; to be raised when its contents change
+FORMAT = 6  # of checkpoint.pt; to be raised when its contents change
 CHECKPOINT_SECONDS = 120  # between two checkpoints
 LOG_EVERY = 100  # steps between two lines of log.csv
 RANGES = {"0 or more": lambda v: 0 <= v < math.inf, "1 or more": lambda v: 1 <= v < math.inf,
