@@ -407,9 +407,10 @@ def step_flops(config):
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
         model, image = build_model(config).train(), torch.zeros(1, 3, config.size, config.size)
         stages = [("joint training", model, config.batch)]
-        if config.trains_first_stage:
-            model.first_stage.quantizer.ready.fill_(True)
-            loss_of = vq.FirstStageLoss(copy.deepcopy(model.first_stage)).requires_grad_(True)
+        first_stage = copy.deepcopy(getattr(model, "first_stage", None))  # borrowed or not
+        if isinstance(first_stage, vq.VQAutoencoder):
+            first_stage.quantizer.ready.fill_(True)
+            loss_of = vq.FirstStageLoss(first_stage).requires_grad_(True)
             stages.append(("first stage", loss_of, FIRST_STAGE[config.first_stage]["batch"]))
         for stage, module, batch in stages:
             with FlopCounterMode(display=False) as of_image:
@@ -422,7 +423,7 @@ def step_flops(config):
 
 
 def training_tflop(config, flops):
-    """[TFLOP of a run's first stage, of its joint training]; flops: as from step_flops."""
+    """[TFLOP of the first stage, borrowed or not, of joint training]; flops: as of step_flops."""
     steps = {"first stage": config.vq_steps, "joint training": config.steps}
     return [steps[stage] * flops[stage] / 1e12 for stage in Run.STAGES]
 
@@ -661,14 +662,15 @@ class Run:
     def finish(self, scores):
         """metrics.json and the last lines of a run."""
         first, joint = training_tflop(self.config, self.flops)
+        borrowed = ", borrowed" if self.config.lender else ""
         content = {"config": dataclasses.asdict(self.config), "commit": self.commit,
                    "tflop": first + joint, **scores}
         self.write("metrics.json", json.dumps(content, indent=1))
         lines = [f"{k:24s} {v:.3f}" for k, v in scores.items() if isinstance(v, float)]
         self.print("\n".join([*lines, scores.get("note", "")]))
         minutes = (time.monotonic() - self.began) / 60
-        self.print(f"compute: {first + joint:,.1f} TFLOP = {first:,.1f} (first stage) + "
-                   f"{joint:,.1f} (joint training)\ndone in {minutes:.0f} minutes; "
+        self.print(f"compute: {first + joint:,.1f} TFLOP = {first:,.1f} (first stage{borrowed})"
+                   f" + {joint:,.1f} (joint training)\ndone in {minutes:.0f} minutes; "
                    f"weights, scores, pictures are in {self.folder}\n"
                    f"next: python sample.py swap {self.folder}")
 
@@ -800,7 +802,8 @@ def parse(arguments):
     if given.get("first_stage", "deep") not in vq.KINDS:  # a run; its kind is kept, as it may go
         lender = given["lender"] = given["first_stage"]
         need(Path(lender).exists(), "first_stage", lender, f"RUN or one of {', '.join(vq.KINDS)}")
-        given["first_stage"] = load_checkpoint(lender)["config"].first_stage
+        old = load_checkpoint(lender)["config"]
+        given.update(first_stage=old.first_stage, vq_steps=old.vq_steps)
     for name in {"data", "cache", "lender"} & given.keys():  # found from any working directory
         given[name] = given[name] and os.path.abspath(os.path.expanduser(given[name]))
     if not resume:
