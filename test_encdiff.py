@@ -1168,6 +1168,8 @@ def test_a_first_stage_is_borrowed_its_encoder_stops(whole, monkeypatch):
     lent, (got, config, _) = train.load_run(whole)[0], train.load_run("borrower")
     same = equal(lent.first_stage.state_dict(), got.first_stage.state_dict())
     assert same and config.first_stage == "tiny"
+    ends = [json.loads(Path(run, "metrics.json").read_text()) for run in (whole, "borrower")]
+    assert ends[0]["tflop"] == ends[1]["tflop"]  # what was borrowed counts
     assert not equal(lent.encoder.state_dict(), got.encoder.state_dict())
     monkeypatch.setitem(train.FIRST_STAGE["tiny"], "encoder_steps", 6)
     short, long = (train.load_run(make_run(f"{steps}", vq_steps=steps, steps=0))[0].first_stage
