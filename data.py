@@ -91,8 +91,7 @@ def meet_round(o, d, r):
 
 
 def meet_object(shape, scale, o, d):
-    """The t at which rays o + t d first meet the object, (N,): inf where they miss it.  o is
-    (3, N) or (3, 1), d is (3, N)."""
+    """The t (N,) at which rays o + t d first meet the object, else inf; o (3, N or 1), d (3, N)."""
     r, high = RADIUS[shape] * scale, TALL[shape] * scale
     if shape == CUBE:       # slabs: a ray is inside between its last entry and its first exit
         low, top = np.array([[-r, 0, -r], [r, high, r]])[:, :, None]
@@ -133,8 +132,7 @@ def texture(u, v):
 
 
 def room_light(eye, rays):
-    """What a ray meets in the empty room, all (N,): part (0 sky, 1 floor, 2 wall), t, light; and
-    the place (3, N)."""
+    """What rays meet in the empty room: part (0 sky, 1 floor, 2 wall), t, light; place (3, N)."""
     with np.errstate(divide="ignore"):
         t = np.stack([-eye[1] / rays[1], (ROOM - eye[2]) / rays[2],
                       (-ROOM - eye[0]) / rays[0], (ROOM - eye[0]) / rays[0]])

@@ -64,12 +64,11 @@ class CNNEncoder(nn.Module):
 
 class CNNBatchNormEncoder(nn.Module):
     """The encoder of the authors' code: images (B, 3, S, S) in [-1, 1] -> codes (B, outputs). Our
-    preset `small` has it with `patch`, which replaces the first two convolutions by a cheap one."""
+    preset `small` has it with `patch`: the first two, costly convolutions become one of 8x8."""
 
     def __init__(self, outputs, size=64, width=128, patch=False):
         super().__init__()
         layers, c = [], 3
-        # patch (ours): one convolution of 8x8 pixels in place of the first two, the costly ones.
         first = [(8, 4, 2)] if patch else 2 * [(4, 2, 1)]  # kernel, stride, padding
         for window in first + 2 * [(4, 2, 1)]:
             layers += [nn.Conv2d(c, width, *window), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
@@ -166,8 +165,7 @@ class EncDiff(nn.Module):
 
     @torch.no_grad()
     def measure_latents(self, images):
-        """Before training: make the std of these latents their unit, note the largest rms (root
-        mean square of one latent, for `sample`)."""
+        """Before training: the std of these latents becomes the unit; `sample` needs their rms."""
         z = torch.cat([self.first_stage.encode(some).float() for some in images.split(64)])
         self.latent_std.copy_(z.std())
         self.largest_rms.copy_(z.square().mean((1, 2, 3)).max().sqrt() / z.std())

@@ -186,8 +186,7 @@ def mutual_information(joint):
 def mig(codes, factors, bins=20):
     """Mutual information gap (Chen et al., NeurIPS 2018) of codes (n, N) and factors (n, F): what a
     factor's best code tells of its entropy, minus the second, averaged. Codes are cut into equal
-    bins. 0 to 1; one code a factor 1, random or doubled codes about 0. ValueError: only one code,
-    or no factor that varies."""
+    bins. One code a factor 1, random or doubled codes 0. ValueError: one code, no factor varies."""
     codes = scalar_codes(codes)
     n, N = codes.shape
     factors = check_factors(factors, n)

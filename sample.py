@@ -30,11 +30,15 @@ import io
 import itertools
 import json
 import math
+import os
 import threading
 import time
 import urllib.parse
 import webbrowser
 from pathlib import Path
+
+# Read when torch is imported: its threads wait by spinning, which beside a run that trains is slow.
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import numpy as np
 import torch
@@ -629,15 +633,12 @@ VERBS = {  # the usual --count, and the flags that a verb takes
     traverse: (9, "--tokens --gif " + PICTURE),
     attention: (8, "--tokens " + PICTURE),
     generate: (32, PICTURE),
-    importance: (None, "run --out"),
-    kl: (None, "--out"),
+    importance: (None, "run --out"), kl: (None, "--out"),
     worth: (256, "--count --out " + FROM_DATA),
-    curves: (None, "runs --out"),
-    argument: (None, "runs --out"),
+    curves: (None, "runs --out"), argument: (None, "runs --out"),
     complexity: (None, "run --sampler --steps --device"),
     encode: (None, "--count --out " + FROM_DATA),
-    export: (None, "run file"),
-    explore: (None, "--port --no-browser " + FROM_DATA),
+    export: (None, "run file"), explore: (None, "--port --no-browser " + FROM_DATA),
 }
 
 

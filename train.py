@@ -34,7 +34,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.flop_counter import FlopCounterMode
@@ -109,9 +109,7 @@ class Config:
 # `paper`: 75,000 steps, as the paper only says "a day on one V100", where 7,500 take minutes, and
 # as a public rerun of the authors' configuration reaches DCI .99 between 56 and 86 thousand.
 # `small`, the default, is what two CPU cores can do: latents of 8x8, less width, a lighter encoder.
-# Four things keep its steps few (README, "What we learned"): Muon; positions that are learned, so
-# that attention tells places apart at once; dropped skips, so that more comes from the tokens; weak
-# noise first, where the token of a form pays too, then strong, where hues and places pay most.
+# Muon, learned positions, dropped skips and the order of the noise keep its steps few: README.
 SMALL = dict(vq_steps=5_000, first_stage="linear", encoder="cnn_patch", token_dim=16, channels=48,
              multipliers=(1, 2), blocks=1, heads=4, dropout=0.0, skip_dropout=0.3,
              self_attention=False, noise_order="weak-first", steps=3_000, optimizer="muon",
@@ -304,7 +302,7 @@ def work(run, dataset):
         average = train_jointly(run, dataset, model)
     if run.machine.main:
         scores = score(run, dataset, average, 10_000, 5_000, mapped=True)
-        pictures(run, dataset, average, config.steps)
+        pictures(run, dataset, average)
         run.finish(scores)
 
 
@@ -323,10 +321,8 @@ say = data.say  # print that never ends a run, whatever the terminal
 
 
 class Optimizer:
-    """AdamW; with --optimizer muon only for what Muon leaves to it. Muon (Jordan et al. 2024) makes
-    each step of a weight matrix orthogonal, so that directions of small gradients learn as fast as
-    those of large ones; not so where encoder, denoiser and decoder begin and end, nor in the token
-    maps."""
+    """AdamW; with --optimizer muon only for what Muon leaves to it: where encoder, denoiser and
+    decoder begin and end, the token maps, and all that is no matrix."""
 
     OUTER = r"token_map|conv_(in|out)|encoder\.(0\.)?(out|1)\.|decoder\.0\.|positions|queries|start"
 
@@ -334,27 +330,49 @@ class Optimizer:
         rest = {name: p for name, p in model.named_parameters() if p.requires_grad}
         inner = [name for name, p in rest.items() if config.optimizer == "muon"
                  and p.ndim in (2, 4) and not re.search(self.OUTER, name)]
-        self.weights = [rest.pop(name) for name in inner]
-        # torch's Muon takes matrices alone: (out, in, 3, 3) -> (out, in * 9), in the same memory.
-        self.matrices = [torch.nn.Parameter(p.detach().flatten(1)) for p in self.weights]
+        weights = [rest.pop(name) for name in inner]
         self.parts = [torch.optim.AdamW(rest.values(), lr, fused=True, **adamw)]
-        if inner:
-            self.parts.append(torch.optim.Muon(self.matrices, lr, WEIGHT_DECAY))
+        if weights:
+            self.parts.append(Muon(weights, {"lr": lr}))
+            self.parts[1].dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
 
     def step(self, lr):
         """One step downhill; lr is AdamW's learning rate, and Muon's is ten times that."""
-        for matrix, weight in zip(self.matrices, self.weights):
-            matrix.grad = None if weight.grad is None else weight.grad.flatten(1)
         for part, scale in zip(self.parts, (1, 10)):
             part.param_groups[0]["lr"] = scale * lr
             part.step()
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024) makes each step of a weight matrix orthogonal, so that directions
+    of small gradients learn as fast as those of large ones; (out, in, k, k) is (out, in k k).
+    torch.optim.Muon takes bf16, which without hardware for it is twenty times as slow."""
+
+    @torch.no_grad()
+    def step(self):
+        lr, alike = self.param_groups[0]["lr"], {}  # shape: weights and their steps
+        for w in filter(lambda w: w.grad is not None, self.param_groups[0]["params"]):
+            grad = w.grad.flatten(1)
+            momentum = self.state[w].setdefault("momentum_buffer", torch.zeros_like(grad))
+            step = grad.lerp(momentum.lerp_(grad, 0.05), 0.95)  # Nesterov's momentum
+            alike.setdefault(grad.shape, []).append((w, step))
+        for (m, n), pairs in alike.items():  # in one batched product, as they are small
+            x = torch.stack([step for _, step in pairs]).to(self.dtype)  # (K, m, n)
+            x = (x if m <= n else x.mT) / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+            for _ in range(5):  # of Newton and Schulz; singular values come to .7 to 1.2
+                a = x @ x.mT
+                a = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)  # -4.7750 a + 2.0315 a a
+                x = torch.baddbmm(x, a, x, beta=3.4445)  # 3.4445 x + a x
+            for (w, _), step in zip(pairs, x if m <= n else x.mT):
+                w.mul_(1 - lr * WEIGHT_DECAY)
+                w.sub_(step.reshape(w.shape), alpha=lr * max(1, m / n) ** 0.5)
 
 
 def quick_look(run, dataset, average, step):
     """Pictures, and scores from fewer samples, hence lower than those at the end."""
     if run.machine.main:
         scores = score(run, dataset, average, 4_000, 2_000)
-        pictures(run, dataset, average, step)
+        pictures(run, dataset, average)
         known = {name: scores[name] for name in Run.SCORES if name in scores}
         run.log(stage="joint training", step=step, **known)
         words = "  ".join(f"{name} {value:.3f}" for name, value in known.items())
@@ -362,10 +380,9 @@ def quick_look(run, dataset, average, step):
 
 
 @torch.no_grad()
-def pictures(run, dataset, model, step):
-    """samples.png: images, what their latents decode to, samples from their tokens.
-    swap.png: source and target, then the source with one token after the other from the target.
-    progress.gif: the latter after every quick look. Images and noise are the same at every step."""
+def pictures(run, dataset, model):
+    """samples.png: images, what their latents decode to, samples from their tokens. swap.png:
+    source, target, the source with one token after the other from the target. Always the same."""
     generator = torch.Generator().manual_seed(run.config.seed)
     indices = torch.randint(len(dataset), (8,), generator=generator)
     noise = torch.randn(8, *model.latent_shape, generator=generator).to(run.machine.device)
@@ -377,15 +394,7 @@ def pictures(run, dataset, model, step):
     swapped = model.sample(model.tokens(swapped), noise=noise[[0] * N])
     decoded = model.decode(model.latents(images))
     run.write("samples.png", png(torch.cat([images, decoded, samples]), 8))
-    for name in ("swap.png", f"progress/{step:07d}.png"):
-        run.write(name, png(torch.cat([images[:2], swapped]), 11))
-    frames = []
-    for path in sorted((run.folder / "progress").glob("*.png")):
-        frames.append(ImageOps.expand(Image.open(path), (0, 14, 0, 0), "white"))
-        ImageDraw.Draw(frames[-1]).text((3, 1), f"step {int(path.stem):,}", "black")
-    times = [800] * (len(frames) - 1) + [2500]  # milliseconds
-    run.write("progress.gif", lambda file: frames[0].save(
-        file, "GIF", save_all=True, append_images=frames[1:], loop=0, duration=times))
+    run.write("swap.png", png(torch.cat([images[:2], swapped]), 11))
 
 
 def png(images, columns):
@@ -448,16 +457,15 @@ class Machine:
             dist.init_process_group(timeout=datetime.timedelta(days=7))
 
     def fast_bf16(self):
-        if self.kind == "cuda":
-            return torch.cuda.is_bf16_supported(including_emulation=False)
-        there = torch.cpu.get_capabilities()
-        return self.kind == "cpu" and (there.get("amx_bf16") or there.get("avx512_bf16"))
+        there = torch.cpu.get_capabilities() if self.kind == "cpu" else {}
+        return (there.get("amx_bf16") or there.get("avx512_bf16")
+                or self.kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
 
     def leave_busy_cores(self):
         """On Linux, unless OMP_NUM_THREADS is set: a thread for each core that other programs left
         free in the last seconds. Threads wait, spinning, for the one of them that shares a core."""
         passed = (now := time.monotonic()) - self.looked
-        if self.kind != "cpu" or "OMP_NUM_THREADS" in os.environ or passed < 5:
+        if self.kind != "cpu" or "OMP_NUM_THREADS" in os.environ or passed < 2:
             return
         with contextlib.suppress(OSError, ValueError):
             user, nice, system, _, _, *irqs = map(int, Path("/proc/stat").read_text().split()[1:8])
@@ -739,13 +747,10 @@ def check(config):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line, and help that a closed pipe may cut."""
+    """argparse with errors of one line."""
 
     def error(self, message):
         raise ValueError(f"{message}; see python {self.prog} --help")
-
-    def print_help(self, file=None):
-        say(self.format_help())
 
 
 @contextlib.contextmanager

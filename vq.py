@@ -211,8 +211,7 @@ class Pixels(nn.Module):
 # The paper's sizes; those of the preset `small`; no first stage.
 KINDS = {"deep": VQAutoencoder,
          "linear": functools.partial(VQAutoencoder, channels=64, multipliers=(1, 2), blocks=1,
-                                     latent_channels=4, codebook_size=8192, patch=4,
-                                     linear=True),
+                                     latent_channels=4, codebook_size=8192, patch=4, linear=True),
          "pixels": Pixels}
 
 
