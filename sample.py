@@ -37,8 +37,7 @@ import urllib.parse
 import webbrowser
 from pathlib import Path
 
-# Read when torch is imported: its threads wait by spinning, which beside a run that trains is slow.
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # torch's threads spin as they wait: not for long
 
 import numpy as np
 import torch

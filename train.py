@@ -462,17 +462,18 @@ class Machine:
                 or self.kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
 
     def leave_busy_cores(self):
-        """On Linux, unless OMP_NUM_THREADS is set: a thread for each core that other programs left
-        free in the last seconds. Threads wait, spinning, for the one of them that shares a core."""
-        passed = (now := time.monotonic()) - self.looked
-        if self.kind != "cpu" or "OMP_NUM_THREADS" in os.environ or passed < 2:
+        """On Linux, unless OMP_NUM_THREADS is set: a thread for each core that programs less nice
+        left free in the last seconds. Threads wait, spinning, for the one that shares its core."""
+        now = time.monotonic()
+        if self.kind != "cpu" or "OMP_NUM_THREADS" in os.environ or now - self.looked < 2:
             return
         with contextlib.suppress(OSError, ValueError):
             user, nice, system, _, _, *irqs = map(int, Path("/proc/stat").read_text().split()[1:8])
-            work = (user + nice + system + sum(irqs)) / os.sysconf("SC_CLK_TCK")  # in seconds
-            self.looked, others, self.others = now, self.others, work - time.process_time()
-            free = os.cpu_count() - (self.others - others) / passed
-            torch.set_num_threads(max(1, min(self.threads, int(free + 0.4))))  # 0.4: counts as none
+            ticks = user + nice * (os.nice(0) > 0) + system + sum(irqs)
+            others = ticks / os.sysconf("SC_CLK_TCK") - time.process_time()  # seconds of work
+            free = os.cpu_count() - (others - self.others) / (now - self.looked)
+            self.looked, self.others = now, others  # of a core, a load of 0.4 counts as none
+            torch.set_num_threads(max(1, min(self.threads, int(free + 0.4))))
 
     def share(self, batch):
         """This process's slice of something drawn for the whole batch."""
