@@ -572,10 +572,9 @@ class Run:
         self.folder, self.config, self.machine = Path(folder), config, machine
         self.identity, self.resumed = identity or {}, checkpoint or {}  # the dataset's; {}: new
         self.rows = self.resumed.get("log", [])  # of log.csv
-        self.stopping = False  # set by a signal; the step under way is finished first
         self.began = self.saved = time.monotonic()
         self.print = say if machine.main else lambda text: None
-        self.commit, self.lock = "", None
+        self.commit, self.lock, self.stopping = "", None, False  # a signal stops after this step
         with contextlib.suppress(OSError):  # without git; outside a checkout it is "" as well
             command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
             self.commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
@@ -599,6 +598,7 @@ class Run:
 
     def introduce(self, dataset, model):
         """Say what is trained with what, and count what that costs."""
+        self.machine.leave_busy_cores()
         self.flops = step_flops(self.config)
         self.write("config.json", json.dumps(dataclasses.asdict(self.config), indent=1))
         self.print(f"{dataset}\n{self.machine.kind}, {self.config.precision}, "
