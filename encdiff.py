@@ -165,7 +165,7 @@ class EncDiff(nn.Module):
 
     @torch.no_grad()
     def measure_latents(self, images):
-        """Before training: the std of these latents becomes the unit; `sample` needs their rms."""
+        """Before training: these latents' std becomes the unit; `sample` needs the largest rms."""
         z = torch.cat([self.first_stage.encode(some).float() for some in images.split(64)])
         self.latent_std.copy_(z.std())
         self.largest_rms.copy_(z.square().mean((1, 2, 3)).max().sqrt() / z.std())

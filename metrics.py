@@ -72,8 +72,7 @@ def dci(train_codes, train_factors, test_codes, test_factors, seed=0):
     says how much those of factor j used code i. D and C: 0 to 1; one code a factor scores 1, codes
     that know nothing about 0. Informativeness is accuracy averaged over factors. "note" says what
     is missing: factors with one value in train_factors; D of one factor and C of one code, 0 / 0.
-    ValueError: no factor varies, or shapes do not fit. 10,000 + 5,000 samples, 20 codes and six
-    factors take 36 s of a busy core, 4,000 + 2,000 14 s."""
+    ValueError: no factor varies, or shapes do not fit."""
     train_codes, test_codes = (scalar_codes(train_codes, name="train_codes"),
                                scalar_codes(test_codes, train_codes, "test_codes"))
     train_factors = check_factors(train_factors, len(train_codes), "train_factors")
@@ -186,7 +185,7 @@ def mutual_information(joint):
 def mig(codes, factors, bins=20):
     """Mutual information gap (Chen et al., NeurIPS 2018) of codes (n, N) and factors (n, F): what a
     factor's best code tells of its entropy, minus the second, averaged. Codes are cut into equal
-    bins. One code a factor 1, random or doubled codes 0. ValueError: one code, no factor varies."""
+    bins. One code a factor: 1; random, doubled: about 0. ValueError: one code, no factor varies."""
     codes = scalar_codes(codes)
     n, N = codes.shape
     factors = check_factors(factors, n)

@@ -8,9 +8,8 @@ IDEA      Two stages. (1) The autoencoder of vq.py learns to compress images; it
           moving average (EMA) of their weights is what is scored, drawn and shipped. Each step is
           seeded with (seed, stage, step): as many threads go on with a run bit for bit, P processes
           do what one would do, but for dropout, BatchNorm and the order of summation.
-DIFFERS   How long the first stage was trained the paper does not say: 10,000 steps are our choice.
-          The moving average starts fast and slows down, so that a short run is not scored on its
-          initialisation. The last weights are scored, never the best: labels would leak in.
+DIFFERS   The moving average starts fast and slows down: a short run is not scored on its beginning.
+          The last weights are scored, never the best: labels would leak in.
 TRY       python train.py --steps 50 --vq-steps 250 --out runs/try   ->   a run in two minutes
 """
 import argparse
@@ -344,8 +343,8 @@ class Optimizer:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024) makes each step of a weight matrix orthogonal, so that directions
-    of small gradients learn as fast as those of large ones; (out, in, k, k) is (out, in k k).
+    """Muon (Jordan et al. 2024), with Nesterov's momentum: the steps of matrices are orthogonal, so
+    that directions of small gradients learn as fast as others; (out, in, k, k) is (out, in k k).
     torch.optim.Muon takes bf16, which without hardware for it is twenty times as slow."""
 
     @torch.no_grad()
@@ -353,13 +352,12 @@ class Muon(torch.optim.Optimizer):
         lr, alike = self.param_groups[0]["lr"], {}  # shape: weights and their steps
         for w in filter(lambda w: w.grad is not None, self.param_groups[0]["params"]):
             grad = w.grad.flatten(1)
-            momentum = self.state[w].setdefault("momentum_buffer", torch.zeros_like(grad))
-            step = grad.lerp(momentum.lerp_(grad, 0.05), 0.95)  # Nesterov's momentum
-            alike.setdefault(grad.shape, []).append((w, step))
+            mean = self.state[w].setdefault("momentum_buffer", torch.zeros_like(grad))
+            alike.setdefault(grad.shape, []).append((w, grad.lerp(mean.lerp_(grad, 0.05), 0.95)))
         for (m, n), pairs in alike.items():  # in one batched product, as they are small
             x = torch.stack([step for _, step in pairs]).to(self.dtype)  # (K, m, n)
             x = (x if m <= n else x.mT) / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-            for _ in range(5):  # of Newton and Schulz; singular values come to .7 to 1.2
+            for _ in range(5):  # of Newton and Schulz: singular values come near 1
                 a = x @ x.mT
                 a = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)  # -4.7750 a + 2.0315 a a
                 x = torch.baddbmm(x, a, x, beta=3.4445)  # 3.4445 x + a x
@@ -748,10 +746,13 @@ def check(config):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line."""
+    """argparse with errors of one line, and help that a closed pipe may cut."""
 
     def error(self, message):
         raise ValueError(f"{message}; see python {self.prog} --help")
+
+    def print_help(self, file=None):
+        say(self.format_help())
 
 
 @contextlib.contextmanager
