@@ -14,7 +14,7 @@ IDEA      A query is a position of the latent image; keys and values are the N c
           first two steps, as is to be expected.
 DIFFERS   With its defaults in no layer: 37,469,635 parameters at the d = 16 of the authors' code
           (paper: 32). Attention is written out: torch's fused one has a slow backward pass on CPUs.
-          Preset `small` drops skip features, and learns positions in place of self-attention.
+          `small` and `large` drop skip features and learn positions in place of self-attention.
 TRY       python unet.py   ->   parameters, shapes, and an attention map whose rows sum to 1
 """
 import contextlib
