@@ -346,7 +346,7 @@ class Optimizer:
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024), with Nesterov's momentum: the steps of matrices are orthogonal, so
     that directions of small gradients learn as fast as others; (out, in, k, k) is (out, in k k).
-    torch.optim.Muon takes bf16, which without hardware for it is twenty times as slow."""
+    torch.optim.Muon takes bf16, which is slow without hardware for it."""
 
     @torch.no_grad()
     def step(self):
@@ -794,8 +794,9 @@ def make_parser():
     """The flags of a run, and one for each field of Config that has a help text."""
     parser = Parser("train.py", argument_default=argparse.SUPPRESS,
                     description="Train EncDiff: first stage, joint training, scores.")
-    parser.add_argument("--preset", choices=PRESETS, help="set of values for the flags below; "
-                        "small (default): for two CPU cores; large, paper: for a GPU")
+    parser.add_argument("--preset", choices=PRESETS, help="values of the flags below; "
+                        "small (default): for two CPU cores; large: the same recipe with the "
+                        "paper's sizes, for a GPU; paper: the paper's recipe, for a GPU")
     parser.add_argument("--out", help="folder of a new run (default: runs/PRESET-SEED)")
     parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
     parser.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: the best here")

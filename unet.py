@@ -268,8 +268,7 @@ def record_attention(model):
 
 class SelfAttention(Attention):
     """Attention among the positions: x (B, P, c) -> (B, P, c), on a CPU in slices of the batch. The
-    paper's P = 256 and batch of 64 make 67 MB of weights in bfloat16; slices of 8 MB fit a CPU's
-    cache: forward and backward of the paper's U-Net take 2.8 s, not 3.7 (one core with AMX)."""
+    paper's P = 256 and batch of 64 make 67 MB of weights in bfloat16; slices of 8 fit its cache."""
 
     def forward(self, x):
         weights = self.heads * x.shape[1] ** 2  # of one image
