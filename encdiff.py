@@ -438,7 +438,7 @@ def kl_terms(z, mean, log_var):
     z, total correlation of z, divergence of its single dimensions from N(0, 1).
     z from q(z|x) = N(mean, exp(log_var)), all (B, N) -> three scalars. Minibatch-weighted sampling:
     q(z) is the mean of the batch's q(z|x). Their constant factor, without gradient, is left out."""
-    normal = torch.distributions.Normal
+    normal = functools.partial(torch.distributions.Normal, validate_args=False)
     each = normal(mean, (log_var / 2).exp()).log_prob(z[:, None])  # (B, 1, N) -> (B, B, N): i, j, d
     average = lambda log_q: log_q.logsumexp(1) - math.log(len(z))  # over the images j
     own, prior = each.diagonal().sum(0), normal(0.0, 1.0).log_prob(z).sum(1)  # (B,): of z_i
@@ -447,17 +447,17 @@ def kl_terms(z, mean, log_var):
 
 
 class VAE(nn.Module):
-    """beta-VAE, AnnealVAE, beta-TCVAE (Tables 1 and 2): EncDiff's methods, with pixels as target.
+    """beta-VAE, AnnealVAE or beta-TCVAE, with the methods of EncDiff and with pixels as target.
 
-    encoder    images (B, 3, S, S) in [-1, 1] -> means and log variances (B, 2N); codes are means
+    encoder    images (B, 3, S, S) in [-1, 1] -> (B, 2N): a mean and a log variance for each code
     objective  a key of VAE_WEIGHTS; steps: of the whole training, in which AnnealVAE's C rises
-    The latent is the code, (B, N, 1, 1). There is no timestep, first stage or sampler.
+    The latent is the code, (B, N), a mean. There is no timestep, first stage or sampler.
     """
 
     def __init__(self, encoder, num_codes, objective="beta", steps=1, size=64, width=64):
         super().__init__()
         self.encoder, self.objective, self.steps = encoder, objective, max(1, steps)
-        self.latent_shape, low = (num_codes, 1, 1), size // 16
+        self.latent_shape, low = (num_codes,), size // 16
         layers = [nn.Linear(num_codes, 256), nn.ReLU(), nn.Linear(256, width * low**2), nn.ReLU(),
                   nn.Unflatten(1, (width, low, low))]
         for _ in range(3):  # each doubles the resolution, as each of the encoder's halved it
@@ -469,17 +469,15 @@ class VAE(nn.Module):
 
     def represent(self, images):
         """images (B, 3, S, S) in [-1, 1] -> codes (B, N), the means of q(z|x)."""
-        return self.encoder(images).chunk(2, 1)[0]  # (B, 2N) -> (B, N)
+        return self.encoder(images)[:, ::2]  # (B, 2N) -> (B, N)
 
-    def latents(self, images):
-        """images (B, 3, S, S) in [-1, 1] -> codes (B, N, 1, 1)."""
-        return self.represent(images)[:, :, None, None]
+    latents = represent
 
     def loss(self, images, t=None, noise=None):
         """-log p(x|z) of Bernoulli pixels + penalty, in nats for each number of an image: a scalar.
-        images (B, 3, S, S) in [-1, 1]; noise (B, N, 1, 1) is drawn unless given; t is not used."""
-        mean, log_var = self.encoder(images).float().chunk(2, 1)  # (B, 2N) -> 2x (B, N)
-        noise = torch.randn_like(mean) if noise is None else noise.flatten(1)
+        images (B, 3, S, S) in [-1, 1]; noise (B, N) is drawn unless given; t is not used."""
+        mean, log_var = self.encoder(images).float().unflatten(1, (-1, 2)).unbind(2)  # 2x (B, N)
+        noise = torch.randn_like(mean) if noise is None else noise
         z = mean + (log_var / 2).exp() * noise
         error = F.binary_cross_entropy_with_logits(
             self.decoder(z).float(), (images + 1) / 2, reduction="sum") / len(images)
@@ -502,8 +500,8 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def decode(self, z):
-        """codes (B, N, 1, 1) -> images (B, 3, S, S) in [-1, 1]."""
-        return self.decoder(z.flatten(1)).float().sigmoid() * 2 - 1
+        """codes (B, N) -> images (B, 3, S, S) in [-1, 1]."""
+        return self.decoder(z).float().sigmoid() * 2 - 1
 
     def sample(self, tokens, steps=1, sampler="none", noise=None):
         """codes (B, N) -> images (B, 3, S, S) in [-1, 1], in one pass and without noise."""

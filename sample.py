@@ -204,11 +204,11 @@ class Trained:
         return self.codes(self.images(min(2000, len(self.dataset))))
 
     def noise(self, count):
-        """z_T (count, C, h, w), drawn on the CPU: a seed means the same on every device."""
+        """z_T (count, *latent_shape), drawn on the CPU: a seed means the same on every device."""
         return torch.randn(count, *self.model.latent_shape).to(self.device)
 
     def draw(self, codes, noise, **options):
-        """codes (B, N) or (B, N, d), z_T (B, C, h, w) -> images; options: other than asked for."""
+        """codes (B, N) or (B, N, d), z_T (B, ...) -> images; options: other than asked for."""
         options, tokens = {**self.options, **options}, batched(self.model.tokens, codes)
         return batched(lambda s, z: self.model.sample(s, noise=z, **options), tokens, noise)
 
@@ -219,7 +219,7 @@ class Trained:
         for tokens, others in changes:
             variants.append(codes.clone())
             variants[-1][:, tokens] = others[:, tokens]
-        drawn = self.draw(torch.cat(variants), noise.repeat(len(variants), 1, 1, 1))
+        drawn = self.draw(torch.cat(variants), torch.cat([noise] * len(variants)))
         return drawn.split(len(codes))
 
 

@@ -300,10 +300,10 @@ def test_the_three_parts_of_a_vaes_kl_are_counted_in_bits():
 @pytest.mark.parametrize("name", encdiff.VAE_WEIGHTS)
 def test_eq_6_and_the_losses_of_the_other_vaes(name):
     model, images = tiny_model(model="vae", vae_loss=name), some_images()
-    noise, x, weight = torch.randn(4, 6, 1, 1), (images + 1) / 2, encdiff.VAE_WEIGHTS[name]
-    mean, log_var = model.encoder(images).chunk(2, 1)
+    noise, x, weight = torch.randn(4, 6), (images + 1) / 2, encdiff.VAE_WEIGHTS[name]
+    mean, log_var = model.encoder(images).view(4, 6, 2).unbind(2)
     q = Normal(mean, log_var.exp().sqrt())
-    z = mean + q.stddev * noise.view(4, 6)
+    z = mean + q.stddev * noise
     p, kl = (model.decode(z) + 1) / 2, kl_divergence(q, NORMAL).sum() / 4
     error = -(x * p.log() + (1 - x) * (1 - p).log()).sum() / 4
     for step, capacity in [(1, 25 / 6), (6, 25.0), (12, 25.0)]:  # C rises in half of the 12 steps
