@@ -370,7 +370,7 @@ class SparseEncDiff(EncDiff):
             error = super().loss(images, t, noise)
         share = F.normalize(codes[0].float().abs() + 1e-6, p=1, dim=1)
         entropy = -(share * share.log()).sum(1).mean()
-        return error + weight * entropy / math.log(share.shape[1])
+        return error + weight * entropy / math.log(max(2, share.shape[1]))
 
 
 class OrthogonalTokens(nn.Module):
@@ -415,8 +415,8 @@ class TransformerEncoder(nn.Module):
 
 class NoiseFromVelocity(nn.Module):
     """The denoiser of pixel space, (z_t, t, tokens) -> noise: the network inside predicts v =
-    sqrt(abar_t) eps - sqrt(1 - abar_t) z_0 (Salimans & Ho 2022), so that strong noise, in more
-    channels than it has, can pass by it. The loss remains eq. (3)."""
+    sqrt(abar_t) eps - sqrt(1 - abar_t) z_0 (Salimans & Ho 2022). Strong noise in 192 channels does
+    not fit through a narrower network, so z_t is added behind it. The loss remains eq. (3)."""
 
     def __init__(self, network, alpha_bar):
         super().__init__()

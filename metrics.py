@@ -13,9 +13,8 @@ IDEA      The factor scores fill a table "which code knows which factor", and as
           FactorVAE and DCI's D do not mind a factor spread over several codes; C and MIG do, and
           with 20 codes for 6 factors stay well below D. "DCI" in the paper's tables is D alone.
 DIFFERS   from disentanglement_lib 1.5: FactorVAE votes on a pool encoded once and never for a dead
-          code, DCI never tests on its training samples, the trees are our own. On 4,500 x 8 codes
-          its code and ours give MIG .104189 .104189, D .2963 .2966, C .2916 .2915, informativeness
-          .5877 .5869 and, up to the noise of votes, FactorVAE score .8562 .8522 (script: README).
+          code, DCI never tests on its training samples, the trees are our own. Run beside ours it
+          gives the same to a thousandth, but for the noise of votes (script and figures: README).
           From the public TAD script: AUROC is exact, not summed over a grid of thresholds.
 TRY       python metrics.py              the trees, worked step by step on six numbers
           python metrics.py codes.npz    all factor scores of your own `codes` and `factors`
@@ -130,8 +129,8 @@ def factor_vae_votes(codes, factors, train_votes=10_000, eval_votes=5_000, batch
     A code belongs to the factor it got most training votes for; the score is the share of fresh
     votes that go where they belong: 1 for one code a factor, about 1/F for codes that know nothing.
     The original encodes 64 new images a vote; we draw 64 rows of the table that share a value. A
-    value in fewer than `batch` rows is never held, a factor without another left out: "note" says
-    so. ValueError: no active code, or fewer than two factors."""
+    value in fewer than `batch` rows is never held, a factor with one such value left out: "note"
+    says so. ValueError: no active code, or fewer than two factors."""
     codes = scalar_codes(codes)
     factors = check_factors(factors, len(codes))
     std = codes.std(0)                                               # (N,)

@@ -9,8 +9,8 @@ IDEA      How to read the pictures. All rows share their noise z_T: what differs
             attention   which places read a token; each row has its own colour scale
             generate    every token from another image: each combination should be a good picture
             importance  DCI's matrix: a code should matter for one factor, a factor need one code
-            kl          how much z_{t-1} can say, in nats, so how many factors are worth a token
-            worth       how much a wrong factor hurts at t; eq. (5) does not know what z_t shows
+            kl          how many nats step t lets through, by eq. (5)
+            worth       how much a wrong factor hurts at t: eq. (5) does not know what z_t shows
             argument    DCI disentanglement against training compute, for several methods
             explore     all of it by hand: a slider a token, in the browser
 DIFFERS   The paper draws with 200 steps of DDIM (--sampler ddim --steps 200), we with 20 of
@@ -445,20 +445,24 @@ def argument(args):
     """DCI disentanglement against training compute: mean and range of the runs of each method"""
     methods, series = {}, {}  # {flags: (a config, {step: [D of each run]})}, {flags: points}
     for folder in map(Path, args.runs):
-        reached = {int(row["step"]): row["disentanglement"] for row in read_log(folder)}
-        with train.reading(folder, "a folder written by train.py"):
-            config = train.Config(**json.loads((folder / "config.json").read_text()))
-            if (folder / "metrics.json").exists():  # written at the end of a run
-                scores = json.loads((folder / "metrics.json").read_text())
-                reached[config.steps] = scores.get("disentanglement", "")
+        try:
+            reached = {int(row["step"]): row["disentanglement"] for row in read_log(folder)}
+            _, config, about = train.load_run(folder)
+            if "disentanglement" in about["scores"]:  # of the end
+                reached[config.steps] = about["scores"]["disentanglement"]
+            reached = {step: float(D) for step, D in reached.items() if D != ""}
+            train.need(reached, "runs", folder, "a run with scores")
+        except ValueError as error:
+            say(f"left out: {error}")
+            continue
         _, points = methods.setdefault(method(config), (config, {}))
-        for step in [step for step, D in reached.items() if D != ""]:
-            points.setdefault(step, []).append(float(reached[step]))
+        for step, D in reached.items():
+            points.setdefault(step, []).append(D)
+    train.need(methods, "runs", " ".join(args.runs), "folders written by train.py, with scores")
     say("   TFLOP   runs    D, mean    lowest   highest")
     for name, (config, points) in methods.items():
-        train.need(points, "score-every", f"{config.score_every} in {name}", "runs with scores")
         first, joint = train.training_tflop(config, train.step_flops(config))
-        series[name] = [(first + joint * step / config.steps, np.mean(D), min(D), max(D))
+        series[name] = [(first + joint * step / max(1, config.steps), np.mean(D), min(D), max(D))
                         for step, D in sorted(points.items())]
         row = [series[name][-1][0], len(points[max(points)]), *series[name][-1][1:], name]
         say("{:8.4g}{:7d}{:11.3f}{:10.3f}{:10.3f}   {}".format(*row))

@@ -939,7 +939,7 @@ def test_curves_are_straight_squares_as_large_as_they_should(runs, capsys):
         shutil.copytree(runs / "run", name)
         write(f"{name}/config.json", json.dumps({**saved(name)["config"], "seed": seed}))
         write(f"{name}/metrics.json", json.dumps({"disentanglement": reached}))
-    show("argument", "a", "b")
+    show("argument", "a", "b", "nothing.pt")
     assert " 2 0.700 0.600 0.800 " in re.sub(" +", " ", capsys.readouterr().out)
 
 
@@ -1232,7 +1232,7 @@ def test_scores_of_scalars_are_those_of_tokens_along_a_line(rendered):
     model.encoder.out.weight.data *= 1000  # or untrained codes count as not active
     # A token that is its scalar along some direction must score as the scalar does.
     model.token_map.forward = lambda codes: codes[..., None] * axes
-    scores = train.score(run, rendered, model, 1500, 500, mapped=True)
+    scores = train.score(run, rendered, model, 2000, mapped=True)
     assert [scores[f"mapped_{k}"] for k in train.Run.SCORES] == approx(
         [scores[k] for k in train.Run.SCORES], abs=0.02)
     assert 0 < scores["disentanglement"] < 0.5 and len(scores["importance"]) == 6

@@ -7,7 +7,8 @@ IDEA      Two stages. (1) The autoencoder of vq.py learns to compress images; it
           (2) Encoder, token maps and U-Net are trained together, by eq. (3) and nothing else; the
           moving average (EMA) of their weights is what is scored, drawn and shipped. Each step is
           seeded with (seed, stage, step): as many threads go on with a run bit for bit, P processes
-          do what one would do, but for dropout, BatchNorm and the order of summation.
+          do what one would do, but for dropout, what a batch measures of itself (BatchNorm, a VAE's
+          penalty) and the order of summation.
 DIFFERS   The moving average starts fast and slows down: a short run is not scored on its beginning.
           The last weights are scored, never the best: labels would leak in.
 TRY       python train.py --steps 50 --vq-steps 250 --out runs/try   ->   a run in two minutes
@@ -105,10 +106,9 @@ class Config:
         return self.model == "encdiff" and self.first_stage != "pixels" and not self.lender
 
 
-# `paper`: 75,000 steps, as the paper only says "a day on one V100", where 7,500 take minutes, and
-# as a public rerun of the authors' configuration reaches DCI .99 between 56 and 86 thousand.
-# `small`, the default, has latents of 8x8 and less width, for two CPU cores; `large` the paper's
-# sizes, for a GPU: it was run on a CPU with --vq-steps 600. Why both need few steps: README.
+# `paper`: for its 75,000 steps see README. `small`, the default, has latents of 8x8 and less width,
+# for two CPU cores; `large` the paper's sizes, for a GPU: it was run on a CPU with --vq-steps 600.
+# Why both need few steps: README.
 FEWER_STEPS = dict(encoder="cnn_patch", dropout=0.0, skip_dropout=0.3, self_attention=False,
                    noise_order="weak-first", optimizer="muon", lr=1e-3, lr_decay=0.4, ema=0.999)
 SMALL = dict(FEWER_STEPS, vq_steps=5_000, first_stage="linear", token_dim=16, channels=48,
@@ -263,25 +263,23 @@ def update_average(average, model, decay):
 
 
 @torch.no_grad()
-def score(run, dataset, model, train, test, mapped=False):
-    """All scores that the labels allow, as a dict; its "note" says why one is missing. DCI is on
-    train + test samples. mapped: also of the tokens of the scalars, through PCA (Table 9)."""
+def score(run, dataset, model, samples, mapped=False):
+    """All scores that the labels allow of a number of samples, as a dict; its "note" says why one
+    is missing. mapped: also of the tokens of the scalars, through PCA (Table 9)."""
     if not dataset.factor_sizes and not dataset.attribute_names:
         return {"note": "the dataset has no labels: nothing is scored"}
-    train, test = min(train, len(dataset) * 2 // 3), min(test, len(dataset) // 3)
-    options = dict(seed=run.config.seed, dci_train=train, dci_test=test)
-    generator = torch.Generator().manual_seed(run.config.seed)
+    seed = run.config.seed
     # Without repetition: no image may be in DCI's training and test samples.
-    indices = torch.randperm(len(dataset), generator=generator)[:train + test]
+    indices = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:samples]
     try:
         codes = encode(model, dataset, indices, run.machine.device)
         if dataset.attribute_names:
             return {"note": "attributes are scored by TAD, not by FactorVAE score and DCI",
                     **metrics.tad(codes, dataset.attributes(indices))}
-        scores = metrics.evaluate(codes, dataset.factors(indices), **options)
+        scores = metrics.evaluate(codes, dataset.factors(indices), seed)
         tokens = model.tokens(codes.to(run.machine.device)).cpu()
         if mapped and tokens.ndim > codes.ndim:  # (n, N) -> (n, N, d)
-            more = metrics.evaluate(tokens, dataset.factors(indices), **options)
+            more = metrics.evaluate(tokens, dataset.factors(indices), seed)
             scores.update({f"mapped_{name}": more[name] for name in Run.SCORES if name in more})
         return scores
     except ValueError as error:  # codes that are not finite, say: pictures may still tell why
@@ -301,7 +299,7 @@ def work(run, dataset):
             train_first_stage(run, dataset, model)
         average = train_jointly(run, dataset, model)
     if run.machine.main:
-        scores = score(run, dataset, average, 10_000, 5_000, mapped=True)
+        scores = score(run, dataset, average, 15_000, mapped=True)
         pictures(run, dataset, average)
         run.finish(scores)
 
@@ -321,8 +319,8 @@ say = data.say  # print that never ends a run, whatever the terminal
 
 
 class Optimizer:
-    """AdamW; with --optimizer muon only for what Muon leaves to it: where encoder, denoiser and
-    decoder begin and end, the token maps, and all that is no matrix."""
+    """AdamW; with --optimizer muon only for what Muon leaves to it: where the denoiser begins and
+    ends, the encoder's end, the token maps, and all that is no matrix."""
 
     OUTER = r"token_map|conv_(in|out)|encoder\.(0\.)?(out|1)\.|decoder\.0\.|positions|queries|start"
 
@@ -370,7 +368,7 @@ class Muon(torch.optim.Optimizer):
 def quick_look(run, dataset, average, step):
     """Pictures, and scores from fewer samples, hence lower than those at the end."""
     if run.machine.main:
-        scores = score(run, dataset, average, 4_000, 2_000)
+        scores = score(run, dataset, average, 6_000)
         pictures(run, dataset, average)
         known = {name: scores[name] for name in Run.SCORES if name in scores}
         run.log(stage="joint training", step=step, **known)
@@ -551,7 +549,7 @@ def load_run(path, device="cpu"):
         model.load_state_dict({**checkpoint["model"], **checkpoint["ema"], **known})
     about = {name: checkpoint.get(name, {}) for name in ("step", "commit", "data", "scores")}
     about["folder"], scores = path if path.is_dir() else Path(), path / "metrics.json"
-    if scores.is_file():
+    if scores.is_file() and checkpoint["step"] == checkpoint["config"].steps:  # not of fewer steps
         with reading(scores, f"JSON; for a new one: train.py --resume {path}"):
             about["scores"] = json.loads(scores.read_text())
     return model.to(device).eval().requires_grad_(False), checkpoint["config"], about
@@ -628,8 +626,8 @@ class Run:
         if not math.isfinite(norm):  # the same in all processes: gradients are averaged
             raise ValueError(f"loss {loss:.4g} and gradient norm {norm} in step {step + 1} of the "
                              f"{self.stage}; the last good checkpoint is kept. Go on with: python "
-                             f"train.py --resume {self.folder} --precision fp32 "
-                             f"--lr {self.config.lr / 3:.1g}")
+                             f"train.py --resume {self.folder} --precision fp32" +
+                             f" --lr {self.config.lr / 3:.1g}" * (self.stage != "first stage"))
 
     def due(self, step):
         return step % LOG_EVERY == 0 or step in (20, self.steps)  # 20: to say how long it takes
@@ -733,6 +731,7 @@ def check(config):
     for ok, name, expected in [
             (c.model == "encdiff" or plain == ("diffusion", "cross", "scalar", "none", ""), "model",
              "encdiff with its variants or a borrowed first stage"),
+            (c.model == "vae" or c.vae_loss == "beta", "vae_loss", "--model vae beside it"),
             (c.channels % unit == 0, "channels", f"a multiple of {unit}"),
             (side % halvings == 0, "multipliers", f"levels that halve a side of {side:g} evenly"),
             (c.vq_steps or not c.trains_first_stage, "vq_steps", "1 or more, or --first-stage RUN"),

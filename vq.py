@@ -64,7 +64,7 @@ class Quantizer(nn.Module):
 
     forward: z (B, C, h, w) -> z_q of z's shape, loss (scalar), indices (B, h, w) int64. The first
     `warmup` training batches pass UNROUNDED, with loss 0 and indices 0; the next one initialises
-    the codebook. Processes that train together must call `initialise` themselves, with the same z.
+    the codebook. Processes that train together call `initialise` themselves, with equal z and seed.
     """
 
     def __init__(self, size, channels, commitment=0.25, warmup=200):
