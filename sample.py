@@ -448,8 +448,7 @@ def argument(args):
         try:
             reached = {int(row["step"]): row["disentanglement"] for row in read_log(folder)}
             _, config, about = train.load_run(folder)
-            if "disentanglement" in about["scores"]:  # of the end
-                reached[config.steps] = about["scores"]["disentanglement"]
+            reached[config.steps] = about["scores"].get("disentanglement", "")  # of the end
             reached = {step: float(D) for step, D in reached.items() if D != ""}
             train.need(reached, "runs", folder, "a run with scores")
         except ValueError as error:
