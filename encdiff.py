@@ -431,7 +431,7 @@ class NoiseFromVelocity(nn.Module):
 
 # Of beta 1 to 64, gamma 30 to 1000 and beta 1 to 15 these gave seed 0 the highest DCI.
 VAE_WEIGHTS = {"beta": 32.0, "annealed": 100.0, "tc": 3.0}
-CAPACITY, RISES = 25.0, 0.5  # C's end in nats, of Burgess et al. 2018; the steps' share it rises in
+CAPACITY, RISES = 25.0, 0.5  # C at the end, nats (Burgess et al. 2018); share of steps it rises in
 
 
 def kl_terms(z, mean, log_var):

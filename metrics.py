@@ -129,8 +129,8 @@ def factor_vae_votes(codes, factors, train_votes=10_000, eval_votes=5_000, batch
     A code belongs to the factor it got most training votes for; the score is the share of fresh
     votes that go where they belong: 1 for one code a factor, about 1/F for codes that know nothing.
     The original encodes 64 new images a vote; we draw 64 rows of the table that share a value. A
-    value in fewer than `batch` rows is never held, a factor with one such value left out: "note"
-    says so. ValueError: no active code, or fewer than two factors."""
+    value in fewer than `batch` rows is never held; a factor with no other, or with one value alone,
+    is left out, as "note" says. ValueError: no active code, or fewer than two factors."""
     codes = scalar_codes(codes)
     factors = check_factors(factors, len(codes))
     std = codes.std(0)                                               # (N,)

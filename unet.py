@@ -267,8 +267,8 @@ def record_attention(model):
 
 
 class SelfAttention(Attention):
-    """Attention among the positions: x (B, P, c) -> (B, P, c), on a CPU in slices of the batch. The
-    paper's P = 256 and batch of 64 make 67 MB of weights in bfloat16; slices of 8 fit its cache."""
+    """Attention among the positions: x (B, P, c) -> (B, P, c), on a CPU in slices of the batch that
+    leave its weights in the cache: the paper's P = 256 and batch of 64 make 67 MB in bfloat16."""
 
     def forward(self, x):
         weights = self.heads * x.shape[1] ** 2  # of one image
