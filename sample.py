@@ -449,15 +449,15 @@ def argument(args):
             reached = {int(row["step"]): row["disentanglement"] for row in read_log(folder)}
             _, config, about = train.load_run(folder)
             reached[config.steps] = about["scores"].get("disentanglement", "")  # of the end
-            reached = {step: float(D) for step, D in reached.items() if D != ""}
-            train.need(reached, "runs", folder, "a run with scores")
+            if not (reached := {step: float(D) for step, D in reached.items() if D != ""}):
+                raise ValueError(f"{folder} has no scores")
+            _, points = methods.setdefault(method(config), (config, {}))
+            for step, D in reached.items():
+                points.setdefault(step, []).append(D)
         except ValueError as error:
             say(f"left out: {error}")
-            continue
-        _, points = methods.setdefault(method(config), (config, {}))
-        for step, D in reached.items():
-            points.setdefault(step, []).append(D)
-    train.need(methods, "runs", " ".join(args.runs), "folders written by train.py, with scores")
+    if not methods:
+        raise ValueError("no run is left; expected folders written by train.py, with scores")
     say("   TFLOP   runs    D, mean    lowest   highest")
     for name, (config, points) in methods.items():
         first, joint = train.training_tflop(config, train.step_flops(config))
