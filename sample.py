@@ -393,17 +393,17 @@ def worth(run, args):
 
 def importance(run, args):
     """DCI's matrix, factors x codes, with D of each code and C of each factor at the margins"""
-    if not run.importance.size:
-        why = run.scores.get("note", "no scores")
+    matrix, order, why = run.importance, [*named_tokens(run)], run.scores.get("note", "no scores")
+    if not matrix.size:
         raise ValueError(f"{run.name} has no importance matrix ({why}); expected a run with labels")
-    matrix, order, focus = run.importance, list(named_tokens(run)), metrics.focus
+    focus = lambda x, digits=2: f"{metrics.focus(x):.{digits}f}" if x.shape[1] > 1 else "-"  # 0 / 0
     F, edge = len(run.factor_names), torch.linspace(-1, 1, 64).abs()
     shares = torch.from_numpy(matrix.T[:, order, None, None, None])  # (F, N, 1, 1, 1)
     inside = torch.maximum(edge, edge[:, None]) < shares.sqrt()  # squares whose areas are shares
     colours = train.to_float(torch.tensor((PALETTE * F)[:F]))[:, None, :, None, None]
-    labels = [f"{name}\nC {focus(row[None]):.2f}" for name, row in zip(run.factor_names, matrix.T)]
-    headings = [f"{i} D {focus(matrix[i, None]):.2f}" for i in order]
-    say(f"disentanglement D {focus(matrix):.3f}   completeness C {focus(matrix.T):.3f}")
+    labels = [f"{name}\nC {focus(row[None])}" for name, row in zip(run.factor_names, matrix.T)]
+    headings = [f"{i} D {focus(matrix[i, None])}" for i in order]
+    say(f"disentanglement D {focus(matrix, 3)}   completeness C {focus(matrix.T, 3)}")
     save(args, run.folder, grid(torch.where(inside, colours, 0.9), labels, headings))
 
 
