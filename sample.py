@@ -446,11 +446,11 @@ def argument(args):
     methods, series = {}, {}  # {flags: (a config, {step: [D of each run]})}, {flags: points}
     for folder in map(Path, args.runs):
         try:
-            reached = {int(row["step"]): row["disentanglement"] for row in read_log(folder)}
-            _, config, about = train.load_run(folder)
-            reached[config.steps] = about["scores"].get("disentanglement", "")  # of the end
-            if not (reached := {step: float(D) for step, D in reached.items() if D != ""}):
-                raise ValueError(f"{folder} has no scores")
+            log, (_, config, about) = read_log(folder), train.load_run(folder)
+            if "disentanglement" not in about["scores"]:  # it would bend the mean of the others
+                raise ValueError(f"{folder} is not finished, or has no scores")
+            reached = {int(row["step"]): float(D) for row in log if (D := row["disentanglement"])}
+            reached[config.steps] = about["scores"]["disentanglement"]
             _, points = methods.setdefault(method(config), (config, {}))
             for step, D in reached.items():
                 points.setdefault(step, []).append(D)
