@@ -362,10 +362,10 @@ class EulerTokens(ScalarTokens):
 
 class SparseEncDiff(EncDiff):
     """Table 11, after Fumero et al. 2023: few codes active at once. The penalty is the entropy of
-    |a_i| / sum |a_j| over its maximum, log N. An L1 norm could be evaded: the encoder would shrink
-    the codes, and the token maps would stretch them again."""
+    |a_i| / sum |a_j| over its maximum, log N. An L1 norm could be evaded: shrunken codes, stretched
+    again by the token maps. Ten times the weight made all codes collapse."""
 
-    def loss(self, images, t=None, noise=None, weight=0.01):
+    def loss(self, images, t=None, noise=None, weight=0.001):
         codes = []  # what the encoder returns inside of `loss`
         with self.encoder.register_forward_hook(lambda module, inputs, out: codes.append(out)):
             error = super().loss(images, t, noise)
