@@ -380,9 +380,9 @@ def train_run(run, dataset):
         average = train_jointly(run, dataset, model)
 
         if run.backend.main:
-            run.begin_scoring("weights are saved; scoring and drawing, about two minutes")
-            scores = score(run, dataset, average, 15_000, mapped=True)
-            draw_samples(run, dataset, average)
+            with run.silence("the weights are saved; scores and pictures take about two minutes"):
+                scores = score(run, dataset, average, 15_000, mapped=True)
+                draw_samples(run, dataset, average)
             run.finish(scores)
 
 
@@ -611,10 +611,9 @@ def quick_look(run, dataset, average, step):
     """Pictures, and scores from fewer samples, hence lower than those at the end."""
     if not run.backend.main:
         return
-    run.begin_scoring(f"  quick score after step {step}, about half a minute")
-    scores = score(run, dataset, average, 6_000)
-    draw_samples(run, dataset, average)
-    run.scoring = False
+    with run.silence(f"  quick score after step {step}: half a minute"):
+        scores = score(run, dataset, average, 6_000)
+        draw_samples(run, dataset, average)
 
     known = {name: scores[name] for name in Run.SCORES if name in scores}
     words = "  ".join(f"{name} {value:.3f}" for name, value in known.items())
@@ -951,7 +950,7 @@ class Run:
         self.began = time.monotonic()
         self.saved = time.monotonic()
         self.stopping = False  # a signal came: stop after this step
-        self.scoring = False  # all is saved: a signal stops at once
+        self.all_saved = False  # a signal may stop the run at once
         self.stage = self.STAGES[0]
 
     def print(self, text):
@@ -1097,10 +1096,10 @@ class Run:
     def advice(self):
         return f"go on with: python train.py --resume {self.folder}"
 
-    def stop(self, number, frame):
+    def stop(self, number=None, frame=None):
         """What Ctrl-C, a kill and a closed terminal do: end after this step, or at once if all is
         saved, or if asked a second time."""
-        if self.scoring:
+        if self.all_saved:
             raise KeyboardInterrupt(f"stopped; the weights are saved, {self.advice()}")
         if self.stopping:
             raise KeyboardInterrupt(f"stopped at once; {self.advice()}")
@@ -1108,12 +1107,15 @@ class Run:
         with contextlib.suppress(OSError):  # not `print`, which may be at work at this moment
             os.write(2, b"stopping after this step; once more to stop at once\n")
 
-    def begin_scoring(self, text):
-        """Say that a silent stretch begins. All is saved, so a signal may end it at once."""
-        self.scoring = True
+    @contextlib.contextmanager
+    def silence(self, text):
+        """Say that a stretch without a line begins. All is saved: a signal may end it at once."""
         self.print(text)
-        if self.stopping:
-            self.stop(None, None)
+        self.all_saved = True
+        if self.stopping:  # a signal came just before
+            self.stop()
+        yield
+        self.all_saved = False
 
     def log(self, **row):
         """Add a row to log.csv. The rows are in the checkpoint too, so a resumed log has no gap."""
