@@ -1,20 +1,23 @@
 """The denoiser: a U-Net that predicts the noise in a latent, cross-attending to concept tokens.
 
-WHERE     Read after encdiff.py, before vq.py. Imports torch only; copy it freely.
+WHERE     Read after encdiff.py, before vq.py. Imports torch only, so it can be copied alone.
 PAPER     arXiv 2402.09712, Sec. 3.1 ("Diffusion Model with Cross Attention"), Appendix D (Table 7);
           blocks: latent diffusion (Rombach et al. 2022) and ADM (Dhariwal & Nichol 2021).
-SHAPES    B batch, N concept tokens, d token width, c channels, h x w latent grid, P = h*w
-          positions, H heads, e = c/H channels of one head, E width of the time embedding.
-IDEA      A query is a position of the latent image; keys and values are the N concept tokens. At
-          each position the softmax over the tokens makes the concepts compete, so a token gains by
-          owning what is drawn in some region and staying out elsewhere. The image has no other way
-          in: what the tokens do not tell, the denoiser has to guess from z_t. Output projections
-          start at zero, so each block begins as the identity and the untrained network predicts 0,
-          the mean of the noise. Two such zeros follow each other: the tokens get no gradient in the
-          first two steps, as is to be expected.
-DIFFERS   With its defaults in no layer: 37,469,635 parameters at the d = 16 of the authors' code
-          (paper: 32). Attention is written out: torch's fused one has a slow backward pass on CPUs.
-          `small` and `large` drop skip features and learn positions in place of self-attention.
+SHAPES    B batch, N concept tokens, d width of a token, c channels, h x w latent grid, P = h*w
+          positions, H heads, e = c/H channels of a head, E width of the timestep embedding.
+IDEA      A query is a position of the latent image; keys and values are the N concept tokens.
+          At each position the softmax over the tokens makes the concepts compete. So a token gains
+          by telling what is drawn in one region, and by staying out of the others.
+          The denoiser also sees z_t, but the image in z_t is noisy. The tokens are the only clean
+          view of the image: what the noise hides in z_t, the tokens have to tell.
+          The last layer of each block starts at zero. So each block begins as the identity, and
+          the untrained network predicts 0, the mean of the noise. Two such layers follow each
+          other, therefore the tokens get no gradient in the first two training steps.
+DIFFERS   With the default arguments no layer differs from the paper's: 37,469,635 parameters at
+          token width 16, which the authors' code has. Attention is written out, as torch's fused
+          one has a slow backward pass on CPUs. Two options are ours: `positions` puts a learned
+          vector for each position in place of attention among positions, and `skip_dropout` drops
+          features of the skip connections.
 TRY       python unet.py   ->   parameters, shapes, and an attention map whose rows sum to 1
 """
 import contextlib
@@ -27,79 +30,109 @@ import torch.nn.functional as F
 
 def timestep_embedding(t, width):
     """Sinusoids of t, as in "Attention Is All You Need": t (B,) -> (B, width) float32."""
-    half = width // 2
-    # Wavelengths from 2 pi to (width 64) 2 pi * 7,499: near timesteps and far ones are told apart.
-    frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device) / half)
-    angles = t[:, None].float() * frequencies  # (B,) -> (B, half)
-    return torch.cat([angles.cos(), angles.sin()], dim=1)  # (B, width)
+    # Wavelengths go from 2 pi to (at width 64) 2 pi * 7,499: the short ones tell near timesteps
+    # apart, the long ones far timesteps.
+    half = math.ceil(width / 2)
+    exponents = -math.log(10_000) * torch.arange(half, device=t.device) / half
+    frequencies = exponents.exp()  # 1, falling to about 1 / 10,000
+    angles = t[:, None].float() * frequencies  # (B, 1) * (half,) -> (B, half)
+
+    sinusoids = torch.cat([angles.cos(), angles.sin()], dim=1)  # 2x (B, half) -> (B, 2 half)
+    return sinusoids[:, :width]  # an odd width has one sine less
 
 
 def group_norm(channels, eps=1e-5):
     """GroupNorm of at most 32 groups, each of two channels or more: 48 channels give 8 groups."""
-    # The norm takes each group's mean away: a channel alone in its group could not carry one.
-    return nn.GroupNorm(math.gcd(32, channels // 2), channels, eps=eps)
+    # The norm subtracts the mean of each group. A group of one channel would lose its level.
+    groups = math.gcd(32, channels // 2, channels)
+    return nn.GroupNorm(groups, channels, eps=eps)
 
 
 def zero(layer):
-    """The layer with its parameters set to zero: the residual branch that it ends starts silent."""
+    """The layer with its parameters set to zero: the residual branch that it ends starts as 0."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
 
 
-class ResidualBlock(nn.Module):
-    """norm, SiLU, conv, norm scaled and shifted by the time embedding, SiLU, conv, plus the input.
+def scale_and_shift(x, vector):
+    """x (B, c, h, w), scaled and shifted in the same way at all positions by vector (B, 2c)."""
+    scale, shift = vector[:, :, None, None].chunk(2, dim=1)  # (B, 2c, 1, 1) -> 2x (B, c, 1, 1)
+    return x * (1 + scale) + shift
 
-    x (B, c_in, h, w), emb (B, E) -> (B, c_out, h', w'); h' = h, 2h (resample="up"), h/2 ("down").
+
+class ResidualBlock(nn.Module):
+    """norm, SiLU, conv, norm scaled and shifted by the timestep, SiLU, conv, plus the input.
+
+    x (B, c_in, h, w), emb (B, E) -> (B, c_out, h', w')
+    resample: None keeps h' = h, "up" gives h' = 2h, "down" gives h' = h/2; w' likewise.
     """
 
     def __init__(self, c_in, c_out, emb_width, dropout, resample=None):
         super().__init__()
-        self.norm1, self.conv1 = group_norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.emb = nn.Linear(emb_width, 2 * c_out)
-        self.norm2, self.conv2 = group_norm(c_out), zero(nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.resample = resample
+        self.norm1 = group_norm(c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.emb = nn.Linear(emb_width, 2 * c_out)  # a scale and a shift for each channel
+        self.norm2 = group_norm(c_out)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = zero(nn.Conv2d(c_out, c_out, 3, padding=1))
         self.skip = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
-        self.dropout, self.resample = nn.Dropout(dropout), resample
 
     def resize(self, x):
         if self.resample == "up":
             return F.interpolate(x, scale_factor=2)  # (B, c, h, w) -> (B, c, 2h, 2w), nearest
-        return F.avg_pool2d(x, 2) if self.resample == "down" else x  # (B, c, h/2, w/2)
+        if self.resample == "down":
+            return F.avg_pool2d(x, 2)  # (B, c, h, w) -> (B, c, h/2, w/2)
+        return x
 
-    def forward(self, x, emb, tokens=None):  # ignores the tokens: all blocks share one signature
-        h = self.conv1(self.resize(F.silu(self.norm1(x))))  # (B, c_in, h, w) -> (B, c_out, h', w')
-        scale, shift = self.emb(F.silu(emb))[:, :, None, None].chunk(2, 1)  # 2x (B, c_out, 1, 1)
-        h = self.norm2(h) * (1 + scale) + shift
-        return self.skip(self.resize(x)) + self.conv2(self.dropout(F.silu(h)))
+    def forward(self, x, emb, tokens):
+        """The tokens are not used: all blocks are called with the same three arguments."""
+        y = F.silu(self.norm1(x))
+        y = self.conv1(self.resize(y))  # (B, c_in, h, w) -> (B, c_out, h', w')
+        y = scale_and_shift(self.norm2(y), self.emb(F.silu(emb)))
+        y = self.conv2(self.dropout(F.silu(y)))
+        return self.skip(self.resize(x)) + y
 
 
 class Attention(nn.Module):
-    """Every position asks the context what belongs there: (x, context) -> (B, P, c).
+    """Each position asks the context what belongs there: (x, context) -> (B, P, c).
 
-    x (B, P, c): queries, one for each position of the latent image; context (B, M, k): keys and
-    values, the N concept tokens (cross-attention) or x itself (self-attention).
+    x        (B, P, c): gives the queries, one for each position of the latent image
+    context  (B, M, context_width): gives keys and values. It is the N concept tokens
+             (cross-attention) or x itself (self-attention).
+    heads    has to divide the channels c, else ValueError
     """
 
     def __init__(self, channels, context_width, heads):
         super().__init__()
-        self.heads, self.record = heads, None  # record: a list inside of `record_attention`
+        if channels % heads != 0:
+            raise ValueError(f"{channels} channels cannot be split among {heads} heads; "
+                             f"expected a multiple of {heads} channels")
+        self.heads = heads
+        self.record = None  # a list inside of `record_attention`
         self.to_q = nn.Linear(channels, channels, bias=False)
         self.to_k = nn.Linear(context_width, channels, bias=False)
         self.to_v = nn.Linear(context_width, channels, bias=False)
         self.to_out = nn.Linear(channels, channels)
 
+    def split_heads(self, y):
+        return y.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, P, c) -> (B, H, P, e)
+
     def forward(self, x, context):
-        B, P, c = x.shape
-        e = c // self.heads
-        heads = lambda y: y.view(B, -1, self.heads, e).transpose(1, 2)  # (B, P, c) -> (B, H, P, e)
-        q, k, v = heads(self.to_q(x)), heads(self.to_k(context)), heads(self.to_v(context))
-        # The weights of a position, one for each token, sum to 1, so the concepts compete for it.
-        # Tokens carry no position, so their order cannot matter.
-        weights = (q * e**-0.5 @ k.mT).softmax(-1)  # (B, H, P, M)
+        q = self.split_heads(self.to_q(x))  # (B, H, P, e)
+        k = self.split_heads(self.to_k(context))  # (B, H, M, e)
+        v = self.split_heads(self.to_v(context))  # (B, H, M, e)
+
+        # The weights of a position, one for each token, sum to 1: the concepts compete for it.
+        # Tokens carry no position, so their order does not matter.
+        scale = q.shape[3] ** -0.5
+        weights = (q * scale @ k.mT).softmax(dim=-1)  # (B, H, P, e) @ (B, H, e, M) -> (B, H, P, M)
         if self.record is not None:
             self.record.append(weights.detach().float().mean(1))  # (B, H, P, M) -> (B, P, M)
-        out = weights @ v  # (B, H, P, e)
-        return self.to_out(out.transpose(1, 2).reshape(B, P, c))
+
+        out = weights @ v  # (B, H, P, M) @ (B, H, M, e) -> (B, H, P, e)
+        return self.to_out(out.transpose(1, 2).flatten(2))  # (B, H, P, e) -> (B, P, c)
 
 
 class GEGLU(nn.Module):
@@ -107,51 +140,58 @@ class GEGLU(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.to_value, self.to_gate = (nn.Linear(channels, 4 * channels) for _ in range(2))
+        self.to_value = nn.Linear(channels, 4 * channels)
+        self.to_gate = nn.Linear(channels, 4 * channels)
         self.to_out = nn.Linear(4 * channels, channels)
 
     def forward(self, x):
-        return self.to_out(self.to_value(x) * F.gelu(self.to_gate(x)))
+        gate = F.gelu(self.to_gate(x))
+        return self.to_out(self.to_value(x) * gate)
 
 
 class SpatialTransformer(nn.Module):
-    """Attention among positions, attention to the tokens, feed-forward; all residual.
+    """Attention among positions, attention to the tokens, feed-forward; each adds to its input.
 
-    x (B, c, h, w), tokens (B, N, d) -> (B, c, h, w). token_width None: no cross-attention (AdaGN).
-    positions P: no attention among positions, but a learned vector for each that says where it is.
+    x (B, c, h, w), tokens (B, N, token_dim) -> (B, c, h, w)
+    side: None, or the side h = w of x. With a side, each position has a learned vector that says
+    where it is, in place of attention among positions.
     """
 
-    def __init__(self, channels, heads, token_width, positions=None):
+    def __init__(self, channels, heads, token_dim, side=None):
         super().__init__()
         self.norm = group_norm(channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels)
-        self.self_attention = self.cross_attention = self.positions = None
-        if positions:
-            self.positions = nn.Parameter(0.3 * torch.randn(positions, channels))  # (P, c)
-        else:
+        if side is None:
+            self.positions = None
             self.norm1 = nn.LayerNorm(channels)
-            self.self_attention = SelfAttention(channels, channels, heads)
-        if token_width is not None:
-            self.norm2 = nn.LayerNorm(channels)
-            self.cross_attention = Attention(channels, token_width, heads)
-        self.norm3, self.feed_forward = nn.LayerNorm(channels), GEGLU(channels)
+            self.self_attention = Attention(channels, channels, heads)
+        else:
+            self.positions = nn.Parameter(0.3 * torch.randn(side**2, channels))  # (P, c)
+        self.norm2 = nn.LayerNorm(channels)
+        self.cross_attention = Attention(channels, token_dim, heads)
+        self.norm3 = nn.LayerNorm(channels)
+        self.feed_forward = GEGLU(channels)
         self.proj_out = zero(nn.Linear(channels, channels))
 
     def forward(self, x, emb, tokens):
-        B, c, h, w = x.shape
-        y = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))  # (B, c, h, w) -> (B, P, c)
-        if self.positions is not None:
-            y = y + self.positions  # (P, c), the same for all images
+        """emb (B, E) is not used: all blocks are called with the same three arguments."""
+        y = self.norm(x).flatten(2).transpose(1, 2)  # (B, c, h, w) -> (B, c, P) -> (B, P, c)
+        y = self.proj_in(y)
+
+        if self.positions is None:
+            z = self.norm1(y)
+            y = y + self.self_attention(z, z)
         else:
-            y = y + self.self_attention(self.norm1(y))
-        if self.cross_attention is not None:
-            y = y + self.cross_attention(self.norm2(y), tokens)
+            y = y + self.positions  # (P, c), the same for all images
+        y = y + self.cross_attention(self.norm2(y), tokens)
         y = y + self.feed_forward(self.norm3(y))
-        return x + self.proj_out(y).transpose(1, 2).reshape(B, c, h, w)  # (B, P, c) -> (B, c, h, w)
+
+        y = self.proj_out(y)
+        return x + y.transpose(1, 2).reshape(x.shape)  # (B, P, c) -> (B, c, h, w)
 
 
-class Stage(nn.ModuleList):
-    """Blocks applied one after the other, each to (x, emb, tokens)."""
+class Level(nn.ModuleList):
+    """Blocks of one resolution, one after the other, each called with (x, emb, tokens)."""
 
     def forward(self, x, emb, tokens):
         for block in self:
@@ -162,123 +202,199 @@ class Stage(nn.ModuleList):
 class UNet(nn.Module):
     """eps_theta(z_t, t, S) of eq. (3): predicts the noise in z_t from z_t, t and the tokens S.
 
-    latent_channels  channels of z_t
-    channels         width at full latent resolution; level i has channels * multipliers[i]
-    blocks           residual blocks a level
-    attention        downsampling factors at which a SpatialTransformer with `heads` heads follows
-                     each residual block (the middle always has one)
-    token_dim        width d of a concept token; num_tokens: N, which only AdaGN depends on
-    conditioning     "cross": cross-attention to the tokens; "adagn": see AdaGNBlock
-    skip_dropout     share of the channels of each skip connection that is set to 0 in training
-    side             None, or the side of z_t: learned positions in place of self-attention
+    latent_channels  channels C of z_t
+    channels         width at full resolution
+    multipliers      at depth i, where the resolution has been halved i times, the width is
+                     channels * multipliers[i]
+    blocks           residual blocks at each depth on the way down; one more on the way up
+    attention_at     downsampling factors 2^i at which a SpatialTransformer follows each residual
+                     block; the middle has one in any case
+    heads            attention heads; divides every width
+    token_dim        width d of a concept token
+    dropout          share of the features that a residual block drops in training
+    skip_dropout     share of the channels that each skip connection drops in training
+    positions        None, or the side h = w of z_t: then each position has a learned vector, in
+                     place of attention among positions
     """
 
     def __init__(self, latent_channels=3, channels=64, multipliers=(1, 2, 4, 4), blocks=2,
-                 attention=(1, 2, 4), heads=8, token_dim=32, dropout=0.1,
-                 conditioning="cross", num_tokens=20, skip_dropout=0.0, side=None):
+                 attention_at=(1, 2, 4), heads=8, token_dim=32, dropout=0.1, skip_dropout=0.0,
+                 positions=None):
         super().__init__()
-        self.channels, self.blocks, self.multipliers = channels, blocks, multipliers
-        self.attention, self.heads, self.token_dim = attention, heads, token_dim
-        self.dropout, self.skip_dropout, self.side = dropout, skip_dropout, side
-        self.conditioning, self.num_tokens = conditioning, num_tokens
-        E = self.emb_width = 4 * channels
-        self.time = nn.Sequential(nn.Linear(channels, E), nn.SiLU(), nn.Linear(E, E))
+        self.latent_channels = latent_channels
+        self.channels = channels
+        self.widths = [channels * multiplier for multiplier in multipliers]
+        self.blocks = blocks
+        self.attention_at = attention_at
+        self.heads = heads
+        self.token_dim = token_dim
+        self.dropout = dropout
+        self.skip_dropout = skip_dropout
+        self.positions = positions
+        self.emb_width = 4 * channels
+        self.build()
 
-        # Down: what each stage puts out is kept for the skip connection to the way up.
-        c = channels
-        self.conv_in = nn.Conv2d(latent_channels, c, 3, padding=1)
-        self.down, skips = nn.ModuleList(), [c]
-        for level, multiplier in enumerate(multipliers):
-            for _ in range(blocks):
-                self.down.append(self.stage(c, channels * multiplier, level))
-                c = channels * multiplier
+    def build(self):
+        """Make all layers, in the order in which `forward` calls them."""
+        E = self.emb_width
+        self.time = nn.Sequential(nn.Linear(self.channels, E), nn.SiLU(), nn.Linear(E, E))
+        self.conv_in = nn.Conv2d(self.latent_channels, self.channels, 3, padding=1)
+        self.down, skips = self.make_down()
+        self.middle = self.make_middle()
+        self.up = self.make_up(skips)
+        self.norm_out = group_norm(self.widths[0])
+        self.conv_out = zero(nn.Conv2d(self.widths[0], self.latent_channels, 3, padding=1))
+
+    # The way down keeps each of its outputs, and each level of the way up takes one of them, the
+    # latest first. With the default arguments the outputs have these channels:
+    #   conv_in 64 | 64, 64, halved 64 | 128, 128, halved 128 | 256, 256, halved 256 | 256, 256
+    # So the levels of the way up take these channels, each from the level below and from its skip:
+    #   256 + 256, 256 + 256, 256 + 256, doubled | 256 + 256, 256 + 256, 256 + 128, doubled
+    #   | 256 + 128, 128 + 128, 128 + 64, doubled | 128 + 64, 64 + 64, 64 + 64
+
+    def make_down(self):
+        """-> the levels of the way down, and the channels of all skip connections."""
+        down = nn.ModuleList()
+        c = self.channels
+        skips = [c]  # what conv_in puts out
+        for depth, width in enumerate(self.widths):
+            if depth > 0:
+                down.append(Level([self.residual_block(c, c, "down")]))
                 skips.append(c)
-            if level < len(multipliers) - 1:
-                self.down.append(Stage([self.residual(c, c, "down")]))
+            for _ in range(self.blocks):
+                down.append(self.make_level(c, width, depth))
+                c = width
                 skips.append(c)
-        middle = self.transformer(c, len(multipliers) - 1)
-        self.middle = Stage([self.residual(c, c), middle, self.residual(c, c)])
-        self.up = self.way_up(c, skips)
-        self.norm_out = group_norm(channels * multipliers[0])
-        self.conv_out = zero(nn.Conv2d(channels * multipliers[0], latent_channels, 3, padding=1))
+        return down, skips
 
-    def residual(self, c_in, c_out, resample=None):
-        if self.conditioning == "adagn":
-            condition_width = self.num_tokens * self.token_dim
-            return AdaGNBlock(c_in, c_out, self.emb_width, self.dropout, condition_width, resample)
-        return ResidualBlock(c_in, c_out, self.emb_width, self.dropout, resample)
+    def make_middle(self):
+        c = self.widths[-1]
+        transformer = self.transformer(c, len(self.widths) - 1)
+        return Level([self.residual_block(c, c), transformer, self.residual_block(c, c)])
 
-    def transformer(self, c, level):
-        token_width = self.token_dim if self.conditioning == "cross" else None
-        positions = (self.side // 2**level) ** 2 if self.side else None
-        return SpatialTransformer(c, self.heads, token_width, positions)
-
-    def stage(self, c_in, c_out, level):
-        attend = [self.transformer(c_out, level)] if 2**level in self.attention else []
-        return Stage([self.residual(c_in, c_out), *attend])
-
-    def way_up(self, c, skips):
-        """The stages from c channels at the bottom up; skips: channels appended to each."""
+    def make_up(self, skips):
+        """-> the levels of the way up; skips: channels as from make_down, taken from the end."""
         up = nn.ModuleList()
-        for level in reversed(range(len(self.multipliers))):
-            for i in range(self.blocks + 1):
-                c_out = self.channels * self.multipliers[level]
-                up.append(self.stage(c + skips.pop(), c_out, level))
-                c = c_out
-                if level > 0 and i == self.blocks:
-                    up[-1].append(self.residual(c, c, "up"))
+        skips = list(skips)
+        c = self.widths[-1]
+        for depth, width in reversed(list(enumerate(self.widths))):
+            for _ in range(self.blocks + 1):
+                up.append(self.make_level(c + skips.pop(), width, depth))
+                c = width
+            if depth > 0:
+                up[-1].append(self.residual_block(c, c, "up"))
         return up
 
-    def forward(self, z_t, t, tokens):  # no default for tokens: none must not pass unnoticed
-        """z_t (B, C, h, w) float, t (B,) in 1..T, tokens (B, N, d) -> its noise (B, C, h, w)."""
-        emb = self.time(timestep_embedding(t, self.channels))  # (B,) -> (B, E)
-        x = self.conv_in(z_t)
+    def make_level(self, c_in, c_out, depth):
+        if 2**depth not in self.attention_at:
+            return Level([self.residual_block(c_in, c_out)])
+
+        transformer = self.transformer(c_out, depth)
+        return Level([self.residual_block(c_in, c_out), transformer])
+
+    def residual_block(self, c_in, c_out, resample=None):
+        return ResidualBlock(c_in, c_out, self.emb_width, self.dropout, resample)
+
+    def transformer(self, c, depth):
+        return SpatialTransformer(c, self.heads, self.token_dim, self.side_at(depth))
+
+    def side_at(self, depth):
+        """The side of the grid at this depth, or None where positions are not learned."""
+        return None if self.positions is None else self.positions // 2**depth
+
+    def ends(self):
+        """The layers where the network begins and ends."""
+        return [self.conv_in, self.conv_out]
+
+    def forward(self, z_t, t, tokens):
+        """The noise in z_t: (B, C, h, w). ValueError if a shape does not fit.
+
+        z_t     (B, C, h, w) float; h and w are multiples of 2^(len(multipliers) - 1)
+        t       (B,) timesteps in 1..T, or a single one for all images
+        tokens  (B, N, d) concept tokens of the clean images, float
+        """
+        if not torch.is_tensor(t):
+            t = torch.tensor(t, device=z_t.device)
+        check_inputs(self, z_t, t, tokens)
+        t = t.expand(z_t.shape[0])  # a single timestep -> (B,)
+
+        emb = timestep_embedding(t, self.channels).to(z_t.dtype)  # (B,) -> (B, channels)
+        emb = self.time(emb)  # (B, channels) -> (B, E)
+
+        x = self.conv_in(z_t)  # (B, C, h, w) -> (B, channels, h, w)
         skips = [x]
-        for block in self.down:
-            x = block(x, emb, tokens)
+        for level in self.down:
+            x = level(x, emb, tokens)
             skips.append(x)
+
         x = self.middle(x, emb, tokens)
-        for block in self.up:
-            # What a skip connection does not bring has to come from the tokens (Jun et al. 2024).
+
+        for level in self.up:
+            # What a dropped channel does not bring has to come from the tokens (Jun et al. 2024).
             skip = F.dropout2d(skips.pop(), self.skip_dropout, self.training)
-            x = block(torch.cat([x, skip], dim=1), emb, tokens)  # c + c_skip channels
-        return self.conv_out(F.silu(self.norm_out(x)))
+            x = torch.cat([x, skip], dim=1)  # (B, c, ...), (B, c_skip, ...) -> (B, c + c_skip, ...)
+            x = level(x, emb, tokens)
+
+        return self.conv_out(F.silu(self.norm_out(x)))  # (B, channels, h, w) -> (B, C, h, w)
 
 
 @contextlib.contextmanager
 def record_attention(model):
     """`with record_attention(unet) as maps:` collects the cross-attention of every call inside.
 
-    maps has one entry a layer, in the order in which they run: a list of tensors (B, P, N), one a
-    call, averaged over the heads, float32, rows summing to 1.
+    maps has one entry for each cross-attention layer, in the order in which they run: a list of
+    tensors (B, P, N), one for each call, averaged over the heads, float32, with rows that sum to 1.
     """
-    layers = [m.cross_attention for m in model.modules()
-              if isinstance(m, SpatialTransformer) and m.cross_attention is not None]
-    for layer in layers:
-        layer.record = []
+    layers = [module.cross_attention for module in model.modules()
+              if isinstance(module, SpatialTransformer)]
+    outer = [layer.record for layer in layers]  # lists if this `with` stands inside another one
+    maps = [[] for _ in layers]
+
+    for layer, record in zip(layers, maps):
+        layer.record = record
     try:
-        yield [layer.record for layer in layers]
+        yield maps
     finally:
-        for layer in layers:
-            layer.record = None
+        for layer, record, outer_record in zip(layers, maps, outer):
+            layer.record = outer_record
+            if outer_record is not None:
+                outer_record.extend(record)
 
 
-# ---- A faster form, and ablations (Table 3, Table 13). Skip on first reading. -------------------
+# ---- Checks, and other denoisers (Table 3). Skip on first reading. ------------------------------
 
 
-class SelfAttention(Attention):
-    """Attention among the positions: x (B, P, c) -> (B, P, c), on a CPU in slices of the batch that
-    leave its weights in the cache: the paper's P = 256 and batch of 64 make 67 MB in bfloat16."""
+def check_shape(name, tensor, *expected):
+    """ValueError unless the tensor has this shape; a letter stands for any size."""
+    shape = tuple(getattr(tensor, "shape", ()))
+    fits = len(shape) == len(expected) and all(
+        isinstance(size, str) or n == size for n, size in zip(shape, expected))
 
-    def forward(self, x):
-        weights = self.heads * x.shape[1] ** 2  # of one image
-        n = max(1, 2**22 // weights) if x.device.type == "cpu" else len(x)
-        return torch.cat([super(SelfAttention, self).forward(some, some) for some in x.split(n)])
+    if not fits:
+        sizes = str(expected).replace("'", "")
+        raise ValueError(f"{name} has shape {shape}; expected {sizes}")
+
+
+def check_inputs(unet, z_t, t, tokens):
+    """ValueError for shapes that UNet's `forward` cannot take."""
+    check_shape("z_t", z_t, "B", unet.latent_channels, "h", "w")
+    B, C, h, w = z_t.shape
+    if unet.positions is not None:
+        check_shape("z_t", z_t, B, C, unet.positions, unet.positions)
+
+    unit = 2 ** (len(unet.widths) - 1)
+    if h % unit != 0 or w % unit != 0:
+        raise ValueError(f"z_t has a grid of {h} x {w}; expected multiples of {unit}, as the "
+                         "way down halves the sides")
+
+    if t.shape not in [(), (1,)]:  # a single timestep serves all images
+        check_shape("t", t, B)
+    check_shape("tokens", tokens, B, "N", unet.token_dim)
 
 
 class AdaGNBlock(ResidualBlock):
-    """EncDiff w/ AdaGN, after Diff-AE (Preechakul et al. 2022): the concatenated tokens scale and
-    shift both norms, at all positions alike. Tokens (B, N, d), condition_width N*d."""
+    """A residual block in which the concatenated tokens scale and shift both norms, in the same
+    way at all positions, after Diff-AE (Preechakul et al. 2022). tokens (B, N, d)."""
 
     def __init__(self, c_in, c_out, emb_width, dropout, condition_width, resample=None):
         super().__init__(c_in, c_out, emb_width, dropout, resample)
@@ -289,34 +405,109 @@ class AdaGNBlock(ResidualBlock):
 
     def forward(self, x, emb, tokens):
         condition = F.silu(self.narrow(tokens.flatten(1)))  # (B, N, d) -> (B, N*d) -> (B, E/4)
-        # (B, E/4) -> (B, 2c, 1, 1) -> 2x (B, c, 1, 1), to be broadcast over the positions
-        scale1, shift1 = self.condition1(condition)[:, :, None, None].chunk(2, dim=1)
-        scale2, shift2 = self.condition2(condition)[:, :, None, None].chunk(2, dim=1)
-        h = F.silu(self.norm1(x) * (1 + scale1) + shift1)
-        h = self.conv1(self.resize(h))  # (B, c_in, h, w) -> (B, c_out, h', w')
-        scale, shift = self.emb(F.silu(emb))[:, :, None, None].chunk(2, dim=1)  # (B, c_out, 1, 1)
-        h = (self.norm2(h) * (1 + scale) + shift) * (1 + scale2) + shift2
-        return self.skip(self.resize(x)) + self.conv2(self.dropout(F.silu(h)))
+
+        y = scale_and_shift(self.norm1(x), self.condition1(condition))
+        y = self.conv1(self.resize(F.silu(y)))  # (B, c_in, h, w) -> (B, c_out, h', w')
+        y = scale_and_shift(self.norm2(y), self.emb(F.silu(emb)))
+        y = scale_and_shift(y, self.condition2(condition))
+        y = self.conv2(self.dropout(F.silu(y)))
+        return self.skip(self.resize(x)) + y
+
+
+class PositionTransformer(nn.Module):
+    """A SpatialTransformer without attention to the tokens: (B, c, h, w) -> (B, c, h, w)."""
+
+    def __init__(self, channels, heads, side=None):
+        super().__init__()
+        self.norm = group_norm(channels, eps=1e-6)
+        self.proj_in = nn.Linear(channels, channels)
+        if side is None:
+            self.positions = None
+            self.norm1 = nn.LayerNorm(channels)
+            self.self_attention = Attention(channels, channels, heads)
+        else:
+            self.positions = nn.Parameter(0.3 * torch.randn(side**2, channels))  # (P, c)
+        self.norm3 = nn.LayerNorm(channels)
+        self.feed_forward = GEGLU(channels)
+        self.proj_out = zero(nn.Linear(channels, channels))
+
+    def forward(self, x, emb, tokens):
+        y = self.norm(x).flatten(2).transpose(1, 2)  # (B, c, h, w) -> (B, c, P) -> (B, P, c)
+        y = self.proj_in(y)
+
+        if self.positions is None:
+            z = self.norm1(y)
+            y = y + self.self_attention(z, z)
+        else:
+            y = y + self.positions
+        y = y + self.feed_forward(self.norm3(y))
+
+        y = self.proj_out(y)
+        return x + y.transpose(1, 2).reshape(x.shape)  # (B, P, c) -> (B, c, h, w)
+
+
+class AdaGNUNet(UNet):
+    """EncDiff w/ AdaGN (Table 3): the tokens scale and shift the norms; nothing attends to them.
+
+    num_tokens: N, on which the widths of its layers depend; the other arguments are UNet's.
+    """
+
+    def __init__(self, num_tokens, **options):
+        self.num_tokens = num_tokens  # set first, as UNet's __init__ makes the blocks
+        super().__init__(**options)
+
+    def residual_block(self, c_in, c_out, resample=None):
+        condition_width = self.num_tokens * self.token_dim
+        return AdaGNBlock(c_in, c_out, self.emb_width, self.dropout, condition_width, resample)
+
+    def transformer(self, c, depth):
+        return PositionTransformer(c, self.heads, self.side_at(depth))
+
+    def forward(self, z_t, t, tokens):
+        check_shape("tokens", tokens, "B", self.num_tokens, self.token_dim)
+        return super().forward(z_t, t, tokens)
 
 
 class DirectDecoder(UNet):
-    """EncDec w/o Diff: the U-Net's way up alone; tokens (B, N, d) -> clean latent (B, C, h, h).
-    It starts from a learned tensor, without noise, skip connections or timestep (a learned vector
-    stands for the embedding of that). latent_side: h; the other arguments are UNet's."""
+    """EncDec w/o Diff (Table 3): tokens (B, N, d) -> clean latent (B, C, h, h).
+
+    It is the middle and the way up of a U-Net. It starts from a learned tensor, without noise and
+    skip connections; a learned vector stands for the embedding of the timestep.
+    latent_side: h, else ValueError a multiple of 2^(levels - 1); the other arguments are UNet's.
+    """
 
     def __init__(self, latent_side, **options):
+        self.latent_side = latent_side  # set first, as UNet's __init__ calls `build`
         super().__init__(**options)
-        del self.conv_in, self.down, self.time
-        c, low = self.channels * self.multipliers[-1], latent_side >> len(self.multipliers) - 1
-        self.start = nn.Parameter(torch.randn(1, c, low, low))
+
+    def build(self):
+        unit = 2 ** (len(self.widths) - 1)
+        if self.latent_side % unit != 0:
+            raise ValueError(f"latent_side is {self.latent_side}; expected a multiple of {unit}")
+        if self.positions not in (None, self.latent_side):
+            raise ValueError(f"positions is {self.positions}; expected None or the latent's side, "
+                             f"{self.latent_side}")
+
+        low = self.latent_side // unit
+        self.start = nn.Parameter(torch.randn(1, self.widths[-1], low, low))
         self.emb = nn.Parameter(torch.randn(1, self.emb_width))
-        self.up = self.way_up(c, [0] * len(self.up))
+        self.middle = self.make_middle()
+        self.up = self.make_up([0] * len(self.widths) * (self.blocks + 1))
+        self.norm_out = group_norm(self.widths[0])
+        self.conv_out = zero(nn.Conv2d(self.widths[0], self.latent_channels, 3, padding=1))
+
+    def ends(self):
+        return [self.conv_out]
 
     def forward(self, tokens):
-        emb = self.emb.expand(len(tokens), -1)  # (1, E) -> (B, E)
-        x = self.middle(self.start.expand(len(tokens), -1, -1, -1), emb, tokens)
-        for block in self.up:
-            x = block(x, emb, tokens)
+        check_shape("tokens", tokens, "B", "N", self.token_dim)
+        B = tokens.shape[0]
+
+        emb = self.emb.expand(B, -1)  # (1, E) -> (B, E)
+        x = self.start.expand(B, -1, -1, -1)  # (1, c, low, low) -> (B, c, low, low)
+        x = self.middle(x, emb, tokens)
+        for level in self.up:
+            x = level(x, emb, tokens)
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
@@ -325,9 +516,16 @@ if __name__ == "__main__":
     unet = UNet(token_dim=16).eval()
     count = sum(p.numel() for p in unet.parameters())
     print(f"paper's size, token width 16: {count:,} parameters (expected 37,469,635)")
+
+    z_t = torch.randn(2, 3, 16, 16)
+    t = torch.tensor([1, 1000])
+    tokens = torch.randn(2, 20, 16)
     with record_attention(unet) as maps, torch.no_grad():
-        noise = unet(torch.randn(2, 3, 16, 16), torch.tensor([1, 1000]), torch.randn(2, 20, 16))
+        noise = unet(z_t, t, tokens)
     print(f"noise {tuple(noise.shape)}, largest {noise.abs().max():.0f} (expected 0, untrained)")
-    first, rows = maps[0][0], maps[0][0].sum(-1)
-    print(f"{len(maps)} cross-attention layers (expected 16); first map {tuple(first.shape)}; "
-          f"its rows sum to {rows.min():.3f} .. {rows.max():.3f} (expected 1)")
+
+    print(f"{len(maps)} cross-attention layers (expected 16)")
+    weights = maps[0][0]  # of the first layer, in the first call: (2, 256, 20)
+    sums = weights.sum(dim=-1)
+    print(f"map of the first layer {tuple(weights.shape)}; its rows sum to "
+          f"{sums.min():.3f} .. {sums.max():.3f} (expected 1)")

@@ -1,43 +1,55 @@
 """The first stage: a vector-quantised autoencoder that gives diffusion a small latent to work in.
 
-WHERE     Read after unet.py, before metrics.py. Imports torch only; copy it freely.
+WHERE     Read after unet.py, before metrics.py. Imports torch only, so it can be copied alone.
 PAPER     arXiv 2402.09712, Sec. 4.1 ("VQ-reg") after latent diffusion (Rombach et al. 2022);
-          VQ-VAE: van den Oord et al. 2017.
+          VQ-VAE: van den Oord et al. 2017. Eq. (6) and Table 1: the VAEs below the rule.
 SHAPES    B batch, image (B, 3, S, S) in [-1, 1], latent (B, C, S/f, S/f) where f is the
           downsampling factor, K codebook entries.
 IDEA      Each of the (S/f)^2 latent vectors is replaced by the nearest of K codebook vectors, and
-          the decoder sees only those. Rounding has no gradient, so the decoder's gradient is copied
-          to the encoder as if rounding were the identity ("straight-through"), while two extra
-          terms pull codebook and encoder towards each other. An entry that is nearest to nothing
-          gets no gradient and stays dead, so the codebook starts from latents of real images, once
-          a time without rounding has made these differ. Diffusion works on the latent BEFORE
-          rounding; `decode` rounds first, which cleans up what sampling gets slightly wrong. By
-          then the first stage is frozen: the second may not make its own task easy.
-DIFFERS   From the authors' code: L1 alone judges reconstructions, without LPIPS (its weights cannot
-          be shipped) or a patch discriminator. Ours are `patch`, which saves the expensive layers
-          at full resolution, and `linear`, an encoder that costs joint training next to nothing.
+          the decoder sees only those. Rounding has no gradient. So the decoder's gradient is copied
+          to the encoder as if rounding were the identity ("straight-through"), and two extra terms
+          of the loss pull codebook and encoder towards each other.
+          A codebook entry that is nearest to no latent vector gets no gradient and is never used.
+          So the codebook starts from latent vectors of real images, after a warm-up without
+          rounding in which the encoder has learnt to tell images apart.
+          Diffusion works on the latent before rounding. `decode` rounds first, which removes small
+          errors of sampling. In joint training the first stage is frozen: otherwise the encoder
+          could make noise easy to predict by shrinking the latent.
+DIFFERS   From the authors' code: reconstructions are judged by L1 alone, without LPIPS (its weights
+          cannot be shipped) and without a patch discriminator. Two options are ours: `patch` saves
+          the expensive layers at full resolution; `linear` makes the encoder one convolution, which
+          costs joint training next to nothing.
 TRY       python vq.py   ->   shapes, and a gradient that passes through the rounding unchanged
 """
 import functools
+import math
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
 
 def group_norm(channels):
-    """GroupNorm as in latent diffusion: 32 groups, so channels have to be a multiple of 32."""
+    """GroupNorm as in latent diffusion: ValueError unless channels is a multiple of 32."""
+    if channels % 32 != 0:
+        raise ValueError(f"{channels} channels; expected a multiple of 32, the number of groups")
     return nn.GroupNorm(32, channels, eps=1e-6)
 
 
 class ResidualBlock(nn.Module):
-    """x (B, c_in, h, w) -> (B, c_out, h, w)."""
+    """norm, SiLU, conv, twice, plus the input: x (B, c_in, h, w) -> (B, c_out, h, w)."""
 
     def __init__(self, c_in, c_out):
         super().__init__()
         self.body = nn.Sequential(
-            group_norm(c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1),
-            group_norm(c_out), nn.SiLU(), nn.Conv2d(c_out, c_out, 3, padding=1))
+            group_norm(c_in),
+            nn.SiLU(),
+            nn.Conv2d(c_in, c_out, 3, padding=1),
+            group_norm(c_out),
+            nn.SiLU(),
+            nn.Conv2d(c_out, c_out, 3, padding=1),
+        )
         self.skip = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x):
@@ -45,118 +57,201 @@ class ResidualBlock(nn.Module):
 
 
 class PositionAttention(nn.Module):
-    """One-head attention among all positions, so that far ones agree: (B, c, h, w) -> same."""
+    """Attention with one head among all positions, so that distant positions can agree:
+    x (B, c, h, w) -> (B, c, h, w)."""
 
     def __init__(self, channels):
         super().__init__()
-        self.norm, self.qkv = group_norm(channels), nn.Conv2d(channels, 3 * channels, 1)
+        self.norm = group_norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x):
         B, c, h, w = x.shape
-        q, k, v = self.qkv(self.norm(x)).flatten(2).chunk(3, dim=1)  # (B, 3c, h, w) -> 3x (B, c, P)
-        weights = (q.transpose(1, 2) @ k * c**-0.5).softmax(dim=-1)  # (B, P, P)
-        return x + self.out((v @ weights.transpose(1, 2)).view(B, c, h, w))  # from (B, c, P)
+        qkv = self.qkv(self.norm(x)).flatten(2)  # (B, c, h, w) -> (B, 3c, h, w) -> (B, 3c, P)
+        q, k, v = qkv.chunk(3, dim=1)  # 3x (B, c, P)
+
+        scores = q.transpose(1, 2) @ k  # (B, P, c) @ (B, c, P) -> (B, P, P)
+        weights = (scores * c**-0.5).softmax(dim=-1)
+        mixed = v @ weights.transpose(1, 2)  # (B, c, P) @ (B, P, P) -> (B, c, P)
+        return x + self.out(mixed.view(B, c, h, w))
 
 
 class Quantizer(nn.Module):
-    """Nearest-neighbour rounding to a learned codebook (van den Oord et al. 2017, eq. 1-3).
+    """Rounds each vector to the nearest entry of a learned codebook (van den Oord et al. 2017).
 
-    forward: z (B, C, h, w) -> z_q of z's shape, loss (scalar), indices (B, h, w) int64. The first
-    `warmup` training batches pass UNROUNDED, with loss 0 and indices 0; the next one initialises
-    the codebook. Processes that train together call `initialise` themselves, with equal z and seed.
+    size        K, the number of entries
+    channels    C, the numbers in an entry
+    commitment  weight of the loss that pulls the encoder towards the codebook
+    warmup      training batches that pass without rounding; the next one sets the codebook
     """
 
-    def __init__(self, size, channels, commitment=0.25, warmup=200):
+    def __init__(self, size, channels, commitment=0.25, warmup=0):
         super().__init__()
-        self.commitment, self.warmup = commitment, warmup
+        self.commitment = commitment
+        self.warmup = warmup
         self.codebook = nn.Parameter(torch.randn(size, channels))  # (K, C)
-        self.register_buffer("ready", torch.tensor(False))  # False: z passes through
-        self.register_buffer("batches", torch.tensor(0))  # passed through in training
+        self.register_buffer("ready", torch.tensor(False))  # whether the codebook has been set
+        self.register_buffer("batches", torch.tensor(0))  # training batches before it was set
 
     @torch.no_grad()
     def initialise(self, z):
-        """Set the codebook to random latent vectors of z (B, C, h, w)."""
+        """Set the codebook to random vectors of z (B, C, h, w), one z of several images.
+
+        Several processes of torch.distributed all have to call it. They get one codebook, made of
+        rank 0's z.
+        """
+        check_shape("z", z, "B", self.codebook.shape[1], "h", "w")
         vectors = z.float().permute(0, 2, 3, 1).flatten(0, 2)  # (B, C, h, w) -> (B*h*w, C)
-        chosen = vectors[torch.randint(len(vectors), (len(self.codebook),), device=z.device)]
-        # A little noise tells entries apart that come from equal patches, such as plain sky.
-        self.codebook.copy_(chosen + 0.02 * vectors.std() * torch.randn_like(chosen))
+        rows = torch.randint(len(vectors), (len(self.codebook),), device=z.device)
+        chosen = vectors[rows]  # (K, C)
+
+        # Equal patches, such as plain sky, give equal vectors. A little noise tells them apart.
+        noise = 0.02 * vectors.std() * torch.randn_like(chosen)
+        self.codebook.copy_(chosen + noise)
+        if dist.is_available() and dist.is_initialized():
+            dist.broadcast(self.codebook.data, src=0)
         self.ready.fill_(True)
 
     @torch.no_grad()
     def nearest(self, vectors):
-        """Vectors (M, C) -> (M,) int64, the indices of the nearest codebook entries."""
-        # |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 is the same for all entries.
-        squares = self.codebook.pow(2).sum(1)  # (K,)
-        return torch.addmm(squares, vectors, self.codebook.t(), alpha=-2).argmin(1)  # (M, K)
+        """Vectors (M, C) -> indices of the nearest codebook entries, (M,) int64."""
+        codebook = self.codebook.to(vectors.dtype)
+        # |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 is the same for all entries e.
+        squares = codebook.pow(2).sum(1)  # (K,)
+        scores = torch.addmm(squares, vectors, codebook.t(), alpha=-2)  # (M, C), (C, K) -> (M, K)
+        return scores.argmin(1)
 
     def forward(self, z):
+        """z (B, C, h, w) float -> z_q of z's shape and dtype, loss (scalar), indices (B, h, w).
+
+        The loss holds the terms for codebook and commitment; indices are int64. As long as the
+        codebook has not been set, z passes without rounding, with loss 0 and indices 0.
+        """
+        check_shape("z", z, "B", self.codebook.shape[1], "h", "w")
         if self.training and not self.ready:
             self.batches += 1
             if self.batches > self.warmup:
                 self.initialise(z)
-        if not self.ready:
-            # The codebook stays in the graph (times 0): data-parallel training wants all gradients.
-            return z, 0 * self.codebook.sum(), torch.zeros_like(z[:, 0], dtype=torch.long)
+
+        # At least float32: in bfloat16 many entries would be equally near.
         B, C, h, w = z.shape
-        with torch.autocast(z.device.type, enabled=False):  # in bfloat16 many distances would tie
-            vectors = z.float().permute(0, 2, 3, 1).reshape(-1, C)  # (B, C, h, w) -> (B*h*w, C)
-            indices = self.nearest(vectors)
-            entries = F.embedding(indices, self.codebook)  # (B*h*w, C)
+        dtype = torch.promote_types(z.dtype, torch.float32)
+        with torch.autocast(z.device.type, enabled=False):
+            vectors = z.to(dtype).permute(0, 2, 3, 1).reshape(-1, C)  # (B, C, h, w) -> (B*h*w, C)
+            indices = self.nearest(vectors)  # (B*h*w,)
+            entries = F.embedding(indices, self.codebook.to(dtype))  # (B*h*w, C)
+
             # The codebook moves to the encoder's outputs; the encoder commits to its entries.
-            loss = (F.mse_loss(entries, vectors.detach())
-                    + self.commitment * F.mse_loss(vectors, entries.detach()))
+            codebook_loss = F.mse_loss(entries, vectors.detach())
+            commitment_loss = F.mse_loss(vectors, entries.detach())
+            loss = codebook_loss + self.commitment * commitment_loss
+
             # Straight-through: the value of the entry, the gradient of the unrounded vector.
             rounded = vectors + (entries - vectors).detach()  # (B*h*w, C)
-        z_q = rounded.view(B, h, w, C).permute(0, 3, 1, 2)  # -> (B, C, h, w)
+
         # Contiguous, as the decoder's GroupNorm is slow in the permuted layout.
-        return z_q.contiguous(), loss, indices.view(B, h, w)  # (B*h*w,) -> (B, h, w)
+        z_q = rounded.view(B, h, w, C).permute(0, 3, 1, 2)  # (B*h*w, C) -> (B, C, h, w)
+        z_q = z_q.to(z.dtype).contiguous()
+        indices = indices.view(B, h, w)  # (B*h*w,) -> (B, h, w)
+
+        # `where` and not `if`: then torch.compile and torch.export take it in eval mode.
+        z_q = torch.where(self.ready, z_q, z)
+        loss = torch.where(self.ready, loss, 0.0)
+        indices = torch.where(self.ready, indices, 0)
+        return z_q, loss, indices
+
+
+def linear_encoder(factor, latent_channels):
+    """Each latent number is a weighted sum of the pixels around its position."""
+    return nn.Sequential(
+        nn.PixelUnshuffle(factor),  # (B, 3, S, S) -> (B, 3 f^2, S/f, S/f)
+        nn.Conv2d(3 * factor**2, latent_channels, 3, padding=1),
+    )
+
+
+def middle(width):
+    """The layers at the lowest resolution, in encoder and decoder alike."""
+    return [ResidualBlock(width, width), PositionAttention(width), ResidualBlock(width, width)]
+
+
+def deep_encoder(widths, blocks, latent_channels, patch):
+    """Images (B, 3, S, S) -> latent (B, C, S/f, S/f), f = patch * 2^(levels - 1).
+
+    widths: channels at each level, from full resolution down; blocks: residual blocks a level.
+    """
+    c = widths[0]
+    layers = [nn.PixelUnshuffle(patch), nn.Conv2d(3 * patch**2, c, 3, padding=1)]
+
+    for level, width in enumerate(widths):
+        if level > 0:
+            layers.append(nn.Conv2d(c, c, 3, stride=2, padding=1))  # halves the resolution
+        for _ in range(blocks):
+            layers.append(ResidualBlock(c, width))
+            c = width
+
+    layers += middle(c)
+    layers += [group_norm(c), nn.SiLU(), nn.Conv2d(c, latent_channels, 3, padding=1)]
+    return nn.Sequential(*layers)
+
+
+def deep_decoder(widths, blocks, latent_channels, patch):
+    """Latent (B, C, S/f, S/f) -> images (B, 3, S, S): the levels of deep_encoder in reverse, with
+    one more residual block in each."""
+    c = widths[-1]
+    layers = [nn.Conv2d(latent_channels, c, 3, padding=1)]
+    layers += middle(c)
+
+    for level, width in reversed(list(enumerate(widths))):
+        for _ in range(blocks + 1):
+            layers.append(ResidualBlock(c, width))
+            c = width
+        if level > 0:
+            layers.append(nn.Upsample(scale_factor=2))
+            layers.append(nn.Conv2d(c, c, 3, padding=1))
+
+    layers += [group_norm(c), nn.SiLU(), nn.Conv2d(c, 3 * patch**2, 3, padding=1)]
+    layers.append(nn.PixelShuffle(patch))  # (B, 3 p^2, S/p, S/p) -> (B, 3, S, S)
+    return nn.Sequential(*layers)
 
 
 class VQAutoencoder(nn.Module):
     """Image -> small latent -> nearest codebook vectors -> image.
 
-    channels, multipliers   width at each level; each further level halves the resolution
-    blocks                  residual blocks a level (one more in the decoder)
-    latent_channels         C; codebook_size: K; commitment: weight of the commitment loss
-    patch                   pixels folded into channels at the input; f = patch * 2^(levels - 1)
-    linear                  the encoder is one 3 x 3 convolution over blocks of f x f pixels
+    channels         width at full resolution, a multiple of 32
+    multipliers      level i has channels * multipliers[i]; each level halves the resolution once
+                     more than the level before it
+    blocks           residual blocks a level, in the decoder one more
+    latent_channels  C
+    codebook_size    K
+    commitment       weight of the commitment loss
+    patch            side of the squares of pixels that become channels at the input;
+                     f = patch * 2^(levels - 1)
+    linear           whether the encoder is a single convolution over squares of f x f pixels
+    warmup           training batches without rounding
     """
 
     def __init__(self, channels=32, multipliers=(1, 2, 4), blocks=2, latent_channels=3,
-                 codebook_size=2048, commitment=0.25, patch=1, linear=False):
+                 codebook_size=2048, commitment=0.25, patch=1, linear=False, warmup=200):
         super().__init__()
-        self.factor, self.latent_channels = patch * 2 ** (len(multipliers) - 1), latent_channels
-        widths = [channels * m for m in multipliers]
-        c, top, pixels = widths[0], widths[-1], 3 * patch**2
-        middle = lambda: [ResidualBlock(top, top), PositionAttention(top), ResidualBlock(top, top)]
-        if linear:  # each latent number is a weighted sum of the pixels around its position
-            down = [nn.PixelUnshuffle(self.factor),
-                    nn.Conv2d(3 * self.factor**2, latent_channels, 3, padding=1)]
+        self.factor = patch * 2 ** (len(multipliers) - 1)
+        self.latent_channels = latent_channels
+        widths = [channels * multiplier for multiplier in multipliers]
+
+        if linear:
+            self.encoder = linear_encoder(self.factor, latent_channels)
         else:
-            down = [nn.PixelUnshuffle(patch), nn.Conv2d(pixels, c, 3, padding=1)]
-            for level, width in enumerate(widths):
-                if level > 0:
-                    down.append(nn.Conv2d(c, c, 3, stride=2, padding=1))
-                for _ in range(blocks):
-                    down.append(ResidualBlock(c, width))
-                    c = width
-            down += [*middle(), group_norm(top), nn.SiLU(),
-                     nn.Conv2d(top, latent_channels, 3, padding=1)]
-        self.encoder = nn.Sequential(*down)
-        self.quantizer = Quantizer(codebook_size, latent_channels, commitment)
-        up, c = [nn.Conv2d(latent_channels, top, 3, padding=1), *middle()], top
-        for level, width in reversed(list(enumerate(widths))):
-            for _ in range(blocks + 1):
-                up.append(ResidualBlock(c, width))
-                c = width
-            if level > 0:
-                up += [nn.Upsample(scale_factor=2), nn.Conv2d(c, c, 3, padding=1)]
-        self.decoder = nn.Sequential(*up, group_norm(c), nn.SiLU(),
-                                     nn.Conv2d(c, pixels, 3, padding=1), nn.PixelShuffle(patch))
+            self.encoder = deep_encoder(widths, blocks, latent_channels, patch)
+        self.quantizer = Quantizer(codebook_size, latent_channels, commitment, warmup)
+        self.decoder = deep_decoder(widths, blocks, latent_channels, patch)
+
+    def ends(self):
+        """The layers where encoder and decoder begin and end."""
+        return [self.encoder[1], self.encoder[-1], self.decoder[0], self.decoder[-2]]
 
     def encode(self, x):
         """Images (B, 3, S, S) in [-1, 1] -> latent before quantisation (B, C, S/f, S/f)."""
+        check_images(x, self.factor)
         return self.encoder(x)
 
     def quantize(self, z):
@@ -165,7 +260,8 @@ class VQAutoencoder(nn.Module):
 
     def decode(self, z):
         """Latent (B, C, S/f, S/f), quantised here -> images (B, 3, S, S), about [-1, 1]."""
-        return self.decoder(self.quantize(z)[0])
+        z_q, _, _ = self.quantize(z)
+        return self.decoder(z_q)
 
     def forward(self, x):
         """-> reconstruction of x's shape, codebook loss (scalar), indices (B, S/f, S/f)."""
@@ -173,46 +269,275 @@ class VQAutoencoder(nn.Module):
         return self.decoder(z_q), loss, indices
 
 
-def codebook_usage(counts):
-    """counts (K,), of many batches -> share of entries used, in [0, 1], and perplexity in [1, K]:
-    how many entries, all used equally, would have the same entropy."""
-    p = counts.double() / counts.sum().clamp(min=1)
-    entropy = -(p * p.clamp(min=1e-12).log()).sum()
-    return (counts > 0).double().mean().item(), entropy.exp().item()
-
-
 class FirstStageLoss(nn.Module):
-    """L1 + squared * L2 + codebook loss, with which the first stage is trained: images (B, 3, S, S)
-    in [-1, 1] -> loss (scalar), reconstruction, indices."""
+    """The loss of the first stage: L1 + squared * L2 + codebook loss.
+
+    images (B, 3, S, S) in [-1, 1] -> loss (scalar), reconstruction, indices
+    """
 
     def __init__(self, autoencoder, squared=0.0):
         super().__init__()
-        self.autoencoder, self.squared = autoencoder, squared
+        self.autoencoder = autoencoder
+        self.squared = squared
 
     def forward(self, images):
         reconstruction, codebook_loss, indices = self.autoencoder(images)
         reconstruction = reconstruction.float()
-        loss = F.l1_loss(reconstruction, images) + self.squared * F.mse_loss(reconstruction, images)
-        return loss + codebook_loss, reconstruction, indices
+        images = images.float()
+
+        l1 = F.l1_loss(reconstruction, images)
+        l2 = F.mse_loss(reconstruction, images)
+        return l1 + self.squared * l2 + codebook_loss, reconstruction, indices
 
 
-# ---- What train.py --first-stage names ----------------------------------------------------------
+def codebook_usage(counts):
+    """How often each entry was chosen in many batches, counts (K,) -> two numbers.
+
+    The share of entries that are used, in [0, 1]; and the perplexity, in [1, K]: so many entries
+    would have the same entropy if all were used equally.
+    """
+    share_used = (counts > 0).double().mean()
+    p = counts.double() / counts.sum().clamp(min=1)
+    entropy = -(p * p.clamp(min=1e-12).log()).sum()
+    return share_used.item(), entropy.exp().item()
+
+
+# The kinds of first stage: the paper's sizes, and those of the preset `small`.
+KINDS = {
+    "deep": VQAutoencoder,
+    "linear": functools.partial(VQAutoencoder, channels=64, multipliers=(1, 2), blocks=1,
+                                latent_channels=4, codebook_size=8192, patch=4, linear=True),
+}
+
+
+# ---- Autoencoders that it is compared with (Table 1). Skip on first reading. --------------------
+
+
+def check_shape(name, tensor, *expected):
+    """ValueError unless the tensor has this shape; a letter stands for any size."""
+    shape = tuple(getattr(tensor, "shape", ()))
+    fits = len(shape) == len(expected) and all(
+        isinstance(size, str) or n == size for n, size in zip(shape, expected))
+
+    if not fits:
+        sizes = str(expected).replace("'", "")
+        raise ValueError(f"{name} has shape {shape}; expected {sizes}")
+
+
+def check_images(images, factor):
+    """ValueError unless these are images whose sides are multiples of the downsampling factor."""
+    check_shape("images", images, "B", 3, "S", "S")
+    h, w = images.shape[2:]
+    if h % factor != 0 or w % factor != 0:
+        raise ValueError(f"images have {h} x {w} pixels; expected multiples of {factor}")
 
 
 class Pixels(nn.Module):
-    """No first stage: an orthogonal map, (B, 3, S, S) -> (B, 3 f^2, S/f, S/f), and its inverse."""
+    """No first stage: the pixels are rearranged, (B, 3, S, S) -> (B, 3 f^2, S/f, S/f), and back."""
 
     def __init__(self, factor=8):
         super().__init__()
-        self.factor, self.latent_channels = factor, 3 * factor**2
-        self.encode, self.decode = nn.PixelUnshuffle(factor), nn.PixelShuffle(factor)
+        self.factor = factor
+        self.latent_channels = 3 * factor**2
+        self.encode = nn.PixelUnshuffle(factor)
+        self.decode = nn.PixelShuffle(factor)
 
 
-# The paper's sizes; those of the preset `small`; no first stage.
-KINDS = {"deep": VQAutoencoder,
-         "linear": functools.partial(VQAutoencoder, channels=64, multipliers=(1, 2), blocks=1,
-                                     latent_channels=4, codebook_size=8192, patch=4, linear=True),
-         "pixels": Pixels}
+# Weights of the VAEs' penalties. Of beta 1 to 64, gamma 30 to 1000 and beta 1 to 15 the first three
+# gave seed 0 the highest DCI; that of "factor" was not tuned yet.
+VAE_WEIGHTS = {"beta": 32.0, "annealed": 100.0, "tc": 3.0, "factor": 10.0}
+CAPACITY = 25.0  # AnnealVAE's C at the end, in nats (Burgess et al. 2018)
+RISES = 0.5  # share of the training steps in which C rises from 0
+
+
+def log_normal(z, mean, log_var):
+    """log N(z; mean, exp(log_var)) of each number, in nats."""
+    return -((z - mean) ** 2 / log_var.exp() + log_var + math.log(2 * math.pi)) / 2
+
+
+def kl_terms(z, mean, log_var):
+    """KL(q(z|x) || N(0, I)) in three parts, in nats (Chen et al. 2018).
+
+    z, mean, log_var  (B, N) each: z is drawn from q(z|x) = N(mean, exp(log_var))
+    -> mutual information of x and z; total correlation of z; divergence of its single dimensions
+    from N(0, 1): three scalars
+
+    By minibatch-weighted sampling: q(z) is the mean of q(z|x) over the images of the batch. Their
+    constant factor is left out, as it has no gradient.
+    """
+    B = len(z)
+    log_q = log_normal(z[:, None], mean, log_var)  # (B, 1, N) -> (B, B, N): q(z_i | x_j) at [i, j]
+    log_q_zx = log_q.diagonal().sum(0)  # log q(z_i | x_i): (N, B) -> (B,)
+    log_q_z = log_q.sum(2).logsumexp(1) - math.log(B)  # log q(z_i): (B, B) -> (B,)
+    log_q_each = log_q.logsumexp(1) - math.log(B)  # of each dimension alone: (B, N)
+    log_prod_q = log_q_each.sum(1)  # log of the product of the marginals: (B,)
+    zeros = torch.zeros_like(z)
+    log_p = log_normal(z, zeros, zeros).sum(1)  # of the prior: (B,)
+
+    mutual_information = (log_q_zx - log_q_z).mean()
+    total_correlation = (log_q_z - log_prod_q).mean()
+    dimension_wise = (log_prod_q - log_p).mean()
+    return mutual_information, total_correlation, dimension_wise
+
+
+class Discriminator(nn.Module):
+    """FactorVAE's (Kim & Mnih 2018): tells codes from codes that were permuted across the batch.
+
+    z (B, N) -> (B,), an estimate of log q(z) / (q(z_1) ... q(z_N)), whose mean over q(z) is the
+    total correlation of z. Three hidden layers of 256 units; in that paper, six of 1000.
+    """
+
+    def __init__(self, num_codes, width=256):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(num_codes, width),
+            nn.LeakyReLU(0.2),
+            nn.Linear(width, width),
+            nn.LeakyReLU(0.2),
+            nn.Linear(width, width),
+            nn.LeakyReLU(0.2),
+            nn.Linear(width, 1),
+        )
+
+    def forward(self, z):
+        return self.layers(z)[:, 0].float()  # (B, N) -> (B, 1) -> (B,)
+
+    def total_correlation(self, z):
+        """The estimate for z (B, N), a scalar in nats; its gradient does not reach the weights."""
+        frozen = {name: weight.detach() for name, weight in self.named_parameters()}
+        return torch.func.functional_call(self, frozen, z).mean()
+
+    def loss(self, z):
+        """Cross-entropy of its guesses, a scalar; the gradient does not reach z (B, N)."""
+        z = z.detach()
+        # Each code is taken from an image of its own, so the codes are independent.
+        order = torch.rand_like(z).argsort(dim=0)
+        permuted = z.gather(0, order)  # (B, N)
+        return (F.softplus(-self(z)).mean() + F.softplus(self(permuted)).mean()) / 2
+
+
+class VAE(nn.Module):
+    """beta-VAE, AnnealVAE, beta-TCVAE or FactorVAE, with the methods of EncDiff.
+
+    encoder    images (B, 3, S, S) in [-1, 1] -> (B, 2N): N means, then N log variances
+    num_codes  N
+    objective  a key of VAE_WEIGHTS, else ValueError
+    steps      of the whole training, in half of which AnnealVAE's C rises
+    size       side S of the images, a multiple of 16
+    width      channels of the decoder
+
+    The latent is the code (B, N), a mean, and the target is the image itself. So there is no
+    timestep, first stage or sampler. After `loss`, `terms` has floats for the log.
+    """
+
+    def __init__(self, encoder, num_codes, objective="beta", steps=1, size=64, width=64):
+        super().__init__()
+        if objective not in VAE_WEIGHTS:
+            raise ValueError(f"objective is {objective!r}; expected {', '.join(VAE_WEIGHTS)}")
+        if size % 16 != 0:
+            raise ValueError(f"size is {size}; expected a multiple of 16")
+        self.encoder = encoder
+        self.objective = objective
+        self.steps = max(1, steps)
+        self.latent_shape = (num_codes,)
+        self.terms = {}
+        self.register_buffer("step", torch.tensor(0))  # training steps done, kept in checkpoints
+
+        low = size // 16  # the resolution that four layers double
+        self.decoder = nn.Sequential(
+            nn.Linear(num_codes, 256),
+            nn.ReLU(),
+            nn.Linear(256, width * low**2),
+            nn.ReLU(),
+            nn.Unflatten(1, (width, low, low)),  # (B, width low^2) -> (B, width, low, low)
+            nn.ConvTranspose2d(width, width, 4, stride=2, padding=1),
+            nn.ReLU(),
+            nn.ConvTranspose2d(width, width, 4, stride=2, padding=1),
+            nn.ReLU(),
+            nn.ConvTranspose2d(width, width, 4, stride=2, padding=1),
+            nn.ReLU(),
+            nn.ConvTranspose2d(width, 3, 4, stride=2, padding=1),
+        )
+        self.discriminator = Discriminator(num_codes) if objective == "factor" else None
+
+    def ends(self):
+        """The layers where the networks begin and end, and the whole discriminator."""
+        ends = [*self.encoder.ends(), self.decoder[0], self.decoder[-1]]
+        if self.discriminator is not None:
+            ends.append(self.discriminator)
+        return ends
+
+    def represent(self, images):
+        """images (B, 3, S, S) in [-1, 1] -> codes (B, N), the means of q(z|x)."""
+        mean, _ = self.encoder(images).chunk(2, dim=1)  # (B, 2N) -> 2x (B, N)
+        return mean
+
+    def latents(self, images):
+        """The codes are the latent."""
+        return self.represent(images)
+
+    def tokens(self, codes):
+        """The decoder reads the codes as they are."""
+        return codes
+
+    def loss(self, images, t=None, noise=None):
+        """-log p(x|z) of Bernoulli pixels + penalty, in nats for each number of an image: a scalar.
+
+        images (B, 3, S, S) in [-1, 1]; noise (B, N) is drawn unless given; t is not used.
+        For FactorVAE it contains the discriminator's loss. No weight is trained by both.
+        """
+        # A code for each image, drawn from q(z|x).
+        mean, log_var = self.encoder(images).float().chunk(2, dim=1)  # (B, 2N) -> 2x (B, N)
+        if noise is None:
+            noise = torch.randn_like(mean)
+        z = mean + (log_var / 2).exp() * noise
+
+        # -log p(x|z), summed over an image.
+        logits = self.decoder(z.to(images.dtype)).float()
+        target = (images.float() + 1) / 2
+        error = F.binary_cross_entropy_with_logits(logits, target, reduction="sum") / len(images)
+
+        # KL(q(z|x) || N(0, I)), and the part of it that says how the codes depend on each other.
+        kl = (mean**2 + log_var.exp() - 1 - log_var).sum(1).mean() / 2
+        if self.discriminator is None:
+            _, total_correlation, _ = kl_terms(z, mean, log_var)
+        else:
+            total_correlation = self.discriminator.total_correlation(z.to(images.dtype))
+        self.terms = {"kl": kl.item(), "total_correlation": total_correlation.item()}
+
+        # Divided by the numbers in an image, gradients are about as large as those of eq. (3).
+        if self.training:
+            self.step += 1
+        loss = (error + self.penalty(kl, total_correlation)) / images[0].numel()
+        if self.discriminator is not None:
+            loss = loss + self.discriminator.loss(z.to(images.dtype))
+        return loss
+
+    def forward(self, *arguments):
+        return self.loss(*arguments)  # under the name that DistributedDataParallel calls
+
+    def penalty(self, kl, total_correlation):
+        """What the objective adds to -log p(x|z), in nats an image, from two scalars in nats."""
+        weight = VAE_WEIGHTS[self.objective]
+        if self.objective == "beta":  # Higgins et al. 2017
+            return weight * kl
+        if self.objective == "annealed":
+            # Eq. (6) is E log p(x|z) - gamma |KL(q(z|x) || p(z)) - C|, which AnnealVAE maximises.
+            share = self.step / (RISES * self.steps)
+            C = CAPACITY * share.clamp(max=1)
+            return weight * (kl - C).abs()
+        if self.objective == "tc":  # Chen et al. 2018: the total correlation counts `weight` times
+            return kl + (weight - 1) * total_correlation
+        return kl + weight * total_correlation  # FactorVAE, Kim & Mnih 2018
+
+    @torch.no_grad()
+    def decode(self, z):
+        """codes (B, N) -> images (B, 3, S, S) in [-1, 1]."""
+        return self.decoder(z).float().sigmoid() * 2 - 1
+
+    def sample(self, tokens, steps=1, sampler="none", noise=None):
+        """codes (B, N) -> images (B, 3, S, S) in [-1, 1], in one pass: the others are not used."""
+        return self.decode(tokens)
 
 
 if __name__ == "__main__":
@@ -221,8 +546,10 @@ if __name__ == "__main__":
     x = torch.rand(2, 3, 64, 64) * 2 - 1
     z = model.encode(x).detach().requires_grad_()
     model.quantizer.initialise(z)
-    z_q = model.quantize(z)[0]
+    z_q, _, _ = model.quantize(z)
+    count = sum(p.numel() for p in model.parameters())
     print(f"image {tuple(x.shape)} -> latent {tuple(z.shape)} -> rounded {tuple(z_q.shape)}, "
-          f"{sum(p.numel() for p in model.parameters()):,} parameters")
+          f"{count:,} parameters")
+
     z_q.sum().backward()
     print(f"gradient through rounding: {z.grad.unique().tolist()} (expected [1.0])")
