@@ -472,6 +472,9 @@ class VAE(nn.Module):
         mean, _ = self.encoder(images).chunk(2, dim=1)  # (B, 2N) -> 2x (B, N)
         return mean
 
+    def set_latent_scale(self, images):
+        """A code needs no scale: the KL term gives it one."""
+
     def latents(self, images):
         """The codes are the latent."""
         return self.represent(images)
@@ -535,7 +538,7 @@ class VAE(nn.Module):
         """codes (B, N) -> images (B, 3, S, S) in [-1, 1]."""
         return self.decoder(z).float().sigmoid() * 2 - 1
 
-    def sample(self, tokens, steps=1, sampler="none", noise=None):
+    def sample(self, tokens, steps=1, sampler="none", noise=None, eta=0.0):
         """codes (B, N) -> images (B, 3, S, S) in [-1, 1], in one pass: the others are not used."""
         return self.decode(tokens)
 
