@@ -1,366 +1,1085 @@
-"""How well do N codes separate F factors? FactorVAE score, DCI, MIG, TAD, and image distances.
+"""How well do N codes separate F factors? FactorVAE score, DCI, MIG, InfoMEC, and image distances.
 
-WHERE     read after vq.py, before data.py. Imports numpy and torch only: copy it freely.
-PAPER     EncDiff, arXiv 2402.09712v2, experimental setup; each score names its own paper.
-SHAPES    n samples, N codes, d width of a vector-valued code, F factors, K classes of one factor,
-          codes (n, N) or (n, N, d), factors (n, F) integers, images (B, 3, H, W)
-IDEA      The factor scores fill a table "which code knows which factor", and ask: does each code
-          know one factor only (disentanglement), is each factor known by one code only
-          (completeness)? They fill it by asking
-            FactorVAE score   which code stands still while one factor is held fixed? Votes.
+WHERE     Read after vq.py, before data.py. Imports numpy and torch only: copy it freely.
+PAPER     EncDiff, arXiv 2402.09712v2, experimental setup. Each score names its own paper.
+SHAPES    n samples, N codes, d width of a vector-valued code, F factors, K values of one factor;
+          codes (n, N) or (n, N, d), factors (n, F) labels of any kind, images (B, 3, H, W).
+IDEA      Every score first finds out which code knows which factor. Then it asks two questions.
+          Does each code know one factor only (disentanglement, modularity)? Is each factor known
+          by one code only (completeness, compactness)? They differ in how they find out:
             DCI               which codes does a classifier use to read a factor? Boosted trees.
-            MIG               how much do a code and a factor tell of each other? A 2-d histogram.
-          FactorVAE and DCI's D do not mind a factor spread over several codes; C and MIG do, and
-          with 20 codes for 6 factors stay well below D. "DCI" in the paper's tables is D alone.
-DIFFERS   from disentanglement_lib 1.5: FactorVAE votes on a pool encoded once and never for a dead
-          code, DCI never tests on its training samples, the trees are our own. Run beside ours it
-          gives the same to a thousandth, but for the noise of votes (script and figures: README).
+            FactorVAE score   which code stands still while one factor is held fixed? Votes.
+            MIG, InfoMEC      how much do a code and a factor tell of each other? Information.
+          D of DCI and the FactorVAE score allow that several codes share a factor. C and MIG do
+          not: with 20 codes for 6 factors they stay well below D. "DCI" in the paper's tables is D.
+          `agreement` needs no factors: it ranks several runs by how far their codes are the same.
+DIFFERS   From disentanglement_lib 1.5: FactorVAE votes are drawn from images encoded once; a code
+          is dead beside other codes and not below a fixed std, as codes have no unit; DCI never
+          tests on its training samples; the trees are ours. README compares the two.
           From the public TAD script: AUROC is exact, not summed over a grid of thresholds.
 TRY       python metrics.py              the trees, worked step by step on six numbers
           python metrics.py codes.npz    all factor scores of your own `codes` and `factors`
 """
 import argparse
 import collections
-import functools
 import os
+import pathlib
 import sys
+import warnings
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-
-ACTIVE = 0.05  # a code votes from this std on: of a dead one, rounding errors would win every vote
+import torch.nn.functional as functional
 
 
 # ---- All scores at once --------------------------------------------------------------------------
 def evaluate(codes, factors, seed=0, dci_train=10_000, dci_test=5_000):
-    """All factor scores of a table of codes, as a dict that json.dump accepts. Codes (n, N) or
-    (n, N, d) finite, factors (n, F) integers, else ValueError. FactorVAE score and MIG use all n
-    samples, DCI random dci_train + dci_test, or two thirds and one third of fewer. A score that
-    cannot be computed is absent; "note" says why in one line, "" if none is missing."""
-    codes = scalar_codes(codes)
-    factors = check_factors(factors, len(codes))
+    """All factor scores of a table of codes, as a dict that json.dump accepts.
+
+    codes      (n, N), or (n, N, d) of vector-valued codes; finite numbers in any unit
+    factors    (n, F) labels: numbers, names, booleans
+    seed       of the votes, of the split and of ties between codes
+    dci_train  samples that DCI's trees learn from; two thirds of fewer than dci_train + dci_test
+    dci_test   other samples, on which the trees are tested
+
+    FactorVAE score and MIG use all samples, InfoMEC at most INFOMEC_SAMPLES of them. A score that
+    cannot be computed is absent, and "note" says in one line why; so does it of codes and factors
+    that were left out. ValueError: the two tables do not belong together, or hold NaN.
+    """
+    codes, factors = check_tables(codes, factors)
     if min(dci_train, dci_test) < 1:
         raise ValueError(f"DCI on {dci_train} + {dci_test} samples; expected 1 or more of each")
-    if len(codes) < dci_train + dci_test:
-        dci_train, dci_test = len(codes) * 2 // 3, len(codes) - len(codes) * 2 // 3
-    order = np.random.default_rng(seed).permutation(len(codes))
-    train, test = order[:dci_train], order[dci_train:dci_train + dci_test]
-    scores = {"active_dims": int((codes.std(0) >= ACTIVE).sum()), "samples": len(codes),
-              "dci_train": dci_train, "dci_test": dci_test, "seed": seed}
-    names, notes = {"score": "factor_vae", "train_score": "factor_vae_train"}, []
-    for name, compute in (
-            ("FactorVAE score", lambda: factor_vae_votes(codes, factors, seed=seed)),
-            ("DCI", lambda: dci(codes[train], factors[train], codes[test], factors[test], seed)),
-            ("MIG", lambda: {"mig": mig(codes, factors)})):
-        try:
-            found = compute()
-        except ValueError as error:
-            found = {"note": f"no {name}: {error}"}
-        notes.append(found.pop("note", ""))
-        scores |= {names.get(key, key): value for key, value in found.items()}
+
+    n = len(codes)
+    if n < dci_train + dci_test:
+        dci_train = n * 2 // 3
+        dci_test = n - dci_train
+    order = np.random.default_rng(seed).permutation(n)
+    train = order[:dci_train]
+    test = order[dci_train:dci_train + dci_test]
+    sample = order[:INFOMEC_SAMPLES]
+
+    tables = (codes[train], factors[train], codes[test], factors[test])
+    results = [
+        attempt("FactorVAE score", factor_vae_votes, codes, factors, seed=seed),
+        attempt("DCI", dci, *tables, seed=seed),
+        attempt("MIG", mig, codes, factors),
+        attempt("InfoMEC", infomec, codes[sample], factors[sample])]
+
+    live = live_codes(codes)
+    scores = {
+        "active_dims": int(live.sum()),
+        "samples": n,
+        "dci_train": dci_train,
+        "dci_test": dci_test,
+        "seed": seed}
+    notes = []
+    for result in results:
+        notes += result.pop("note", "").split("; ")
+        scores.update(result)
+
+    scores.pop("nmi", None)
     if "importance" in scores:
         scores["importance"] = scores["importance"].tolist()
-    return scores | {"note": "; ".join(filter(None, notes))}
+    said_once = [note for note in dict.fromkeys(notes) if note]
+    scores["note"] = "; ".join(said_once)
+    return scores
 
 
 # ---- DCI -----------------------------------------------------------------------------------------
 def dci(train_codes, train_factors, test_codes, test_factors, seed=0):
     """Disentanglement, completeness, informativeness (Eastwood & Williams, ICLR 2018), as a dict.
-    Boosted trees learn to read each of the factors (n, F) from the codes (n, N); importance[i, j]
-    says how much those of factor j used code i. D and C: 0 to 1; one code a factor scores 1, codes
-    that know nothing about 0. Informativeness is accuracy averaged over factors. "note" says what
-    is missing: factors with one value in train_factors; D of one factor and C of one code, 0 / 0.
-    ValueError: no factor varies, or shapes do not fit."""
-    train_codes, test_codes = (scalar_codes(train_codes, name="train_codes"),
-                               scalar_codes(test_codes, train_codes, "test_codes"))
-    train_factors = check_factors(train_factors, len(train_codes), "train_factors")
-    test_factors = check_factors(test_factors, len(test_codes), "test_factors")
-    learnt = np.flatnonzero(np.ptp(train_factors, axis=0)).tolist()
-    if test_factors.shape[1] != train_factors.shape[1] or not learnt:
-        raise ValueError(f"train_factors has shape {train_factors.shape}, test_factors "
-                         f"{test_factors.shape}; expected the same factors, and one that varies")
-    importance, right = np.zeros((train_codes.shape[1], train_factors.shape[1])), []      # (N, F)
-    for j in learnt:
+
+    train_codes    (n, N) or (n, N, d): boosted trees learn to read each factor from them
+    train_factors  (n, F) labels
+    test_codes     (m, N) or (m, N, d), other samples
+    test_factors   (m, F) labels
+    seed           of ties between codes that are equally good
+
+    "importance" (N, F): how much the trees of factor j used code i; each column sums to 1.
+    "disentanglement" and "completeness", 0 to 1: one code a factor scores 1, codes that know
+    nothing about 0. "informativeness_train" and "informativeness_test": the share of labels that
+    are read correctly, averaged over factors. "note" names the factors that were left out.
+    ValueError: no factor can be learnt, or the tables do not belong together.
+    """
+    tested = check_tables(test_codes, test_factors, "test_", fit_on=train_codes)
+    test_codes, test_factors = tested
+    train_codes, train_factors = check_tables(train_codes, train_factors, "train_")
+    if test_factors.shape[1] != train_factors.shape[1]:
+        raise ValueError(f"train_factors has shape {train_factors.shape} and test_factors "
+                         f"{test_factors.shape}; expected the same factors in both")
+    usable, notes = usable_factors(train_factors)
+    if not usable:
+        raise ValueError("; ".join(notes))
+    warn_if_slow(train_codes, train_factors[:, usable])
+
+    N = train_codes.shape[1]
+    F = train_factors.shape[1]
+    importance = np.zeros((N, F))
+    right_train = []
+    right_test = []
+    for j in usable:
         trees = fit_trees(train_codes, train_factors[:, j], seed=seed)
         importance[:, j] = trees.importance
-        right.append(((predict(trees, train_codes) == train_factors[:, j]).mean(),
-                      (predict(trees, test_codes) == test_factors[:, j]).mean()))
-    right = np.mean(right, axis=0).tolist()                          # (learnt, 2) -> two floats
-    scores = dict(zip(("informativeness_train", "informativeness_test"), right))
-    missing = [f"DCI leaves out factor {j}, which has one value in the training samples"
-               for j in range(train_factors.shape[1]) if j not in learnt]
-    seen = importance[:, learnt]
-    for key, table, what in (
-            ("disentanglement", seen, "factors"), ("completeness", seen.T, "codes")):
-        if table.shape[1] > 1:
-            scores[key] = focus(table)
-        else:
-            missing.append(f"no {key}: it takes 2 {what}")
-    return scores | {"importance": importance, "note": "; ".join(missing)}
+        right = predict(trees, train_codes) == train_factors[:, j]
+        right_train.append(right.mean())
+        right = predict(trees, test_codes) == test_factors[:, j]
+        right_test.append(right.mean())
+    scores = {
+        "importance": importance,
+        "informativeness_train": float(np.mean(right_train)),
+        "informativeness_test": float(np.mean(right_test))}
+
+    table = importance[:, usable]
+    if len(usable) > 1:
+        scores["disentanglement"] = focus(table)
+    else:
+        notes.append("no disentanglement: it takes 2 factors")
+    if len(table) > 1:
+        scores["completeness"] = focus(table.T)
+    else:
+        notes.append("no completeness: it takes 2 codes")
+    scores["note"] = "; ".join(notes)
+    return scores
 
 
 def focus(importance):
-    """Do rows keep to one column, 0 to 1? Rows are codes for D; for C pass the transpose. A row
-    scores 1 - entropy / (largest entropy possible); rows count by their share of the total."""
-    share = importance + 1e-11       # as in disentanglement_lib: an unused code has equal shares
-    share = share / share.sum(1, keepdims=True)
-    score = 1 + (share * np.log(share)).sum(1) / np.log(importance.shape[1])        # (rows,)
-    weight = importance.sum(1) if importance.sum() > 0 else np.ones(len(importance))
-    return float((score * weight).sum() / weight.sum())
+    """Does each row keep to one column? 0 to 1. Rows are codes for D; for C pass the transpose.
+
+    A row scores 1 - entropy / (largest entropy possible). Rows count by their share of the total.
+    """
+    share = importance + 1e-11  # as in disentanglement_lib: an unused code has equal shares
+    share = share / share.sum(axis=1, keepdims=True)
+    disorder = -(share * np.log(share)).sum(axis=1)  # entropy of each row
+    columns = importance.shape[1]
+    score = 1 - disorder / np.log(columns)  # (rows,)
+
+    weight = importance.sum(axis=1)
+    if weight.sum() == 0:
+        weight = weight + 1
+    total = (score * weight).sum()
+    return float(total / weight.sum())
+
+
+# ---- The trees behind DCI: gradient boosting, written out ----------------------------------------
+# Why are the trees ours? This file then needs no library of trees; a seed gives the same scores
+# with every version of everything; and one can read here what "importance" means. They follow
+# scikit-learn's GradientBoostingClassifier with its defaults, and agree with it to chance.
+#
+# An example. Six samples have the codes 1 2 3 4 5 6 and the labels 0 0 0 1 0 1. Steps 2 to 5 are
+# one round of `fit_trees`. `python metrics.py` computes each of the numbers below.
+#
+# 1 START. A third of the labels is 1, so at first p = 1/3 for every sample, where p is the
+#   probability that its label is 1. What we store is not p but a score, which may be any number:
+#   p = sigmoid(score). The first score is log(1/2), the log odds of 1/3.
+# 2 RESIDUAL. r = label - p is what p still lacks: -1/3 -1/3 -1/3 2/3 -1/3 2/3.
+# 3 SPLIT. A question asks of one code, "is it at most c?" It is good if the residuals on either
+#   side are alike. With nl of n samples on the left and nr on the right, its gain is
+#       gain = (nl nr / n) (mean_l - mean_r)^2,
+#   the amount by which the squared distances to the mean shrink when each side has its own mean.
+#   The question "at most 3?" has the means -1/3 and 1/3, so its gain is (3 3 / 6) (2/3)^2 = 2/3.
+#   After 1, 2, 4 and 5 the gain is 2/15, 1/3, 1/12 and 8/15. So c lies midway between 3 and 4.
+# 4 TREE. Each half is split again, and each quarter: depth 3, with 8 leaves at most. The example
+#   stops at depth 1. Its leaves hold the samples 1 2 3 and 4 5 6.
+# 5 LEAF. The samples of a leaf move their scores by a tenth of Newton's step, which is the slope
+#   of the log likelihood over its curvature: sum r / sum |r| (1 - |r|). On the left this is
+#   -1 / (3 2/9) / 10 = -3/20, on the right 3/20. So p becomes .301 and .367.
+# Then step 2 comes again. Each of a hundred rounds corrects what the earlier ones have left.
+#
+# More than two values: each of the K values has a score, softmax replaces sigmoid, and a round
+# grows K trees. For the tree of one value r is 1 - p if the sample has it and -p if not, and the
+# step of a leaf is (K - 1) / K as long.
+# IMPORTANCE of a code: the gains of all splits that ask for it, over all trees, as a share of the
+# gains of all codes. Two codes that gain equally are chosen by chance.
+Trees = collections.namedtuple("Trees", "classes start rounds importance")
+Split = collections.namedtuple("Split", "code cut low high")
+
+
+def fit_trees(codes, labels, rounds=100, rate=0.1, depth=3, seed=0):
+    """Trees that read a label from codes.
+
+    codes   (n, N) finite numbers
+    labels  (n,) with K >= 2 values
+    rounds  how often residuals are computed and trees grown
+    rate    the share of Newton's step that a leaf takes
+    depth   the number of questions between root and leaf
+    seed    of ties between codes
+
+    Trees.classes (K,) are the values; .start holds the first scores, one a row of scores: K rows,
+    or a single one if K = 2; .rounds is a list of rounds, each a list of one tree a row. A tree is
+    a Split or, at a leaf, the step. .importance (N,) sums to 1, or to 0 if nothing was split.
+    """
+    classes, label = np.unique(labels, return_inverse=True)
+    K = len(classes)
+    target = np.stack([label == k for k in range(K)]) * 1.0  # (K, n)
+    start = np.log(target.mean(axis=1))  # (K,)
+    step = rate * ((K - 1) / K)
+    if K == 2:  # a single row of scores: the log odds
+        target = target[1:]
+        start = start[1:] - start[:1]
+        step = rate
+
+    grower = TreeGrower(codes, step, seed)
+    scores = np.tile(start, (len(codes), 1)).T  # (K, n)
+    grown = []
+    for _ in range(rounds):
+        residual = target - probabilities(scores)
+        trees = [grower.grow(row, depth) for row in residual]
+        scores += [look_up(tree, grower.columns) for tree in trees]
+        grown.append(trees)
+
+    importance = grower.gains
+    if importance.sum() > 0:
+        importance = importance / importance.sum()
+    return Trees(classes, start, grown, importance)
+
+
+class TreeGrower:
+    """Grows trees on one table of codes, which it sorts once; .gains (N,) are the gains so far.
+
+    codes  (n, N)
+    step   the share of Newton's step that a leaf takes
+    seed   of ties between codes
+    """
+
+    def __init__(self, codes, step, seed):
+        self.step = step
+        self.rng = np.random.default_rng(seed)
+        self.columns = np.ascontiguousarray(codes.T, dtype=np.float64)  # (n, N) -> (N, n)
+        N, n = self.columns.shape
+        self.gains = np.zeros(N)
+        order = self.columns.argsort(axis=1, kind="stable")  # (N, n)
+        self.order = order.astype(np.int32)  # is read faster than int64
+
+        # Samples with equal codes share a rank: no cut can part them.
+        ranks = [np.unique(column, return_inverse=True)[1] for column in self.columns]
+        self.ranks = np.stack(ranks).astype(np.float32)  # (N, n)
+        largest = self.ranks.max(axis=1)
+        self.has_ties = largest.min() < n - 1
+        self.row_starts = n * np.arange(N)[:, None]  # of `ranks`, if flattened
+
+    def grow(self, residual, depth, order=None):
+        """A tree for residuals (n,): a Split, or the step of a leaf.
+
+        order (N, m): the samples of this node, sorted by each of the codes; at the root all.
+        """
+        if order is None:
+            order = self.order
+        if depth == 0 or order.shape[1] == 1:
+            return self.leaf(residual[order[0]])
+        gain, code, cut = self.best_split(residual, order)
+        if gain <= 0:
+            return self.leaf(residual[order[0]])
+
+        self.gains[code] += gain
+        if depth == 1:
+            order = order[:1]  # a leaf needs no sorting
+        # Every row of `order` loses the same samples and stays sorted: two tables result.
+        goes_left = (self.columns[code] <= cut).take(order).ravel()  # (N, m) -> (N m,)
+        left = order.compress(goes_left).reshape(len(order), -1)  # (N, nl)
+        right = order.compress(~goes_left).reshape(len(order), -1)  # (N, nr)
+        low = self.grow(residual, depth - 1, left)
+        high = self.grow(residual, depth - 1, right)
+        return Split(code, cut, low, high)
+
+    def leaf(self, residual):
+        """Newton's step, shortened, for the residuals (m,) of a leaf."""
+        curvature = (abs(residual) * (1 - abs(residual))).sum()
+        if curvature < 1e-150:  # all are right already
+            return 0.0
+        return self.step * residual.sum() / curvature
+
+    def best_split(self, residual, order):
+        """The best question of a node: gain (0 if there is none), code, cut.
+
+        residual (n,); order (N, m) as in `grow`. All m - 1 cuts of all N codes are tried: the sum
+        of the residuals on the left of a cut is a running sum. In float32, as it is twice as fast.
+        """
+        N, m = order.shape
+        sums = residual.astype(np.float32).take(order)  # (N, m)
+        sums = sums.cumsum(axis=1)
+        left_count = np.arange(1, m, dtype=np.float32)
+        gain = split_gain(sums[:, :-1], left_count, sums[:, -1:], m)  # (N, m - 1)
+        if self.has_ties:
+            rank = self.ranks.take(order + self.row_starts)  # (N, m)
+            gain *= rank[:, 1:] > rank[:, :-1]
+
+        # Codes that gain equally must share the importance. scikit-learn asks the codes in random
+        # order; we multiply by noise that is just above the rounding of float32.
+        at = gain.argmax(axis=1)  # (N,): the best cut of each code
+        best = gain[np.arange(N), at]
+        best = best * (1 + 1e-6 * self.rng.random(N))
+        code = best.argmax()
+
+        # The cut lies midway between the two samples, unless no float does.
+        k = at[code]
+        below = self.columns[code, order[code, k]]
+        above = self.columns[code, order[code, k + 1]]
+        cut = below / 2 + above / 2
+        if cut >= above:
+            cut = below
+        return best[code], code, cut
+
+
+def split_gain(left_sum, left_count, total, count):
+    """The gain of step 3 for cuts with `left_count` of `count` samples on their left, whose
+    residuals sum to `left_sum` of `total`. With k for left_count, S for total and s for left_sum:
+    k (n-k) / n (s/k - (S-s)/(n-k))^2  =  (S k/n - s)^2 n / (k (n-k))."""
+    right_count = count - left_count
+    excess = total * (left_count / count) - left_sum
+    return excess * excess * (count / (left_count * right_count))
+
+
+def probabilities(scores):
+    """Sigmoid of a single row of scores (1, n); of several rows the softmax over rows."""
+    if len(scores) == 1:
+        return np.exp(-np.logaddexp(0, -scores))  # 1 / (1 + e^-score)
+    powers = np.exp(scores - scores.max(axis=0))
+    return powers / powers.sum(axis=0)
+
+
+def look_up(tree, columns):
+    """The step (n,) that a tree gives each sample; columns (N, n)."""
+    if not isinstance(tree, Split):
+        return np.full(columns.shape[1], tree)
+    low = look_up(tree.low, columns)
+    high = look_up(tree.high, columns)
+    return np.where(columns[tree.code] <= tree.cut, low, high)
+
+
+def predict(trees, codes):
+    """The likeliest label (n,) of each sample, from codes (n, N)."""
+    columns = np.ascontiguousarray(codes.T)  # (N, n)
+    scores = np.tile(trees.start, (len(codes), 1)).T  # (K, n)
+    for grown in trees.rounds:
+        scores += [look_up(tree, columns) for tree in grown]
+    if len(scores) == 1:  # log odds of the second value against 0 of the first
+        scores = np.concatenate([0 * scores, scores])
+    likeliest = scores.argmax(axis=0)
+    return trees.classes[likeliest]
 
 
 # ---- FactorVAE score -----------------------------------------------------------------------------
-def factor_vae_score(represent, dataset, pool=50_000, seed=0, **votes):
-    """The FactorVAE score of an encoder on a dataset with known factors: see factor_vae_votes.
-    represent maps uint8 images (B, 3, H, W) to codes (B, N) or (B, N, d), the encoder being in eval
-    mode: a batch's own statistics must not reach its codes. dataset has len(), images(rows) and
-    factors(rows) (B, F); every vote is drawn from `pool` random images, each encoded once."""
-    rows = np.random.default_rng(seed).permutation(len(dataset))[:pool]
-    with torch.no_grad():
-        codes = [as_numbers(represent(dataset.images(part)), "represent(images)")
-                 for part in np.split(rows, range(256, len(rows), 256))]
-    return factor_vae_votes(np.concatenate(codes), dataset.factors(rows), seed=seed, **votes)
-
-
 def factor_vae_votes(codes, factors, train_votes=10_000, eval_votes=5_000, batch=64, seed=0):
-    """FactorVAE score, 0 to 1 (Kim & Mnih, ICML 2018), of codes (n, N) and factors (n, F).
-    A vote: hold one factor fixed; which code varies least, relative to its spread over everything?
-    A code belongs to the factor it got most training votes for; the score is the share of fresh
-    votes that go where they belong: 1 for one code a factor, about 1/F for codes that know nothing.
-    The original encodes 64 new images a vote; we draw 64 rows of the table that share a value. A
-    value in fewer than `batch` rows is never held; a factor with no other, or with one value alone,
-    is left out, as "note" says. ValueError: no active code, or fewer than two factors."""
-    codes = scalar_codes(codes)
-    factors = check_factors(factors, len(codes))
-    std = codes.std(0)                                               # (N,)
-    active = std >= ACTIVE
-    if not active.any():
-        raise ValueError(f"no active code: the largest std is {std.max():.3g} < {ACTIVE}")
-    groups = [group(labels, batch) for labels in factors.T]
-    used = [j for j, (held, _, _, count) in enumerate(groups) if len(held) and len(count) > 1]
-    if len(used) < 2:
+    """FactorVAE score (Kim & Mnih, ICML 2018) of a table of codes, as a dict.
+
+    codes        (n, N) or (n, N, d)
+    factors      (n, F) labels
+    train_votes  votes that decide which factor a code belongs to
+    eval_votes   further votes, which are scored
+    batch        images of one vote
+    seed         of all votes
+
+    A code belongs to the factor for which it got most training votes. "factor_vae" is the share of
+    evaluation votes that go to a code which belongs to the factor held fixed: 1 for one code a
+    factor, about 1/F for codes that know nothing. "factor_vae_train" is the same of the training
+    votes. The paper encodes new images for every vote; we draw rows of the table.
+
+    Left out, as "note" says: dead codes (see live_codes); values in fewer than `batch` rows, and
+    factors with no other. ValueError: no code varies, or fewer than two factors remain.
+    """
+    codes, factors = check_tables(codes, factors)
+    if min(train_votes, eval_votes) < 1 or batch < 2:
+        raise ValueError(f"{train_votes} + {eval_votes} votes of {batch} images; "
+                         f"expected 1 vote or more of each, and 2 images or more")
+    live = live_codes(codes)
+    if not live.any():
+        raise ValueError("no code varies")
+    scaled = codes[:, live]
+    scaled = scaled / scaled.std(axis=0)
+
+    usable, notes = usable_factors(factors)
+    if not live.all():
+        dead = np.flatnonzero(~live)
+        notes.append(f"FactorVAE votes leave out dead codes: {listing(dead)}")
+    groups = []
+    for j in usable:
+        rows_of_value = rows_by_value(factors[:, j], batch)
+        rows = sum(len(part) for part in rows_of_value)
+        if rows == 0:
+            notes.append(f"FactorVAE votes leave out factor {j}, whose values are all rare")
+        else:
+            groups.append(rows_of_value)
+            if rows < len(codes):
+                notes.append(f"FactorVAE votes leave out rare values of factor {j}")
+    if len(groups) < 2:
         raise ValueError(f"it takes 2 factors that vary and have a value in {batch} rows or more; "
-                         f"{len(used)} of {len(groups)} do")
-    rng, scaled = np.random.default_rng(seed), codes[:, active] / std[active]
-    train, fresh = (count_votes(scaled, [groups[j] for j in used], votes, batch, rng)
-                    for votes in (train_votes, eval_votes))          # (used, active) each
-    owner = train.argmax(0), np.arange(train.shape[1])               # the factor of each code
-    notes = [f"FactorVAE votes leave out {'rare values of ' if j in used else ''}factor {j}"
-             for j, (held, *_) in enumerate(groups) if j not in used or len(held) < len(codes)]
-    return {"score": float(fresh[owner].sum() / eval_votes),
-            "train_score": float(train[owner].sum() / train_votes),
-            "active_dims": int(active.sum()), "note": "; ".join(notes)}
+                         f"{len(groups)} of {factors.shape[1]} do")
+
+    rng = np.random.default_rng(seed)
+    train = count_votes(scaled, groups, train_votes, batch, rng)  # (F, N)
+    fresh = count_votes(scaled, groups, eval_votes, batch, rng)
+    owner = train.argmax(axis=0)  # (N,): the factor that each code belongs to
+    code = np.arange(len(owner))
+    right_train = train[owner, code].sum()
+    right_fresh = fresh[owner, code].sum()
+    return {
+        "factor_vae": float(right_fresh / eval_votes),
+        "factor_vae_train": float(right_train / train_votes),
+        "note": "; ".join(notes)}
 
 
-def group(labels, batch):
-    """The values (as indices) that may be held, as often as they occur, and how to find their rows:
-    value v has the rows[start[v]:start[v] + count[v]]."""
-    _, value, count = np.unique(labels, return_inverse=True, return_counts=True)
-    rows, start = np.argsort(value, kind="stable"), np.cumsum(count) - count
-    return value[count[value] >= batch], rows, start, count
+def rows_by_value(labels, batch):
+    """For each value of a factor, the rows (of labels, (n,)) that have it, if `batch` or more."""
+    result = []
+    for value in np.unique(labels):
+        rows = np.flatnonzero(labels == value)
+        if len(rows) >= batch:
+            result.append(rows)
+    return result
 
 
 def count_votes(scaled, groups, votes, batch, rng):
-    """(F, codes): while factor f was held fixed, how often did code i vary least?"""
-    table, share = [], np.bincount(rng.integers(len(groups), size=votes), minlength=len(groups))
-    for (held, rows, start, count), some in zip(groups, share):
-        value = held[rng.integers(len(held), size=(some, 1))]
-        pick = (rng.random((some, batch)) * count[value]).astype(np.int64)
-        members = scaled[rows[start[value] + pick]]                  # (votes, batch, codes)
-        stillest = members.var(axis=1, ddof=1).argmin(1)             # -> (votes, codes) -> (votes,)
-        table.append(np.bincount(stillest, minlength=scaled.shape[1]))
-    return np.stack(table)
+    """(F, N): how often did code i vary least while factor f was held fixed?
+
+    scaled  (n, N) codes of std 1
+    groups  for each factor a list: for each of its values, the rows that have it
+    votes   their number
+    batch   rows of a vote
+    rng     numpy's generator
+    """
+    F = len(groups)
+    N = scaled.shape[1]
+    table = np.zeros((F, N), dtype=int)
+    frequencies = []
+    for rows_of_value in groups:
+        counts = np.array([len(rows) for rows in rows_of_value])
+        frequencies.append(counts / counts.sum())
+
+    for _ in range(votes):
+        # Hold a factor fixed, at a value that is drawn as often as it occurs.
+        factor = rng.integers(F)
+        rows_of_value = groups[factor]
+        value = rng.choice(len(rows_of_value), p=frequencies[factor])
+        rows = rng.choice(rows_of_value[value], size=batch)
+        # Vote for the code that varies least.
+        variance = scaled[rows].var(axis=0)  # (batch, N) -> (N,)
+        table[factor, variance.argmin()] += 1
+    return table
 
 
 # ---- MIG -----------------------------------------------------------------------------------------
-def mutual_information(joint):
-    """Nats that a and b share, from their joint probabilities (..., a, b)."""
-    apart = joint.sum(-1, keepdims=True) * joint.sum(-2, keepdims=True)     # if independent
-    ratio = np.divide(joint, apart, out=np.ones_like(joint), where=joint > 0)       # 0 log 0 = 0
-    return (joint * np.log(ratio)).sum((-2, -1))
-
-
 def mig(codes, factors, bins=20):
-    """Mutual information gap (Chen et al., NeurIPS 2018) of codes (n, N) and factors (n, F): what a
-    factor's best code tells of its entropy, minus the second, averaged. Codes are cut into equal
-    bins. One code a factor: 1; random, doubled: about 0. ValueError: one code, no factor varies."""
-    codes = scalar_codes(codes)
-    n, N = codes.shape
-    factors = check_factors(factors, n)
-    factors = factors[:, np.ptp(factors, axis=0) > 0]
-    if N < 2 or factors.size == 0:
-        raise ValueError("it compares two codes, and needs a factor that varies")
-    width = np.maximum(np.ptp(codes, axis=0), 1e-300)                # a constant code: one bin
-    binned = ((codes - codes.min(0)) / width * bins).astype(np.int64).clip(max=bins - 1)   # (n, N)
+    """Mutual information gap (Chen et al., NeurIPS 2018), a float.
+
+    codes    (n, N) or (n, N, d); each is cut into equal bins between its least and largest value
+    factors  (n, F) labels
+    bins     their number
+
+    How much of a factor's entropy does its best code know, and how much the second best? The gap
+    is averaged over factors: 1 for one code a factor; about 0 for random codes, or if two codes
+    know the same. ValueError: there is a single code, or no factor varies.
+    """
+    codes, factors = check_tables(codes, factors)
+    usable, notes = usable_factors(factors)
+    if codes.shape[1] < 2:
+        raise ValueError("it compares two codes, and there is one")
+    if not usable:
+        raise ValueError("; ".join(notes))
+
+    low = codes.min(axis=0)
+    width = codes.max(axis=0) - low
+    width = np.maximum(width, 1e-300)  # a constant code has one bin
+    binned = (codes - low) / width * bins
+    binned = binned.astype(np.int64).clip(max=bins - 1)  # (n, N)
     gaps = []
-    for labels in factors.T:
-        _, label, count = np.unique(labels, return_inverse=True, return_counts=True)
-        K, prior = len(count), count / n
-        cell = (np.arange(N) * bins + binned) * K + label[:, None]   # (n, N)
-        joint = np.bincount(cell.flatten(), minlength=N * bins * K).reshape(N, bins, K) / n
-        second, best = np.sort(mutual_information(joint))[-2:]
-        gaps.append((best - second) / -(prior * np.log(prior)).sum())
+    for j in usable:
+        _, label = np.unique(factors[:, j], return_inverse=True)
+        shared = []
+        for column in binned.T:
+            joint = joint_table(column, label)
+            shared.append(mutual_information(joint))
+        second, best = np.sort(shared)[-2:]
+        gaps.append((best - second) / entropy(label))
     return float(np.mean(gaps))
 
 
-# ---- What the scores take; TAD, images, the trees of DCI. Skip on first reading. -----------------
-def as_numbers(array, name, whole=False):
-    """Any array or tensor, on any device, as float64 numpy; ValueError: not finite, not whole."""
-    expected = ("integers: number the values of a factor 0, 1, 2, ..." if whole else
-                "finite numbers: drop these samples or mend the encoder")
-    array = np.asarray(array.detach().cpu().double() if torch.is_tensor(array) else array)
-    if array.dtype.kind not in "fiub":
-        raise ValueError(f"{name} has dtype {array.dtype}; expected {expected}")
-    array = array.astype(np.float64)
-    bad = np.argwhere(~np.isfinite(array) | (whole & (array != np.floor(array)))).tolist()
-    if bad:
-        raise ValueError(f"{name}{bad[0]} is {array[tuple(bad[0])]}, and {len(bad) - 1} more; "
-                         f"expected {expected}")
+def joint_table(a, b):
+    """The joint probabilities (A, B) of labels a and b (n,), which are numbered from 0."""
+    A = a.max() + 1
+    B = b.max() + 1
+    cell = a * B + b  # of a histogram (A, B), flattened
+    counts = np.bincount(cell, minlength=A * B)
+    return counts.reshape(A, B) / len(a)
+
+
+def mutual_information(joint):
+    """Nats that a and b tell of each other, from their joint probabilities (..., A, B)."""
+    of_a = joint.sum(-1, keepdims=True)  # (..., A, 1)
+    of_b = joint.sum(-2, keepdims=True)  # (..., 1, B)
+    ratio = np.ones_like(joint)  # where joint is 0, as 0 log 0 = 0
+    np.divide(joint, of_a * of_b, out=ratio, where=joint > 0)
+    nats = joint * np.log(ratio)
+    return nats.sum((-2, -1))
+
+
+def entropy(label):
+    """Nats of labels (n,), numbered from 0, all of which occur."""
+    probability = np.bincount(label) / len(label)
+    return -(probability * np.log(probability)).sum()
+
+
+# ---- What scores accept; InfoMEC, UDR, TAD, images. Skip on first reading. -----------------------
+# A factor with more values is taken for an id, which DCI would read for minutes, one tree a value
+# and round. Of the published datasets Cars3D has a factor with most values: 183 cars.
+MOST_VALUES = 200
+DEAD = 1e-5  # a code with less spread has no vote: see live_codes
+INFOMEC_SAMPLES = 10_000  # as many as in its paper
+
+
+def to_numpy(values):
+    """An array, tensor on any device, or (nested) list of numbers, labels or tensors, as numpy.
+
+    Lists of labels keep Python's types: numpy would turn 2**63 and -1 into rounded floats, and
+    1 and "a" into two strings.
+    """
+    if torch.is_tensor(values):
+        values = values.detach().cpu()
+        if values.is_floating_point():
+            values = values.double()  # numpy has no bfloat16
+        return values.numpy()
+    if isinstance(values, (list, tuple)):
+        if any(torch.is_tensor(value) for value in values):
+            return np.stack([to_numpy(value) for value in values])
+        try:
+            np.array(values)
+        except ValueError:
+            raise ValueError("a table has rows of unequal length") from None
+        return np.array(values, dtype=object)
+    return np.asarray(values)
+
+
+def to_floats(values, name):
+    """`values` as finite float64 numpy; ValueError if they are no numbers, or not finite."""
+    array = to_numpy(values)
+    try:
+        if array.dtype.kind not in "fiubO":
+            raise TypeError
+        array = array.astype(np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} has dtype {array.dtype}; expected numbers") from None
+
+    wrong = np.argwhere(~np.isfinite(array)).tolist()
+    if wrong:
+        raise ValueError(f"{name}{wrong[0]} is {array[tuple(wrong[0])]}, and {len(wrong) - 1} "
+                         f"others are not finite; drop these samples or mend the encoder")
     return array
 
 
-def check_factors(factors, samples, name="factors"):
-    """factors as int64 (n, F), one row a code; else ValueError."""
-    factors = as_numbers(factors, name, whole=True).astype(np.int64)
-    if factors.ndim != 2 or len(factors) != samples or factors.shape[1] < 1:
-        raise ValueError(f"{name} has shape {factors.shape}; expected (samples, factors), and "
-                         f"{samples} rows as there are {samples} codes")
-    return factors
-
-
 def scalar_codes(codes, fit_on=None, name="codes"):
-    """codes as finite float64 (n, N): vector-valued ones (n, N, d) along their main axis, by PCA.
-    fit_on (m, N, d) gives mean and axis (default: codes). An eigenvector's sign is arbitrary: its
-    largest entry is made positive, so that two runs agree. ValueError for other shapes."""
-    codes = as_numbers(codes, name)
-    basis = codes if fit_on is None else as_numbers(fit_on, "fit_on")
-    if codes.ndim not in (2, 3) or codes.size == 0 or basis.shape[1:] != codes.shape[1:]:
-        raise ValueError(f"{name} has shape {codes.shape}, fitted on {basis.shape}; expected "
-                         f"(samples, codes) or (samples, codes, width), none of them 0")
+    """Codes as finite float64 (n, N).
+
+    codes   (n, N), which are returned as they are; (n,) is a single code; (n, N, d) are projected
+            on the main axis of each code, by PCA
+    fit_on  (m, N, d): where mean and axis are measured (default: codes)
+    name    for the words of an error
+
+    The sign of an axis is arbitrary: its largest entry is made positive, so that two runs agree.
+    ValueError for other shapes, and for what is not finite.
+    """
+    codes = to_floats(codes, name)
+    basis = codes if fit_on is None else to_floats(fit_on, "fit_on")
+    if codes.ndim == 1:
+        codes = codes[:, None]
+    if basis.ndim == 1:
+        basis = basis[:, None]
+    if codes.ndim not in (2, 3) or codes.size == 0:
+        raise ValueError(f"{name} has shape {codes.shape}; expected (samples, codes) or (samples, "
+                         f"codes, width), none of them 0")
+    if basis.shape[1:] != codes.shape[1:]:
+        raise ValueError(f"{name} has shape {codes.shape} and is to be treated as codes of shape "
+                         f"{basis.shape}; expected as many codes, as wide")
     if codes.ndim == 2:
         return codes
-    mean = basis.mean(0)                                             # (N, d)
-    centred = (basis - mean).transpose(1, 2, 0)                      # (m, N, d) -> (N, d, m)
-    spread = centred @ centred.transpose(0, 2, 1)                    # (N, d, m) @ (N, m, d)
-    axis = np.linalg.eigh(spread)[1][:, :, -1]                       # (N, d); eigenvalues ascend
-    largest = np.take_along_axis(axis, np.abs(axis).argmax(1)[:, None], axis=1)     # (N, 1)
-    return np.einsum("nkd,kd->nk", codes - mean, axis * np.sign(largest))  # (n, N, d) -> (n, N)
+
+    mean = basis.mean(axis=0)  # (N, d)
+    centred = (basis - mean).transpose(1, 2, 0)  # (m, N, d) -> (N, d, m)
+    covariance = centred @ centred.transpose(0, 2, 1)  # (N, d, m) @ (N, m, d)
+    axis = np.linalg.eigh(covariance)[1][:, :, -1]  # (N, d); eigenvalues ascend
+    largest = np.abs(axis).argmax(axis=1)[:, None]  # (N, 1)
+    sign = np.sign(np.take_along_axis(axis, largest, axis=1))
+    return np.einsum("nkd,kd->nk", codes - mean, axis * sign)  # (n, N, d) -> (n, N)
 
 
-def auroc(codes, attributes):
-    """(N, A): chance that a sample with the attribute has the larger code than one without it.
-    Exact, by ranks (Mann-Whitney); ties count half. A detector may be turned: max(a, 1 - a)."""
-    ranks = np.empty_like(codes)
-    for column, values in enumerate(codes.T):
-        _, of_row, count = np.unique(values, return_inverse=True, return_counts=True)
-        ranks[:, column] = (np.cumsum(count) - (count - 1) / 2)[of_row]      # ties share a rank
-    positive = attributes.sum(0)                                     # (A,)
-    wins = ranks.T @ attributes - positive * (positive + 1) / 2      # (N, n) @ (n, A)
-    pairs = positive * (len(codes) - positive)                       # (A,)
-    area = np.where(pairs > 0, wins / np.maximum(pairs, 1), 0.5)     # all or none have it: chance
-    return np.maximum(area, 1 - area)
+def check_tables(codes, factors, prefix="", fit_on=None):
+    """Codes as float64 (n, N) and factors as (n, F) labels in their own dtype, or ValueError.
+
+    A table whose samples are its columns is refused: it has more factors than samples, or does not
+    agree with the other table. NaN is no label, and labels of one factor must be comparable.
+    prefix stands before the names of the tables in an error. fit_on: see scalar_codes; tables that
+    are fitted on others may be short.
+    """
+    codes = scalar_codes(codes, fit_on, f"{prefix}codes")
+    factors = to_numpy(factors)
+    if factors.ndim == 1:
+        factors = factors[:, None]
+    fits = factors.ndim == 2 and factors.size > 0 and len(factors) == len(codes)
+    if fits and fit_on is None:
+        fits = factors.shape[1] <= len(factors)
+    if not fits:
+        raise ValueError(f"{prefix}codes has shape {codes.shape} and {prefix}factors "
+                         f"{factors.shape}; expected (samples, codes) and (samples, factors), as "
+                         f"many samples in both and no fewer than factors: transpose a table "
+                         f"whose samples are its columns")
+
+    for j, column in enumerate(factors.T):
+        try:
+            values = np.unique(column)
+            missing = bool((values != values).any())
+        except (TypeError, ValueError):
+            kinds = {type(value).__name__ for value in column}
+            raise ValueError(f"{prefix}factors has labels in column {j} that cannot be compared "
+                             f"({', '.join(sorted(kinds))}); expected one kind a factor") from None
+        if missing:
+            raise ValueError(f"{prefix}factors has NaN in column {j}; drop these samples")
+    return codes, factors
 
 
+def many_values(values, samples):
+    """Has a column of so many samples too many values to be a factor, or a discrete code?"""
+    return values > min(MOST_VALUES, samples / 2)
+
+
+def usable_factors(factors):
+    """Indices of the columns of factors (n, F) that can be scored; a note on each of the others."""
+    usable = []
+    notes = []
+    for j, column in enumerate(factors.T):
+        values = len(np.unique(column))
+        if values < 2:
+            notes.append(f"factor {j} is left out: it has one value")
+        elif many_values(values, len(column)):
+            notes.append(f"factor {j} is left out: it has more than {MOST_VALUES} values, or fewer "
+                         f"than 2 samples a value, as an id has")
+        else:
+            usable.append(j)
+    return usable, notes
+
+
+def live_codes(codes):
+    """Which of the codes (n, N) vary, as booleans (N,)? The others are dead.
+
+    Of a dead code only rounding errors are left, which can be constant in many batches and would
+    win every FactorVAE vote. Codes have no unit, so the spread is compared with what float32
+    resolves: a code is dead if its std is below DEAD times its own mean, or DEAD times the largest
+    std. Float32 rounds at 1e-7; codes whose units differ by a factor of 1,000 are all alive.
+    """
+    std = codes.std(axis=0)
+    scale = np.maximum(std.max(), np.abs(codes.mean(axis=0)))
+    return std > DEAD * scale
+
+
+def attempt(name, compute, *arguments, **options):
+    """What compute(...) returns, as a dict; if it raises ValueError, a dict with a note."""
+    try:
+        result = compute(*arguments, **options)
+    except ValueError as error:
+        return {"note": f"no {name}: {error}"}
+    if isinstance(result, dict):
+        return result
+    return {name.lower(): result}
+
+
+def warn_if_slow(codes, factors):
+    """Says before DCI begins that it takes minutes: for very many codes, samples or values."""
+    trees = 0
+    for column in factors.T:
+        values = len(np.unique(column))
+        trees += values if values > 2 else 1
+    minutes = 100 * trees * codes.size * 4e-8 / 60  # 40 ns a tree, sample and code, as measured
+    if minutes > 3:
+        warnings.warn(f"DCI grows {100 * trees:,} trees on {len(codes):,} samples of "
+                      f"{codes.shape[1]:,} codes, which takes about {minutes:.0f} minutes",
+                      stacklevel=3)
+
+
+def listing(numbers):
+    """A few numbers in words: "1, 2, 3" or "1, 2, 3, 4, 5 and 7 others"."""
+    text = ", ".join(str(number) for number in numbers[:5])
+    if len(numbers) > 5:
+        text += f" and {len(numbers) - 5} others"
+    return text
+
+
+def factor_vae_score(represent, dataset, pool=50_000, seed=0, **votes):
+    """The FactorVAE score of an encoder on a dataset with known factors, as a dict.
+
+    represent  maps uint8 images (B, 3, H, W) to codes (B, N) or (B, N, d); the encoder must be in
+               eval mode, so that codes do not depend on the other images of a batch
+    dataset    has len(), images(rows), and factors(rows) (B, F)
+    pool       that many random images are encoded once, and all votes drawn from them
+    seed       of pool and votes
+    votes      further arguments of factor_vae_votes
+    """
+    rows = np.random.default_rng(seed).permutation(len(dataset))[:pool]
+    codes = []
+    for start in range(0, len(rows), 256):
+        images = dataset.images(rows[start:start + 256])
+        with torch.no_grad():
+            codes.append(to_numpy(represent(images)))
+    codes = np.concatenate(codes)
+    return factor_vae_votes(codes, dataset.factors(rows), seed=seed, **votes)
+
+
+# ---- InfoMEC -------------------------------------------------------------------------------------
+def infomec(codes, factors, discrete=None):
+    """InfoM (modularity), InfoC (compactness), InfoE (explicitness), as a dict (Hsu et al.,
+    "Disentanglement via Latent Quantization", NeurIPS 2023).
+
+    codes     (n, N) or (n, N, d); the paper takes 10,000 samples
+    factors   (n, F) labels
+    discrete  are codes names of values, not amounts? Default: yes if none has many values
+
+    With NMI_ij = I(code i; factor j) / H(factor j), over the active codes i,
+      InfoM = (mean over i of max_j NMI_ij / sum_j NMI_ij - 1/F) / (1 - 1/F),
+      InfoC = (mean over j of max_i NMI_ij / sum_i NMI_ij - 1/N) / (1 - 1/N),
+      InfoE = mean over j of 1 - loss_j / log K, where loss_j is the cross entropy with which a
+              linear classifier of all codes reads factor j, and log K that of one without codes.
+    1 is best, and chance is 0. A row of NMI that is 0 throughout has no largest share: it does not
+    count. A code is active if it is not dead (see live_codes) and, unless discrete, its range is
+    over a twentieth of the largest range, as in the authors' code: so give all codes one unit.
+    "nmi" (N, F) is the table of all codes. Six factors and 20 codes of 10,000 samples take about
+    4 seconds, or 11 if discrete. ValueError: no factor can be scored, no code varies.
+    """
+    codes, factors = check_tables(codes, factors)
+    usable, notes = usable_factors(factors)
+    if not usable:
+        raise ValueError("; ".join(notes))
+    labels = [np.unique(factors[:, j], return_inverse=True)[1] for j in usable]
+    numbered = [np.unique(code, return_inverse=True)[1] for code in codes.T]
+    if discrete is None:
+        discrete = not any(many_values(code.max() + 1, len(code)) for code in numbered)
+
+    spread = np.ptp(codes, axis=0)
+    active = live_codes(codes)
+    if not discrete:
+        active = active & (spread > spread.max() / 20)
+    if not active.any():
+        raise ValueError("no code varies")
+    if not active.all():
+        inactive = listing(np.flatnonzero(~active))
+        notes.append(f"InfoM and InfoC leave out inactive codes: {inactive}")
+
+    standard = (codes - codes.mean(axis=0)) / np.where(spread > 0, codes.std(axis=0), 1)
+    nmi = np.zeros((codes.shape[1], factors.shape[1]))  # (N, F)
+    for j, label in zip(usable, labels):
+        for i in range(codes.shape[1]):
+            if discrete:
+                shared = mutual_information(joint_table(numbered[i], label))
+            else:
+                shared = neighbour_information(standard[:, i], label)
+            nmi[i, j] = shared / entropy(label)
+
+    inputs = np.stack(numbered, axis=1) if discrete else standard  # (n, N)
+    explained = [1 - linear_loss(inputs, label) / np.log(label.max() + 1) for label in labels]
+    scores = {"infoe": float(np.mean(explained)), "nmi": nmi}
+    table = nmi[active][:, usable]
+    if len(usable) > 1 and table.any():
+        scores["infom"] = largest_share(table)
+    else:
+        notes.append("no InfoM: it takes 2 factors of which the codes know something")
+    if len(table) > 1 and table.any():
+        scores["infoc"] = largest_share(table.T)
+    else:
+        notes.append("no InfoC: it takes 2 active codes that know something")
+    scores["note"] = "; ".join(notes)
+    return scores
+
+
+def largest_share(table):
+    """How large is the largest entry of a row beside their sum? Mean over rows, chance being 0."""
+    table = table[table.sum(axis=1) > 0]
+    share = table.max(axis=1) / table.sum(axis=1)
+    chance = 1 / table.shape[1]
+    return float((share.mean() - chance) / (1 - chance))
+
+
+def neighbour_information(code, label, neighbours=10):
+    """Nats that a continuous code (n,) and a label (n,) tell of each other (Ross, PLoS ONE 2014),
+    as scikit-learn's mutual_info_classif estimates them. With psi the digamma function,
+        I = psi(n) + mean psi(k_i) - mean psi(n_i) - mean psi(m_i),
+    where n_i samples have the label of sample i; r_i is its distance from the k_i-th neighbour
+    among these, k_i = min(neighbours, n_i - 1); and m_i samples of any label are nearer than r_i.
+    If the label does not matter, they are as crowded as those of one label, and I is about 0.
+    """
+    counts = np.bincount(label)
+    kept = counts[label] > 1  # a label needs a neighbour
+    code = code[kept] + 1e-10 * np.random.default_rng(0).normal(size=kept.sum())  # no ties
+    label = label[kept]
+    everything = np.sort(code)
+
+    terms = []
+    for value in np.unique(label):
+        points = np.sort(code[label == value])  # (n_i,)
+        k = min(neighbours, len(points) - 1)
+        # In sorted order a point and its k nearest neighbours are k + 1 points in a row. Of the
+        # k + 1 rows that hold the point, the one that reaches least far gives its radius.
+        edge = np.full(k, np.inf)
+        padded = np.concatenate([-edge, points, edge])
+        radius = np.full(len(points), np.inf)
+        for start in range(k + 1):
+            end = start + len(points)
+            low = padded[start:end]
+            high = padded[start + k:end + k]
+            radius = np.minimum(radius, np.maximum(points - low, high - points))
+
+        # One step of rounding less, so that the k-th neighbour itself does not count.
+        radius = radius - np.spacing(np.abs(points) + radius)
+        inside = (np.searchsorted(everything, points + radius, side="right")
+                  - np.searchsorted(everything, points - radius, side="left"))
+        terms.append(psi(k) - psi(len(points)) - psi(np.maximum(inside, 1)))
+    return max(0.0, psi(len(code)) + np.concatenate(terms).mean()) if terms else 0.0
+
+
+def psi(numbers):
+    """The digamma function."""
+    return torch.digamma(torch.as_tensor(numbers, dtype=torch.float64)).numpy()
+
+
+def linear_loss(inputs, label):
+    """Mean cross entropy of a label (n,), as read from inputs (n, N) by logistic regression.
+
+    Inputs that are floats are amounts. Integers, numbered from 0, are names: each value of each
+    code then has weights of its own. As the authors' code has it: no penalty, at most 100 steps of
+    L-BFGS, and rare labels weigh as much as frequent ones while it learns, but not in the result.
+    """
+    inputs = torch.from_numpy(inputs)
+    label = torch.from_numpy(label)
+    counts = label.bincount().double()  # (K,)
+    discrete = not inputs.is_floating_point()
+    width = inputs.shape[1]
+    if discrete:
+        values = inputs.max(dim=0).values + 1  # (N,): values of each code
+        inputs = inputs + values.cumsum(0) - values  # the row of its weights
+        width = int(values.sum())
+    weight = torch.zeros(width, len(counts), dtype=torch.float64, requires_grad=True)
+    bias = torch.zeros(len(counts), dtype=torch.float64, requires_grad=True)
+
+    def predict_logits():
+        if discrete:  # a sum of N rows, (n, K)
+            return functional.embedding_bag(inputs, weight, mode="sum") + bias
+        return inputs @ weight + bias  # (n, N) @ (N, K)
+
+    def weighted_loss():
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(predict_logits(), label, weight=1 / counts)
+        loss.backward()
+        return loss
+
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=100, max_eval=1000, history_size=10,
+                                  tolerance_grad=1e-4, tolerance_change=1e-14,
+                                  line_search_fn="strong_wolfe")
+    optimizer.step(weighted_loss)
+    with torch.no_grad():
+        return float(functional.cross_entropy(predict_logits(), label))
+
+
+# ---- UDR: which run to trust, without labels -----------------------------------------------------
+def agreement(tables):
+    """Unsupervised disentanglement ranking (Duan et al., ICLR 2020) of several runs, as a dict.
+
+    tables  a list with codes (n, N) of each run, of the same n images in the same order
+
+    Runs that disentangle find the same codes, up to order, sign and unit; others differ each in
+    its own way. With R_ab the absolute Spearman correlation of code a of one run and b of another,
+        UDR_ij = (sum over b of max_a R_ab^2 / sum_a R_ab
+                  + sum over a of max_b R_ab^2 / sum_b R_ab) / (N_i + N_j),
+    0 to 1. The paper sums over codes whose KL from the prior is above .01. Our codes have no prior:
+    we take those that are not dead. "pairs" holds UDR_ij as a list of lists, with 1 for a run and
+    itself; "udr", one a run, is the median over the other runs: trust the run with the largest.
+    """
+    tables = [scalar_codes(table, name=f"tables[{i}]") for i, table in enumerate(tables)]
+    shapes = [table.shape for table in tables]
+    if len(tables) < 2 or len({n for n, _ in shapes}) > 1 or any(n <= N for n, N in shapes):
+        raise ValueError(f"tables of codes have the shapes {shapes}; expected two or more tables "
+                         f"(samples, codes) of the same images, with more images than codes")
+    standard = []
+    for i, table in enumerate(tables):
+        ranked = ranks(table[:, live_codes(table)])
+        if ranked.shape[1] == 0:
+            raise ValueError(f"no code of tables[{i}] varies")
+        standard.append((ranked - ranked.mean(axis=0)) / ranked.std(axis=0))
+
+    pairs = np.eye(len(tables))
+    for i, a in enumerate(standard):
+        for j, b in enumerate(standard):
+            if i < j:
+                R = np.abs(a.T @ b) / len(a)  # (N_i, n) @ (n, N_j)
+                for_a = R.max(axis=1) ** 2 / np.maximum(R.sum(axis=1), 1e-12)
+                for_b = R.max(axis=0) ** 2 / np.maximum(R.sum(axis=0), 1e-12)
+                pairs[i, j] = (for_a.sum() + for_b.sum()) / sum(R.shape)
+                pairs[j, i] = pairs[i, j]
+    medians = [float(np.median(np.delete(row, i))) for i, row in enumerate(pairs)]
+    return {"udr": medians, "pairs": pairs.tolist()}
+
+
+def ranks(codes):
+    """The rank, from 1, of each entry of codes (n, N) in its column; equal ones share a rank."""
+    result = np.empty(codes.shape)
+    for i, column in enumerate(codes.T):
+        _, value, count = np.unique(column, return_inverse=True, return_counts=True)
+        mean_rank = np.cumsum(count) - (count - 1) / 2
+        result[:, i] = mean_rank[value]
+    return result
+
+
+# ---- TAD: the score of attributes ----------------------------------------------------------------
 def tad(codes, attributes, captured=0.75, overlap=0.2):
-    """Total AUROC difference (Yeats et al., NashAE, ECCV 2022) of codes (n, N) and attributes (n,
-    A), 0 and 1 or -1 and 1 as CelebA's, else ValueError. One counts if a code detects it (AUROC >=
-    captured) and no other explains more than `overlap` of its entropy. TAD is the sum over these of
-    best AUROC minus second best: random codes 0, one code an attribute 0.5 for each."""
-    codes = scalar_codes(codes)
+    """Total AUROC difference (Yeats et al., NashAE, ECCV 2022), as a dict.
+
+    codes       (n, N) or (n, N, d)
+    attributes  (n, A), 0 and 1, or -1 and 1 as CelebA has them
+    captured    an attribute counts if a code detects it with this AUROC or more ...
+    overlap     ... and if no other attribute explains more than this share of its entropy
+
+    "tad" is the sum, over the attributes that count, of the best AUROC minus the second best:
+    random codes have 0, one code an attribute .5 for each. "captured" is the number of these,
+    "counted" lists them, "auroc" (N, A) is the whole table. ValueError: one code, other values.
+    """
+    codes, attributes = check_tables(codes, attributes)
     if codes.shape[1] < 2:
         raise ValueError("TAD compares two codes, and there is one")
-    yes = check_factors(attributes, len(codes), "attributes")
-    if not (np.isin(yes, (0, 1)).all() or np.isin(yes, (-1, 1)).all()):
-        raise ValueError(f"attributes has the values {np.unique(yes)[:5]}; expected 0, 1 or -1, 1")
-    yes = (yes > 0).astype(np.float64)                               # (n, A)
-    both = np.stack([yes, 1 - yes], axis=2)                          # (n, A) -> (n, A, 2)
-    joint = np.tensordot(both, both, (0, 0)) / len(yes)              # (A, 2, A, 2)
-    shared = mutual_information(joint.transpose(0, 2, 1, 3))         # (A, A)
-    entropy = np.diag(shared)                                        # what a shares with itself
-    explained = (shared - np.diag(entropy)).max(1) / np.maximum(entropy, 1e-12)      # (A,)
-    area = auroc(codes, yes)                                         # (N, A)
-    second, best = np.sort(area, axis=0)[-2:]                        # (A,) each
+    if not (np.isin(attributes, (0, 1)).all() or np.isin(attributes, (-1, 1)).all()):
+        raise ValueError(f"attributes has the values {np.unique(attributes)[:5]}; "
+                         f"expected 0, 1 or -1, 1")
+    positive = (attributes > 0).astype(np.float64)  # (n, A)
+
+    both = np.stack([positive, 1 - positive], axis=2)  # (n, A) -> (n, A, 2)
+    joint = np.tensordot(both, both, (0, 0)) / len(both)  # (A, 2, A, 2)
+    shared = mutual_information(joint.transpose(0, 2, 1, 3))  # (A, A)
+    entropies = np.diag(shared)  # what each tells of itself
+    shared = shared - np.diag(entropies)
+    explained = shared.max(axis=1) / np.maximum(entropies, 1e-12)  # (A,)
+
+    area = auroc(codes, positive)  # (N, A)
+    second, best = np.sort(area, axis=0)[-2:]  # (A,) each
     counts = (best >= captured) & (explained <= overlap)
     return {"tad": float((best - second)[counts].sum()), "captured": int(counts.sum()),
             "counted": np.flatnonzero(counts).tolist(), "auroc": area.tolist()}
 
 
+def auroc(codes, attributes):
+    """Areas (N, A) under the ROC curves of codes (n, N) as detectors of attributes (n, A), 0 or 1.
+
+    The chance that a sample with the attribute has a larger code than one without it, exact by
+    ranks (Mann-Whitney); equal codes count half. A detector may be turned: max(a, 1 - a).
+    """
+    positive = attributes.sum(axis=0)  # (A,)
+    wins = ranks(codes).T @ attributes - positive * (positive + 1) / 2  # (N, A)
+    pairs = positive * (len(codes) - positive)  # (A,)
+    area = np.where(pairs > 0, wins / np.maximum(pairs, 1), 0.5)  # all or none have it: chance
+    return np.maximum(area, 1 - area)
+
+
 # ---- Distances between images --------------------------------------------------------------------
 def check_pair(x, y):
-    """ValueError unless these are float batches (B, C, H, W) of one shape, in [0, 1]."""
+    """Two arrays or tensors as tensors of one dtype, float32 or float64, on x's device; ValueError
+    unless they are batches (B, C, H, W) of one shape with floats in [0, 1]."""
+    x = torch.as_tensor(x)
+    y = torch.as_tensor(y)
     if x.shape != y.shape or x.ndim != 4 or x.numel() == 0:
         raise ValueError(f"images of shape {tuple(x.shape)} and {tuple(y.shape)}; "
                          f"expected one shape (B, C, H, W), none of them 0")
-    both = torch.cat([x, y])
-    if not (both.is_floating_point() and both.min() >= 0 and both.max() <= 1):
-        raise ValueError(f"images are {both.dtype} from {both.min():.4g} to {both.max():.4g}; "
-                         f"expected floats in [0, 1]: (images + 1) / 2, clamped")
+    for images in (x, y):
+        low, high = images.min(), images.max()
+        if not (images.is_floating_point() and low >= 0 and high <= 1):
+            raise ValueError(f"images are {images.dtype} from {low:.4g} to {high:.4g}; "
+                             f"expected floats in [0, 1]: (images + 1) / 2, clamped")
+
+    dtype = torch.float32  # half precision is too coarse
+    if torch.float64 in (x.dtype, y.dtype):
+        dtype = torch.float64
+    return x.to(dtype), y.to(x.device, dtype)
 
 
 def mse(x, y):
-    """Mean squared error of each image (B,), on [0, 1]. Equal images 0, two uniform noises 1/6."""
-    check_pair(x, y)
+    """Mean squared error (B,) of images (B, C, H, W) in [0, 1]: 0 if equal, two noises 1/6."""
+    x, y = check_pair(x, y)
     return (x - y).square().mean((1, 2, 3))
 
 
 def ssim(x, y):
-    """Structural similarity of each image (B,) (Wang et al., IEEE TIP 2004), on [0, 1]: equal
-    images 1, noise about 0, least -1. Zeros are padded at the border, as in the code behind
-    Diff-AE's numbers, which the paper compares with; Wang et al. use only windows that fit."""
-    check_pair(x, y)
-    bell = torch.exp(-torch.arange(-5, 6, dtype=x.dtype, device=x.device) ** 2 / (2 * 1.5 ** 2))
-    window = torch.outer(bell, bell) / bell.sum() ** 2               # (11, 11) Gaussian, sigma 1.5
-    C = x.shape[1]                                                   # each channel on its own
-    blur = functools.partial(F.conv2d, weight=window.expand(C, 1, 11, 11), padding=5, groups=C)
-    mx, my = blur(x), blur(y)
-    vx, vy, cov = blur(x * x) - mx * mx, blur(y * y) - my * my, blur(x * y) - mx * my
-    c1, c2 = 0.01 ** 2, 0.03 ** 2           # keep the ratio finite where an image is black or flat
-    value = (2 * mx * my + c1) * (2 * cov + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))
-    return value.mean((1, 2, 3))
+    """Structural similarity (B,) of images (B, C, H, W) in [0, 1] (Wang et al., IEEE TIP 2004):
+    equal images 1, noise about 0, at least -1. Zeros are padded at the border, as in the code
+    behind Diff-AE's numbers, which the paper compares with; Wang et al. use only whole windows."""
+    x, y = check_pair(x, y)
+    distance = torch.arange(-5, 6, dtype=x.dtype, device=x.device)
+    bell = torch.exp(-distance ** 2 / (2 * 1.5 ** 2))  # Gaussian of sigma 1.5
+    window = torch.outer(bell, bell) / bell.sum() ** 2  # (11, 11), sum 1
+    channels = x.shape[1]
+    window = window.expand(channels, 1, 11, 11)
+
+    def local_mean(images):
+        return functional.conv2d(images, window, padding=5, groups=channels)
+
+    mean_x = local_mean(x)
+    mean_y = local_mean(y)
+    variance_x = local_mean(x * x) - mean_x * mean_x
+    variance_y = local_mean(y * y) - mean_y * mean_y
+    covariance = local_mean(x * y) - mean_x * mean_y
+
+    # c1 and c2 keep the ratios finite where an image is black or flat.
+    c1 = 0.01 ** 2
+    c2 = 0.03 ** 2
+    top = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
+    bottom = (mean_x * mean_x + mean_y * mean_y + c1) * (variance_x + variance_y + c2)
+    return (top / bottom).mean((1, 2, 3))
 
 
-# AlexNet's convolutions: index in torchvision's `features`, stride, padding, a max-pool before it?
-ALEXNET = ((0, 4, 2, False), (3, 1, 2, True), (6, 1, 1, True), (8, 1, 1, False), (10, 1, 1, False))
+Convolution = collections.namedtuple("Convolution", "index stride padding pool_before")
+# AlexNet's convolutions; index is their number in torchvision's `features`.
+ALEXNET = (Convolution(0, 4, 2, False), Convolution(3, 1, 2, True), Convolution(6, 1, 1, True),
+           Convolution(8, 1, 1, False), Convolution(10, 1, 1, False))
 
 
 def load_lpips(alexnet_file, linear_file):
-    """The weights of `lpips`, from two files that cannot be shipped, as one dict of tensors:
+    """The weights of `lpips` as one dict of tensors, from two files that cannot be shipped:
     torchvision's alexnet-owt-7be5be79.pth and the lpips package's weights/v0.1/alex.pth. Only
     tensors are read, nothing is executed. OSError, ValueError: unreadable, or other files."""
-    convolutions = [f"features.{i}.{part}" for i, *_ in ALEXNET for part in ("weight", "bias")]
-    linear = [f"lin{level}.model.1.weight" for level in range(len(ALEXNET))]
+    alexnet_keys = []
+    for layer in ALEXNET:
+        alexnet_keys += [f"features.{layer.index}.weight", f"features.{layer.index}.bias"]
+    linear_keys = [f"lin{level}.model.1.weight" for level in range(len(ALEXNET))]
+
     weights = {}
-    for path, keys in ((alexnet_file, convolutions), (linear_file, linear)):
+    for path, keys in ((alexnet_file, alexnet_keys), (linear_file, linear_keys)):
         try:
-            stored = torch.load(path, map_location="cpu", weights_only=True)
-            weights |= {key: stored[key].float() for key in keys}
+            stored = torch.load(pathlib.Path(path).expanduser(), "cpu", weights_only=True)
+            for key in keys:
+                weights[key] = stored[key].float()
         except OSError:
             raise
-        except Exception:  # torch's words advise unsafe loading
+        except Exception:  # torch advises unsafe loading
             raise ValueError(f"{path} has no {keys[0]}: is it the other of the two files, a "
                              f"git-lfs pointer, or cut short?") from None
     return weights
 
 
 def lpips(x, y, weights):
-    """Learned perceptual distance of each image (B,) (Zhang et al., CVPR 2018), on [0, 1],
-    32 x 32 pixels or more: squared differences of AlexNet's features, each pixel's scaled to unit
-    length, weighted as fitted to human judgements. 0 for equal images, no upper end, mostly < 1."""
-    check_pair(x, y)
-    # ImageNet's channels, for images in [-1, 1]: (3,) -> (3, 1, 1) each
+    """Learned perceptual distance (B,) of images (B, 3, H, W) in [0, 1], 32 x 32 pixels or more
+    (Zhang et al., CVPR 2018): squared differences of AlexNet's features, scaled to unit length at
+    each pixel, weighted as fitted to human judgements. 0 if equal, no upper end, mostly < 1.
+    weights: of load_lpips."""
+    x, y = check_pair(x, y)
+    # The mean and the spread of ImageNet's channels, for images in [-1, 1].
     shift = x.new_tensor((-0.030, -0.088, -0.188)).view(3, 1, 1)
     scale = x.new_tensor((0.458, 0.448, 0.450)).view(3, 1, 1)
-    both = (2 * torch.cat([x, y]) - 1 - shift) / scale               # (2B, 3, H, W)
+    features = (2 * torch.cat([x, y]) - 1 - shift) / scale  # (2B, 3, H, W)
+
     total = 0
-    for level, (index, stride, padding, pool) in enumerate(ALEXNET):
-        kernel, bias = (weights[f"features.{index}.{part}"].to(x) for part in ("weight", "bias"))
-        both = F.max_pool2d(both, 3, 2) if pool else both
-        both = F.relu(F.conv2d(both, kernel, bias, stride, padding))
-        unit = both / (both.square().sum(1, keepdim=True).sqrt() + 1e-10)
-        a, b = unit.chunk(2)                                         # (2B, c, h, w) -> (B, c, h, w)
-        judged = F.conv2d((a - b).square(), weights[f"lin{level}.model.1.weight"].to(x))
-        total = total + judged.mean((1, 2, 3))                       # (B, 1, h, w) -> (B,)
+    for level, layer in enumerate(ALEXNET):
+        if layer.pool_before:
+            features = functional.max_pool2d(features, 3, 2)
+        kernel = weights[f"features.{layer.index}.weight"].to(x)
+        bias = weights[f"features.{layer.index}.bias"].to(x)
+        features = functional.conv2d(features, kernel, bias, layer.stride, layer.padding)
+        features = functional.relu(features)
+
+        length = features.square().sum(1, keepdim=True).sqrt() + 1e-10
+        a, b = (features / length).chunk(2)  # (2B, c, h, w) -> (B, c, h, w)
+        linear = weights[f"lin{level}.model.1.weight"].to(x)  # (1, c, 1, 1)
+        judged = functional.conv2d((a - b).square(), linear)  # (B, 1, h, w)
+        total = total + judged.mean((1, 2, 3))
     return total
 
 
@@ -368,188 +1087,88 @@ def frechet_distance(feats_a, feats_b):
     """Frechet distance of two sets of features (n, D) and (m, D), each taken as a Gaussian:
     |mean difference|^2 + trace(A + B - 2 (A B)^(1/2)), A and B the covariances. 0 for equal sets,
     no upper end. Biased upwards for few samples: compare only figures from equally many."""
-    a = torch.from_numpy(as_numbers(feats_a, "feats_a"))
-    b = torch.from_numpy(as_numbers(feats_b, "feats_b"))
+    a = torch.from_numpy(to_floats(feats_a, "feats_a"))
+    b = torch.from_numpy(to_floats(feats_b, "feats_b"))
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
         raise ValueError(f"feats_a has shape {tuple(a.shape)}, feats_b {tuple(b.shape)}; expected "
                          f"(samples, features), equally wide, 2 samples or more")
-    cov_a, cov_b = a.T.cov(), b.T.cov()                              # (D, D)
+    A = torch.atleast_2d(a.T.cov())  # (D, D)
+    B = torch.atleast_2d(b.T.cov())
+
     # A B has the eigenvalues of the symmetric A^(1/2) B A^(1/2), whose roots sum to the trace.
-    values, vectors = torch.linalg.eigh(cov_a)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T          # (D, D) @ (D, D)
-    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
-    return float((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
+    values, vectors = torch.linalg.eigh(A)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T  # A^(1/2)
+    values = torch.linalg.eigvalsh(root @ B @ root)
+    trace = A.trace() + B.trace() - 2 * values.clamp(min=0).sqrt().sum()
+    distance = (a.mean(0) - b.mean(0)).square().sum() + trace
+    return max(0.0, float(distance))  # rounding may go below 0
 
 
 def fid(images_a, images_b, inception_file, batch=64):
     """FID (Heusel et al., NeurIPS 2017) of two sets of uint8 images (n, 3, H, W) and (m, 3, H, W).
+
     inception_file: NVIDIA's TorchScript inception-2015-12-05.pt, which resizes the images itself.
-    TorchScript is a program: run only a file you trust. The paper takes 10,000 images a side."""
+    TorchScript is a program: run only a file you trust. The paper takes 10,000 images a side.
+    """
+    images_a = torch.as_tensor(images_a)
+    images_b = torch.as_tensor(images_b)
     if not images_a.dtype == images_b.dtype == torch.uint8:
         raise ValueError(f"images are {images_a.dtype} and {images_b.dtype}; expected uint8")
-    network = torch.jit.load(inception_file, map_location=images_a.device).eval()
+    path = str(pathlib.Path(inception_file).expanduser())
+    network = torch.jit.load(path, map_location=images_a.device).eval()
+
+    features = []
     with torch.no_grad():
-        feats = [torch.cat([network(part, return_features=True) for part in images.split(batch)])
-                 for images in (images_a, images_b)]                 # (n, 2048), (m, 2048)
-    return frechet_distance(*feats)
-
-
-# ---- The trees behind DCI: gradient boosting, written out ----------------------------------------
-# Six samples have the codes 1 2 3 4 5 6 and the labels 0 0 0 1 0 1. Steps 2 to 5 are one round of
-# `fit_trees`; `python metrics.py` computes each number.
-# 1 START. A third of the labels is 1: say p = 1/3 for all. What we keep and mend is a score, any
-#   number, with p = sigmoid(score): at first log(1/2), the log odds.
-# 2 RESIDUAL. r = label - p is what p lacks: -1/3 -1/3 -1/3 2/3 -1/3 2/3.
-# 3 SPLIT. Ask of one code, "is it <= c?". A good question leaves residuals that are alike on
-#   either side, nl samples on the left and nr on the right:
-#       gain = (nl nr / n) (mean_l - mean_r)^2
-#   is how much the squared distances to the mean shrink. The cut after 3 has the means -1/3 and
-#   1/3: its gain is (3 3 / 6) (2/3)^2 = 2/3. After 1, 2, 4, 5 it is 2/15, 1/3, 1/12, 8/15.
-# 4 TREE. Split, then both halves, then all four quarters: depth 3, at most 8 leaves. The example
-#   stops at depth 1: the leaves are 1 2 3 and 4 5 6.
-# 5 LEAF. Its samples move their scores by a tenth of Newton's step: slope of the log likelihood
-#   over curvature, sum r / sum |r|(1-|r|). On the left -1 / (3 2/9) / 10 = -3/20, on the right
-#   3/20; p becomes .301 and .367. Then 2 again: each of a hundred rounds mends what is left.
-# K > 2 CLASSES: K scores a sample, softmax for sigmoid, K trees a round, one for each class, whose
-#   r is 1 - p for the class it is and -p for the others, and (K-1)/K of the step.
-# IMPORTANCE of a code: the gains of all splits on it, over all trees, as a share of all gains.
-# This is scikit-learn's GradientBoostingClassifier with its defaults: 1 sample in a leaf, all
-# samples and codes for each tree, c midway between two values, ties broken at random.
-Trees = collections.namedtuple("Trees", "classes start rounds importance")
-
-
-def fit_trees(codes, labels, rounds=100, rate=0.1, depth=3, seed=0):
-    """Boosted trees that read labels (n,) from codes (n, N): classes (K,), the labels; start, the
-    first scores, K of them or 1 if K = 2; rounds, lists of a tree a score, which is (code, c, tree
-    if code <= c, tree if not) or at a leaf its step; importance (N,), with sum 1 or 0."""
-    classes, label = np.unique(labels, return_inverse=True)
-    columns, K = np.ascontiguousarray(codes.T, dtype=np.float64), len(classes)      # (N, n)
-    order = columns.argsort(axis=1, kind="stable").astype(np.int32)  # (N, n); faster than int64
-    rank = np.stack([np.unique(column, return_inverse=True)[1] for column in columns])
-    rank = rank.astype(np.float32) if rank.max(1).min() < len(codes) - 1 else None  # no equal codes
-    used, rng = np.zeros(len(columns)), np.random.default_rng(seed)  # used (N,): the gains so far
-
-    def grow(r, order, depth):
-        """The tree for some m samples; order (N, m) has them sorted by each of the codes."""
-        if depth and order.shape[1] > 1:
-            gain, code, c = best_split(r, order, columns, rank, rng)
-            if gain > 0:
-                used[code] += gain
-                if depth == 1:
-                    order = order[:1]                                # a leaf needs no sorting
-                left = (columns[code] <= c).take(order)              # (N, m); rows stay sorted
-                halves = [order.compress(side.ravel()).reshape(len(order), -1)
-                          for side in (left, ~left)]                 # (N, m) -> (N, m_left), ...
-                return (code, c, *(grow(r, half, depth - 1) for half in halves))
-        r = r[order[0]]
-        curve = (abs(r) * (1 - abs(r))).sum()
-        return newton * r.sum() / curve if curve > 1e-150 else 0.0
-
-    target = (label == np.arange(K)[:, None]).astype(np.float64)     # (K, n)
-    start = np.log(target.mean(1))
-    if K == 2:
-        target, start = target[1:], start[1:] - start[:1]            # one row: log odds of class 1
-    newton = rate * (1 if K == 2 else (K - 1) / K)
-    scores, done = np.repeat(start[:, None], len(codes), axis=1), []
-    for _ in range(rounds):
-        residual = target - probabilities(scores)
-        done.append([grow(r, order, depth) for r in residual])
-        scores += [look_up(tree, columns) for tree in done[-1]]
-    return Trees(classes, start, done, used / used.sum() if used.sum() > 0 else used)
-
-
-def predict(trees, codes):
-    """codes (n, N) -> the likeliest label of each sample (n,)."""
-    columns = np.ascontiguousarray(codes.T)
-    scores = np.repeat(trees.start[:, None], len(codes), axis=1)
-    for forest in trees.rounds:
-        scores += [look_up(tree, columns) for tree in forest]
-    return trees.classes[scores.argmax(0) if len(scores) > 1 else (scores[0] > 0).astype(int)]
-
-
-def probabilities(scores):
-    """Sigmoid of a single row of scores (1, n), softmax over the rows of several."""
-    if len(scores) == 1:
-        return np.exp(-np.logaddexp(0, -scores))                     # 1 / (1 + e^-score)
-    e = np.exp(scores - scores.max(0))
-    return e / e.sum(0)
-
-
-def look_up(tree, columns):
-    """The step that a tree gives each of the samples, columns (N, n)."""
-    if not isinstance(tree, tuple):
-        return np.full(columns.shape[1], tree)
-    code, c, low, high = tree
-    return np.where(columns[code] <= c, look_up(low, columns), look_up(high, columns))
-
-
-def best_split(r, order, columns, rank, rng):
-    """The best question of a node: its gain (0: there is none), and code <= c. r (n,) residuals;
-    order (N, m) the node's samples sorted by each code. All m - 1 cuts of all N codes are tried:
-    the running sum of r is what lies left of a cut. In float32, twice as fast."""
-    (N, m), n = order.shape, len(r)
-    sums = r.astype(np.float32).take(order).cumsum(axis=1)           # (N, m)
-    left_count = np.arange(1, m, dtype=np.float32)
-    gain = gains(sums[:, :-1], left_count, sums[:, -1:], m)          # (N, m - 1)
-    if rank is not None:                                             # equal codes cannot be parted
-        here = rank.take(order + np.arange(0, N * n, n)[:, None])
-        gain *= here[:, 1:] > here[:, :-1]
-    at = gain.argmax(axis=1)                                         # (N,)
-    # Equal codes gain equally and must share the importance: scikit-learn asks the codes in random
-    # order; we add noise just above the rounding of float32.
-    best = gain[np.arange(N), at] * (1 + 1e-6 * rng.random(N))
-    code = best.argmax()
-    below, above = columns[code, order[code, at[code]:at[code] + 2]]
-    c = below / 2 + above / 2
-    return best[code], code, c if c < above else below               # no float may lie in between
-
-
-def gains(left_sum, left_count, total, count):
-    """Gain of each cut from what lies left of it. With s of k samples there and S of n in all,
-    k (n-k) / n (s/k - (S-s)/(n-k))^2  =  (S k/n - s)^2 n / (k (n-k)): in place, for speed."""
-    gain = total * (left_count / count)
-    gain -= left_sum
-    gain *= gain
-    gain *= count / (left_count * (count - left_count))
-    return gain
+        for images in (images_a, images_b):
+            parts = [network(part, return_features=True) for part in images.split(batch)]
+            features.append(torch.cat(parts))  # (n, 2048)
+    return frechet_distance(*features)
 
 
 # ---- python metrics.py ---------------------------------------------------------------------------
 def worked_example():
-    """The six numbers above, each step computed, and beside it what was found by hand."""
-    codes, labels = np.arange(1.0, 7.0)[:, None], np.array([0, 0, 0, 1, 0, 1])
+    """The six numbers of the trees, each step computed, and beside it what was found by hand."""
+    codes = np.arange(1.0, 7.0)[:, None]  # (6, 1)
+    labels = np.array([0, 0, 0, 1, 0, 1])
     trees = fit_trees(codes, labels, rounds=1, depth=1)
-    ((_, c, *steps),), p = trees.rounds[0], probabilities(trees.start[None])[0]      # p (1,)
+    tree = trees.rounds[0][0]
+    p = probabilities(np.repeat(trees.start[:, None], 6, axis=1))[0]  # (6,)
     r = labels - p
-    gain = gains(r.cumsum()[:5], np.arange(1, 6), r.sum(), 6)
-    after = probabilities((trees.start + np.where(codes[:, 0] <= c, *steps))[None])[0]
+    gain = split_gain(r.cumsum()[:5], np.arange(1, 6), r.sum(), 6)
+    after = probabilities(trees.start + look_up(tree, codes.T)[None])[0]
     label = predict(fit_trees(codes, labels), codes)
+
+    steps = [
+        ("  code", codes[:, 0], "1 2 3 4 5 6"),
+        ("  label", labels, "0 0 0 1 0 1"),
+        ("1 p at the start", p, "1/3 1/3 1/3 1/3 1/3 1/3"),
+        ("2 residual r = label - p", r, "-1/3 -1/3 -1/3 2/3 -1/3 2/3"),
+        ("3 gain of a cut after 1 ... 5", gain, "2/15 1/3 2/3 1/12 8/15"),
+        ("4 the best question: code <=", [tree.cut], "7/2"),
+        ("5 step of left and right leaf", [tree.low, tree.high], "-3/20 3/20"),
+        ("  p after this round", after, ".301 .301 .301 .367 .367 .367"),
+        ("  label by 100 rounds, depth 3", label, "0 0 0 1 0 1")]
     print(f"{'':30}{'computed':44}by hand")
-    for step, values, by_hand in (
-            ("  code", codes[:, 0], "1 2 3 4 5 6"),
-            ("  label", labels, "0 0 0 1 0 1"),
-            ("1 p at the start", p.repeat(6), "1/3 1/3 1/3 1/3 1/3 1/3"),
-            ("2 residual r = label - p", r, "-1/3 -1/3 -1/3 2/3 -1/3 2/3"),
-            ("3 gain of a cut after 1 ... 5", gain, "2/15 1/3 2/3 1/12 8/15"),
-            ("4 the best question: code <=", [c], "7/2"),
-            ("5 step of left and right leaf", steps, "-3/20 3/20"),
-            ("  p after this round", after, ".301 .301 .301 .367 .367 .367"),
-            ("  label by 100 rounds, depth 3", label, "0 0 0 1 0 1")):
-        print(f"{step:<30}" + "".join(f"{float(v):7.3g}" for v in values).ljust(44) + by_hand)
+    for name, values, by_hand in steps:
+        computed = "".join(f"{float(value):7.3g}" for value in values)
+        print(f"{name:<30}{computed:44}{by_hand}")
 
 
-def report(path, *options):
+def report(path, seed, dci_train, dci_test):
     """Prints all scores of the arrays `codes` and `factors` of an .npz file."""
     try:
         with np.load(path) as table:
-            codes, factors = table["codes"], table["factors"]
+            codes = table["codes"]
+            factors = table["factors"]
     except OSError as error:
         raise OSError(f"{path} cannot be read: {error.strerror or error}") from None
     except Exception:  # a dozen kinds, whose words are for programmers or advise unsafe loading
         raise ValueError(f"{path} is damaged or lacks an array of numbers; expected an .npz by "
                          f"np.savez(path, codes=codes, factors=factors)") from None
-    scores = evaluate(codes, factors, *options)
-    importance, note = scores.pop("importance", ()), scores.pop("note")
+
+    scores = evaluate(codes, factors, seed, dci_train, dci_test)
+    importance = scores.pop("importance", [])
+    note = scores.pop("note")
     for name, value in scores.items():
         print(f"{name:<22}{round(value, 4)}")
     print("note:", note or "every score was computed")
@@ -558,20 +1177,27 @@ def report(path, *options):
         print(f"{code:4d} " + "".join(f"{value:6.2f}" for value in row))
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"metrics.py: {message}\n")  # one line, without the usage
+
+
 def main(arguments=None):
     """The command line: a table of scores, or without a file the worked example."""
-    parser = argparse.ArgumentParser(description="Scores a table of codes, or explains the trees.")
-    parser.add_argument("file", nargs="?", help=".npz of codes (n, N) or (n, N, d), factors (n, F)")
+    parser = Parser(description="Scores a table of codes, or explains the trees.")
+    parser.add_argument("file", nargs="?", type=pathlib.Path,
+                        help=".npz of codes (n, N) or (n, N, d), factors (n, F)")
     parser.add_argument("--train", type=int, default=10_000, help="samples the trees learn from")
-    parser.add_argument("--test", type=int, default=5_000, help="more samples, to test the trees")
+    parser.add_argument("--test", type=int, default=5_000, help="other samples, to test the trees")
     parser.add_argument("--seed", type=int, default=0, help="seed of votes, split and ties")
-    parser.error = lambda message: parser.exit(2, f"metrics.py: {message}\n")   # without its usage
+    if arguments is not None:
+        arguments = [str(argument) for argument in arguments]
     options = parser.parse_args(arguments)
     try:
         if options.file is None:
             worked_example()
         else:
-            report(options.file, options.seed, options.train, options.test)
+            report(options.file.expanduser(), options.seed, options.train, options.test)
         sys.stdout.flush()
     except BrokenPipeError:  # `| head -1` has read enough; leave nothing to flush at the exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
