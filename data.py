@@ -24,6 +24,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import os
 import platform
 import shutil
@@ -107,6 +108,15 @@ class Dataset:
     def __getitems__(self, indices):
         """A list of such pairs. DataLoader calls this, and reads a batch at once."""
         return list(zip(self.images(indices), self.factors(indices)))
+
+    @property
+    def is_complete(self):
+        """Whether there are factors, and every combination of their values has an image."""
+        combinations = math.prod(self.factor_sizes)
+        if not self.factor_sizes or self.count < combinations:
+            return False
+        _, keys, _ = self.factor_keys
+        return len(np.unique(keys)) == combinations
 
     def find(self, factors):
         """factors (B, F) integers -> (B,) int64: for each row the first image that has them, in any

@@ -923,6 +923,117 @@ def ranks(codes):
     return result
 
 
+# ---- Exchanges that land: what a user of the model sees ------------------------------------------
+@torch.no_grad()
+def exchanges_that_land(model, dataset, importance, device="cpu", pairs=32, seed=0, **options):
+    """Exchange one factor's tokens: how often is the image drawn that was asked for?
+
+    Two random images are a source and its target. For each factor, that factor's tokens of the
+    source are replaced by the target's, and the image is drawn. Of all true images that differ
+    from the source in this factor alone, which one is nearest (squared distance of pixels)? The
+    exchange lands if that one has the target's value. Pairs that share the value do not count.
+    This score is ours.
+
+    model       trained, with represent, tokens, sample and latent_shape
+    dataset     data.Dataset that is_complete: with an image of every combination of its factors
+    importance  DCI's matrix (N, F): whose token is whose, see tokens_of_factors
+    device      where the model is
+    pairs       how many sources and targets
+    seed        of the choice of pairs and of the noise z_T
+    options     of model.sample: steps, sampler, eta
+
+    Returns {factor: (share of exchanges that land, control)}, both 0 to 1. The control does the
+    same without an exchange: is the source, redrawn from its own tokens, nearest to itself? A
+    factor whose value no pair changes is left out. ValueError if there are no factors, or if a
+    combination has no image.
+    """
+    if not dataset.is_complete:
+        raise ValueError(f"{dataset.name} has not an image of every combination of factors")
+    generator = torch.Generator().manual_seed(seed)
+    indices = torch.randint(len(dataset), (2 * pairs,), generator=generator)
+    source, target = dataset.factors(indices).split(pairs)  # 2x (B, F)
+    images = in_unit_range(dataset.images(indices)).to(device)
+    source_codes, target_codes = batched(model.represent, images).split(pairs)
+
+    # The source as it is, and once for each factor with that factor's tokens exchanged.
+    variants = [source_codes]
+    for tokens in tokens_of_factors(importance):
+        variants.append(exchange(source_codes, target_codes, tokens))
+    noise = torch.randn(pairs, *model.latent_shape, generator=generator).to(device)
+    drawn = draw(model, torch.cat(variants), torch.cat([noise] * len(variants)), **options)
+    redrawn, *exchanged = drawn.split(pairs)
+
+    shares = {}
+    for j, name in enumerate(dataset.factor_names):
+        differ = source[:, j] != target[:, j]
+        if differ.any():
+            candidates = images_of_values(dataset, source, j).to(device)  # (B, K, 3, S, S)
+            landed = nearest(exchanged[j], candidates) == target[:, j]
+            recognised = nearest(redrawn, candidates) == source[:, j]
+            share = landed[differ].float().mean().item()
+            control = recognised[differ].float().mean().item()
+            shares[name] = (share, control)
+    return shares
+
+
+def tokens_of_factors(importance, least=0.02):
+    """A token belongs to the factor that it is most important for, if to that at least `least`.
+
+    importance (N, F), DCI's -> F lists of tokens, in each the most important one at first. A token
+    that matters for no factor is in no list.
+    """
+    lists = [[] for _ in range(importance.shape[1])]
+    most_important_first = np.argsort(-importance.max(1), kind="stable")
+    for token in most_important_first.tolist():
+        factor = importance[token].argmax()
+        if importance[token, factor] >= least:
+            lists[factor].append(token)
+    return lists
+
+
+def exchange(codes, others, tokens):
+    """Codes (B, N) or (B, N, d) with these tokens taken from others, (B, ...) or (1, ...)."""
+    changed = codes.clone()
+    changed[:, tokens] = others[:, tokens]
+    return changed
+
+
+def draw(model, codes, noise, **options):
+    """Codes (B, N) or (B, N, d) and z_T (B, ...) -> images; options: of model.sample."""
+    tokens = batched(model.tokens, codes)
+    return batched(lambda s, z: model.sample(s, noise=z, **options), tokens, noise)
+
+
+def batched(function, *tensors):
+    """function applied to 64 rows of the tensors at a time, the results joined."""
+    parts = zip(*(tensor.split(64) for tensor in tensors))
+    return torch.cat([function(*part) for part in parts])
+
+
+def in_unit_range(images):
+    """uint8 images -> float in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def images_of_values(dataset, factors, j):
+    """The images that have these factors (B, F), but every value of factor j in turn.
+
+    -> (B, K, 3, S, S) in [-1, 1] for a factor of K values. ValueError if one does not exist.
+    """
+    size = dataset.factor_sizes[j]
+    wanted = factors.repeat_interleave(size, dim=0)  # (B, F) -> (B * K, F)
+    wanted[:, j] = torch.arange(size).repeat(len(factors))
+    images = in_unit_range(dataset.images(dataset.find(wanted)))
+    return images.unflatten(0, (-1, size))  # (B * K, 3, S, S) -> (B, K, 3, S, S)
+
+
+def nearest(images, candidates):
+    """Which of the candidates (B, K, 3, S, S) is nearest to each image (B, 3, S, S): (B,)."""
+    differences = candidates - images[:, None]
+    distances = differences.square().flatten(2).sum(2)  # (B, K, 3, S, S) -> (B, K)
+    return distances.argmin(1).cpu()
+
+
 # ---- TAD: the score of attributes ----------------------------------------------------------------
 def tad(codes, attributes, captured=0.75, overlap=0.2):
     """Total AUROC difference (Yeats et al., NashAE, ECCV 2022), as a dict.

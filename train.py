@@ -34,6 +34,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -331,11 +332,12 @@ def update_average(average, model, decay):
 
 
 @torch.no_grad()
-def score(run, dataset, model, samples, mapped=False):
+def score(run, dataset, model, samples, final=False):
     """All scores that the labels allow, of this many images, as a dict.
 
-    Its "note" says why one is missing. mapped: also the scores of the tokens, each brought to one
-    number by PCA (Table 9), under names that begin with "mapped_".
+    Its "note" says why one is missing. final: also the scores of the tokens, each brought to one
+    number by PCA (Table 9), under names that begin with "mapped_", and the share of exchanges that
+    give the image that was asked for.
     """
     seed = run.config.seed
     device = run.backend.device
@@ -354,12 +356,8 @@ def score(run, dataset, model, samples, mapped=False):
 
         factors = dataset.factors(indices)
         scores = metrics.evaluate(codes, factors, seed)
-        tokens = model.tokens(codes.to(device)).cpu()  # (n, N) -> (n, N, d)
-        if mapped and tokens.ndim > codes.ndim:
-            of_tokens = metrics.evaluate(tokens, factors, seed)
-            for name in Run.SCORES:
-                if name in of_tokens:
-                    scores[f"mapped_{name}"] = of_tokens[name]
+        if final:
+            scores.update(final_scores(run, dataset, model, codes, factors, scores))
         return scores
     except ValueError as error:  # codes that are not finite, say: pictures may still tell why
         return {"note": f"not scored: {error}"}
@@ -381,7 +379,7 @@ def train_run(run, dataset):
 
         if run.backend.main:
             with run.silence("the weights are saved; scores and pictures take about two minutes"):
-                scores = score(run, dataset, average, 15_000, mapped=True)
+                scores = score(run, dataset, average, 15_000, final=True)
                 draw_samples(run, dataset, average)
             run.finish(scores)
 
@@ -619,6 +617,30 @@ def quick_look(run, dataset, average, step):
     words = "  ".join(f"{name} {value:.3f}" for name, value in known.items())
     run.log(stage="joint training", step=step, **known)
     run.print(f"  quick score: {words}  {scores.get('note', '')}")
+
+
+def final_scores(run, dataset, model, codes, factors, scores):
+    """Scores of the tokens, where they are not the codes, and the share of exchanges that land.
+
+    codes (n, N) or (n, N, d), factors (n, F); scores: those of the codes. Returns a dict.
+    """
+    seed = run.config.seed
+    device = run.backend.device
+    further = {}
+    tokens = model.tokens(codes.to(device)).cpu()  # (n, N) -> (n, N, d)
+    if tokens.ndim > codes.ndim:
+        of_tokens = metrics.evaluate(tokens, factors, seed)
+        for name in Run.SCORES:
+            if name in of_tokens:
+                further[f"mapped_{name}"] = of_tokens[name]
+
+    if "importance" in scores and dataset.is_complete:
+        importance = np.array(scores["importance"])
+        shares = metrics.exchanges_that_land(model, dataset, importance, device, seed=seed)
+        landed = {name: share for name, (share, _) in shares.items()}
+        further["exchanges"] = sum(landed.values()) / len(landed)
+        further["exchanges_by_factor"] = landed
+    return further
 
 
 @torch.no_grad()
@@ -1137,6 +1159,8 @@ class Run:
         for name, value in scores.items():
             if isinstance(value, float):
                 self.print(f"{name:28s} {value:.3f}")
+        for name, share in scores.get("exchanges_by_factor", {}).items():
+            self.print(f"  {name:26s} {share:.2f}")
         if scores.get("note"):
             self.print(scores["note"])
         self.write("metrics.json", json.dumps(content, indent=1), needed=True)
