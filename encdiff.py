@@ -665,9 +665,11 @@ def main(arguments=None):
                         help="how timesteps are drawn; none: draw the picture from the tokens")
     parser.add_argument("--bayes", action="store_true",
                         help="train nothing; print what a token is needed for at each timestep")
+    if arguments is not None:  # a call from Python may bring numbers
+        arguments = [str(word) for word in arguments]
     args = parser.parse_args(arguments)
 
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed % 2**63)  # torch takes no larger ones
     if args.bayes:
         print_bayes()
         return
