@@ -54,6 +54,7 @@ import metrics
 import train
 import unet
 import vq
+from metrics import batched, exchange, tokens_of_factors
 from train import print_safely, require, to_float
 
 SHIPPED = Path(__file__).parent / "assets" / "small.pt"  # the model that comes with the code
@@ -123,12 +124,12 @@ class OpenedRun:
 
     def count(self, asked, usual, images_each=1):
         """How many to show: as many as asked for, or (None) the usual number or all that exist."""
-        most = len(self.dataset) // images_each
-        require(most >= 1, "data", self.dataset.name, f"a set of {images_each} images or more")
+        available = len(self.dataset) // images_each
+        require(available >= 1, "data", self.dataset.name, f"a set of {images_each} images or more")
         if asked is None:
-            return min(usual, most)
-        require(asked <= most, "count", asked,
-                f"at most {most}: {self.dataset.name} has {len(self.dataset)} images")
+            return min(usual, available)
+        require(asked <= available, "count", asked,
+                f"at most {available}: {self.dataset.name} has {len(self.dataset)} images")
         return asked
 
     def random_indices(self, count):
@@ -158,120 +159,12 @@ class OpenedRun:
     def draw(self, codes, noise, **changes):
         """Codes (B, N) or (B, N, d) and z_T (B, ...) -> images (B, 3, S, S) in [-1, 1].
         changes: of the options of the sampler, steps=5 for one."""
-        return draw(self.model, codes, noise, **{**self.options, **changes})
+        return metrics.draw(self.model, codes, noise, **{**self.options, **changes})
 
     def draw_all(self, variants, noise):
         """Several codes for the same noise z_T (B, ...): V times (B, N) -> V times (B, 3, S, S)."""
         images = self.draw(torch.cat(variants), torch.cat([noise] * len(variants)))
         return list(images.split(len(noise)))
-
-
-def batched(function, *tensors):
-    """function applied to 64 rows of the tensors at a time, the results joined."""
-    parts = zip(*(tensor.split(64) for tensor in tensors))
-    return torch.cat([function(*part) for part in parts])
-
-
-def draw(model, codes, noise, **options):
-    """Codes (B, N) or (B, N, d) and z_T (B, ...) -> images (B, 3, S, S); options: as of sample."""
-    tokens = batched(model.tokens, codes)
-    return batched(lambda s, z: model.sample(s, noise=z, **options), tokens, noise)
-
-
-# ---- Which tokens belong to a factor, and whether an exchange of them lands ---------------------
-
-
-def tokens_of_factors(importance, least=0.02):
-    """A token belongs to the factor that it is most important for, if to that at least `least`.
-
-    importance (N, F), DCI's -> F lists of tokens, in each the most important one at first. A token
-    that matters for no factor is in no list.
-    """
-    lists = [[] for _ in range(importance.shape[1])]
-    most_important_first = np.argsort(-importance.max(1), kind="stable")
-    for token in most_important_first.tolist():
-        factor = importance[token].argmax()
-        if importance[token, factor] >= least:
-            lists[factor].append(token)
-    return lists
-
-
-def exchange(codes, others, tokens):
-    """Codes (B, N) or (B, N, d) with these tokens taken from others, (B, ...) or (1, ...)."""
-    changed = codes.clone()
-    changed[:, tokens] = others[:, tokens]
-    return changed
-
-
-def images_of_values(dataset, factors, j, device):
-    """The images that have these factors (B, F), but every value of factor j in turn.
-
-    -> (B, K, 3, S, S) in [-1, 1] for a factor of K values. ValueError if one does not exist.
-    """
-    size = dataset.factor_sizes[j]
-    wanted = factors.repeat_interleave(size, dim=0)  # (B, F) -> (B * K, F)
-    wanted[:, j] = torch.arange(size).repeat(len(factors))
-    indices = torch.as_tensor(dataset.find(wanted))
-    images = train.load_images(dataset, indices, device)
-    return images.unflatten(0, (-1, size))  # (B * K, 3, S, S) -> (B, K, 3, S, S)
-
-
-def nearest(images, candidates):
-    """Which of the candidates (B, K, 3, S, S) is nearest to each image (B, 3, S, S): (B,)."""
-    differences = candidates - images[:, None]
-    distances = differences.square().flatten(2).sum(2)  # (B, K, 3, S, S) -> (B, K)
-    return distances.argmin(1).cpu()
-
-
-@torch.no_grad()
-def exchanges_that_land(model, dataset, importance, device="cpu", pairs=32, seed=0, **options):
-    """Exchange one factor's tokens: how often is the image drawn that was asked for?
-
-    Two random images are a source and its target. For each factor, that factor's tokens of the
-    source are replaced by the target's, and the image is drawn. Of all true images that differ
-    from the source in this factor alone, which one is nearest (squared distance of pixels)? The
-    exchange lands if that one has the target's value. Pairs that share the value do not count.
-
-    model       trained, with represent, tokens, sample and latent_shape
-    dataset     with factors, and an image of every combination of their values
-    importance  DCI's matrix (N, F): whose token is whose, see tokens_of_factors
-    device      where the model is
-    pairs       how many sources and targets
-    seed        of the choice of pairs and of the noise z_T
-    options     of model.sample: steps, sampler, eta
-
-    Returns {factor: (share of exchanges that land, control)}, both 0 to 1. The control does the
-    same without an exchange: is the source, redrawn from its own tokens, nearest to itself? A
-    factor whose value no pair changes is left out. ValueError if there are no factors, or if a
-    combination has no image.
-    """
-    if not dataset.factor_sizes or math.prod(dataset.factor_sizes) > len(dataset):
-        raise ValueError(f"{dataset.name} has not an image of every combination of factors")
-    generator = torch.Generator().manual_seed(seed)
-    indices = torch.randint(len(dataset), (2 * pairs,), generator=generator)
-    source, target = dataset.factors(indices).split(pairs)  # 2x (B, F)
-    images = train.load_images(dataset, indices, device)
-    source_codes, target_codes = batched(model.represent, images).split(pairs)
-
-    # The source as it is, and once for each factor with that factor's tokens exchanged.
-    variants = [source_codes]
-    for tokens in tokens_of_factors(importance):
-        variants.append(exchange(source_codes, target_codes, tokens))
-    noise = torch.randn(pairs, *model.latent_shape, generator=generator).to(device)
-    drawn = draw(model, torch.cat(variants), torch.cat([noise] * len(variants)), **options)
-    redrawn, *exchanged = drawn.split(pairs)
-
-    shares = {}
-    for j, name in enumerate(dataset.factor_names):
-        differ = source[:, j] != target[:, j]
-        if differ.any():
-            candidates = images_of_values(dataset, source, j, device)  # (B, K, 3, S, S)
-            landed = nearest(exchanged[j], candidates) == target[:, j]
-            recognised = nearest(redrawn, candidates) == source[:, j]
-            share = landed[differ].float().mean().item()
-            control = recognised[differ].float().mean().item()
-            shares[name] = (share, control)
-    return shares
 
 
 # ---- The verbs: what each does is its --help ----------------------------------------------------
@@ -285,6 +178,7 @@ def swap(run, args):
     rows = picture_rows(run, args.tokens)
     count = run.count(args.count, usual=8, images_each=2)
     source, target = run.random_images(2 * count).split(count)
+
     source_codes = run.codes(source)
     target_codes = run.codes(target)
 
@@ -300,14 +194,16 @@ def swap(run, args):
 
 
 def print_exchanges(run, args):
-    """The table of exchanges_that_land, or why there is none."""
+    """The table of metrics.exchanges_that_land, or why there is none."""
     seed = args.seed % 2**64  # torch takes no larger ones
     try:
-        shares = exchanges_that_land(run.model, run.dataset, run.importance, run.device,
-                                     seed=seed, **run.options)
+        check_factors(run.dataset, run.importance)
+        shares = metrics.exchanges_that_land(run.model, run.dataset, run.importance, run.device,
+                                             seed=seed, **run.options)
     except ValueError as error:
         print_safely(f"no share of exchanges that land: {error}")
         return
+
     print_safely("exchanges that land       share   without exchange")
     shares["mean"] = np.mean(list(shares.values()), axis=0)
     for name, (share, control) in shares.items():
@@ -319,6 +215,7 @@ def traverse(run, args):
     if args.gif:
         require(not args.out or args.out.lower().endswith(".gif"), "out", args.out,
                 "a name that ends in .gif, as --gif draws an animation")
+
     rows = picture_rows(run, args.tokens)
     codes = run.codes_of_data()  # (M, N) or (M, N, d)
     order = metrics.scalar_codes(codes).argsort(0)  # (M, N): the images sorted by each token
@@ -399,11 +296,12 @@ def print_attention_on_changes(run, indices, maps):
     lines = ["on the pixels that change  attention  of the image"]
     images = run.load(indices)[:, None]  # (B, 1, 3, S, S)
     try:
+        check_factors(run.dataset, run.importance)
         factors = run.dataset.factors(indices)  # (B, F)
         for j, tokens in enumerate(tokens_of_factors(run.importance)):
             if tokens:
-                variants = images_of_values(run.dataset, factors, j, run.device)
-                differ = (variants - images).abs() > 0.1  # (B, K, 3, S, S)
+                variants = metrics.images_of_values(run.dataset, factors, j)
+                differ = (variants.to(run.device) - images).abs() > 0.1  # (B, K, 3, S, S)
                 mask = differ.any(2).any(1).float()  # (B, S, S)
                 of_token = maps[:, tokens[0]]  # of the most important one, (B, S, S)
                 share = (of_token * mask).sum() / of_token.sum()
@@ -447,6 +345,7 @@ def reconstruct(run, args):
     if args.lpips:
         weights = metrics.load_lpips(*args.lpips)
         scores["LPIPS"] = functools.partial(metrics.lpips, weights=weights)
+
     count = run.count(args.count, usual=256)
     images = run.random_images(count)
     rows = {}
@@ -475,6 +374,7 @@ def importance(run, args):
         reason = run.scores.get("note", "no scores")
         raise ValueError(f"{run.path} has no importance matrix ({reason}); "
                          "expected a run with labels")
+
     order = [token for _, tokens in token_groups(run) for token in tokens]
     coordinate = torch.linspace(-1, 1, 64).abs()
     distance = torch.maximum(coordinate, coordinate[:, None])  # (64, 64): 0 in the middle
@@ -503,6 +403,13 @@ def focus(importance):
     if len(importance) == 1:
         return "-"
     return f"{metrics.focus(importance[None]):.2f}"
+
+
+def check_factors(dataset, importance):
+    """ValueError unless the dataset has the factors of DCI's importance (N, F)."""
+    if len(dataset.factor_sizes) != importance.shape[1]:
+        raise ValueError(f"{dataset.name} has {len(dataset.factor_sizes)} factors; expected the "
+                         f"{importance.shape[1]} that the run was scored with")
 
 
 def picture_rows(run, asked):
@@ -632,6 +539,7 @@ def fid(run, args):
     codes = train.encode(run.model, run.dataset, indices, run.device)  # (n, N) or (n, N, d)
     if not args.redraw:
         codes = recombined(codes, count)
+
     drawn = []
     for part in codes.split(256):
         drawn.append(train.to_bytes(run.draw(part.to(run.device), run.noise(len(part)))))
@@ -764,6 +672,7 @@ def complexity(run, args):
     for name, part in run.model.named_children():
         count = sum(parameter.numel() for parameter in part.parameters())
         print_safely(f"{name:12s}{count:14,d} parameters")
+
     image = torch.zeros(1, 3, run.config.size, run.config.size, device=run.device)
     codes = run.codes(image)
     noise = run.noise(1)
@@ -774,6 +683,7 @@ def complexity(run, args):
     run.draw(codes, noise).cpu()  # .cpu() waits for a GPU
     seconds = time.monotonic() - began
     gflop = counter.get_total_flops() / 1e9
+
     tflop = sum(train.training_tflop(run.config, train.step_flops(run.config)))
     print_safely(f"a sample: {gflop:,.1f} GFLOP, {seconds:.2f} s on {run.device}\n"
                  f"its training: {tflop:,.1f} TFLOP")
@@ -802,6 +712,7 @@ def export(run, args):
     weights = {}
     for name, value in run.model.state_dict().items():
         weights[name] = value.cpu().half() if name in learned else value.cpu()
+
     content = {"format": train.FORMAT, "config": dataclasses.asdict(run.config), "model": weights,
                "ema": {}, "stage": "joint training", **run.about}
     del content["folder"]  # where the run was does not belong in the file
@@ -820,19 +731,26 @@ def page(run, args):
     Each named factor is swept over its values by a slider, and taken from a target by a button."""
     groups = [(name, tokens) for name, tokens in token_groups(run)[:-1] if tokens]
     groups = groups[:6]  # of which there are 64 combinations
-    require(groups and run.dataset.factor_sizes, "data", run.dataset.name,
-            "labels, and a run that was scored with them: without them no token has a name")
+    if not groups:
+        raise ValueError(f"{run.path} has no scores; expected a run with labels: without them no "
+                         "token has a name")
+    check_factors(run.dataset, run.importance)
     print_safely(NAMED)
+
     count = run.count(None, usual=3, images_each=2)
     source, target = run.random_images(2 * count).split(count)
     source_codes = run.codes(source)
     target_codes = run.codes(target)
     noise = run.noise(count)
 
+    indices = run.random_indices(5000)
+    codes = train.encode(run.model, run.dataset, indices, run.device)
+    labels = run.dataset.factors(indices)  # (M, F)
     factors = []
     sweeps = []
     for name, tokens in groups:
-        values = codes_of_values(run, run.factor_names.index(name))  # (K, N) or (K, N, d)
+        of_factor = labels[:, run.factor_names.index(name)]
+        values = typical_codes(codes, of_factor).to(run.device)  # (K, N) or (K, N, d)
         variants = [exchange(source_codes, value[None], tokens) for value in values]
         sweeps.append(torch.stack(run.draw_all(variants, noise), dim=1))  # (count, K, 3, S, S)
         factors.append({"name": name, "values": len(values)})
@@ -861,18 +779,15 @@ def page(run, args):
     print_safely(f"wrote {args.file}, {len(text) / 1e6:.2f} MB; open it in a browser")
 
 
-def codes_of_values(run, j, most=12):
-    """A typical code for each value of factor j, of at most so many: (K, N) or (K, N, d). It is the
-    median of the images that have this value."""
-    indices = run.random_indices(5000)
-    codes = train.encode(run.model, run.dataset, indices, run.device)
-    labels = run.dataset.factors(indices)[:, j]
+def typical_codes(codes, labels, most=12):
+    """Codes (M, N) or (M, N, d) of images with these labels (M,) of a factor -> for each of its
+    values, at most so many, the median of the images that have it: (K, N) or (K, N, d)."""
     values = labels.unique()
     typical = []
     for k in np.linspace(0, len(values) - 1, min(most, len(values))).round():
         having_it = codes[labels == values[int(k)]]
         typical.append(having_it.median(0).values)
-    return torch.stack(typical).to(run.device)
+    return torch.stack(typical)
 
 
 def jpeg(rows):
@@ -948,8 +863,8 @@ class Explorer:
             numbers[name] = number
 
         images = run.load(torch.tensor([numbers["source"], numbers["target"]]))
-        both = run.codes(images).cpu()  # (2, N) or (2, N, d)
-        source, target = both.reshape(2, *self.direction.shape)  # 2x (N, d)
+        pair = run.codes(images).cpu()  # (2, N) or (2, N, d)
+        source, target = pair.reshape(2, *self.direction.shape)  # 2x (N, d)
         source_position = (source * self.direction).sum(1)  # (N,)
         target_position = (target * self.direction).sum(1)
 
@@ -964,7 +879,7 @@ class Explorer:
                 codes[i] += distance * self.direction[i]
         require(codes.abs().max() < 1e6, "tokens", asked["tokens"], "finite positions")
 
-        codes = codes.reshape(both[:1].shape).to(run.device)
+        codes = codes.reshape(pair[:1].shape).to(run.device)
         with self.lock, unet.record_attention(run.model) as records:
             torch.manual_seed(numbers["noise"])
             drawn = run.draw(codes, run.noise(1), steps=numbers["steps"])
@@ -1048,8 +963,8 @@ def existing_runs(words):
     ValueError if there is none."""
     paths = []
     for word in words:
-        found = [word] if Path(word).exists() else sorted(glob.glob(word))
-        paths += found or [word]
+        matches = [word] if Path(word).exists() else sorted(glob.glob(word))
+        paths += matches or [word]
     paths = list(dict.fromkeys(os.path.abspath(path) for path in paths))
     if not any(Path(path).exists() for path in paths):
         raise ValueError(f"no run is at {' '.join(words) or 'RUN, as none is given'}; expected "
@@ -1063,7 +978,7 @@ def short_names(paths):
     names = []
     for parts in all_parts:
         length = 1
-        while [others[-length:] for others in all_parts].count(parts[-length:]) > 1:
+        while [path[-length:] for path in all_parts].count(parts[-length:]) > 1:
             length += 1
         names.append("/".join(parts[-length:]))
     return names
@@ -1093,22 +1008,24 @@ def save(args, folder, picture, ending=".png", frames=()):
     """Write a picture, or the first of several frames, to --out or under the name of the verb into
     the folder. The ending of the name says in which format."""
     path = Path(args.out or Path(folder, args.verb + ending))
-    options = {"format": FORMATS[path.suffix.lower()], "optimize": True, "quality": 95}
+    kind = FORMATS[path.suffix.lower()]
+    options = dict(optimize=True, quality=95)  # each format takes what it knows
     if frames:
-        options |= {"save_all": True, "append_images": frames, "duration": 120, "loop": 0}
-    train.write_atomically(path, lambda file: picture.save(file, **options))
+        options.update(save_all=True, append_images=frames, duration=120, loop=0)
+    train.write_atomically(path, lambda file: picture.save(file, kind, **options))
     print_safely(f"wrote {path}, {picture.width} x {picture.height} pixels")
 
 
-def drawable(names, kind):
-    """The names, but "kind number" for one that has letters which the font lacks, or is long."""
+def drawable(names, kind, longest=48):
+    """The names, but "kind number" for one that is too long or has letters which the font lacks."""
     missing = bytes(font(14).getmask("\U0010ffff"))  # what the font draws in the place of a letter
     shown = []
     for number, name in enumerate(names):
-        lacks = any(bytes(font(14).getmask(letter)) == missing for letter in name)
-        if lacks:
-            print_safely(f"{name}: the font lacks letters of it, so it is {kind} {number}")
-        shown.append(f"{kind} {number}" if lacks else name)
+        letters = [bytes(font(14).getmask(letter)) for letter in name]
+        if missing in letters or len(name) > longest:
+            print_safely(f"in the picture, {kind} {number} is {name}")
+            name = f"{kind} {number}"
+        shown.append(name)
     return shown
 
 
@@ -1167,10 +1084,9 @@ class Axis:
             low, high = min(0, low), max(0, high)
         self.low = self.scale(low)
         self.extent = self.scale(high) - self.low or 1  # a single value has none
-        if logarithmic:
-            self.ticks = [tick for tick in self.ROUND if low <= tick <= high]
-        else:
-            step = next(tick for tick in self.ROUND if tick >= self.extent / 8)
+        self.ticks = [tick for tick in self.ROUND if low <= tick <= high]
+        if len(self.ticks) < 3 or not logarithmic:
+            step = next(tick for tick in self.ROUND if tick >= (high - low or 1) / 8)
             numbers = np.arange(math.ceil(low / step), math.floor(high / step + 1e-6) + 1)
             self.ticks = step * numbers
 
