@@ -11,17 +11,16 @@ SYMBOLS   z_0        z0                (B, C, h, w)  latent of the image, divide
           beta_t     betas[t - 1]      (T,)          variance added in step t
           abar_t     alpha_bar[t]      (T + 1,)      share of signal variance left; alpha_bar[0] = 1
           S          tokens            (B, N, d)     concept tokens
-          C_t / n    kl_bottleneck     (T,)          eq. (5) for each number of the latent, in nats
 IDEA      Encoder and denoiser learn together to predict noise, eq. (3). Nothing in that loss asks
           for disentanglement. Two things about the denoiser bring it about. First, attention: at
           each position the tokens compete for a softmax, so a token gains by meaning one thing.
           Second, scalars: each token is a function of ONE number, so it has no second dimension in
-          which to hide a second factor. The tokens are the denoiser's only CLEAN view of the image:
-          z_t shows the image too, but covered by noise. What the noise hides, the tokens tell.
-          So the noise decides what a token is needed for: `python encdiff.py --bayes`.
-DIFFERS   Eq. (3) is printed without the square; Table 7 says MSE, and so do we. Eq. (5) is printed
-          with -beta~_t where the KL of two Gaussians has +beta~_t; we compute the KL. While
-          sampling, an estimate of z_0 that is larger than any latent is scaled back: `estimate_z0`.
+          which to put a second factor. The tokens are the denoiser's only CLEAN view of the image:
+          z_t shows the image too, but covered by noise. Where z_t is too noisy to show something,
+          only the tokens can supply it. So the noise decides what a token is needed for:
+          `python encdiff.py --bayes`.
+DIFFERS   Eq. (3) is printed without the square; Table 7 says MSE, and so do we. While sampling, an
+          estimate of z_0 that is larger than latents are is scaled back: `estimate_z0`.
 TRY       python encdiff.py           ->   the whole method on 8x8 pictures while you watch
           python encdiff.py --bayes   ->   what a token is needed for, at each timestep, computed
 """
@@ -43,7 +42,10 @@ class CNNEncoder(nn.Module):
     def __init__(self, outputs, size=64, width=64):
         super().__init__()
         widths = [width, 2 * width, 4 * width, 4 * width, 4 * width]
-        layers = [nn.Conv2d(3, width, 7, padding=3), nn.ReLU(inplace=True)]
+        layers = [
+            nn.Conv2d(3, width, 7, padding=3),
+            nn.ReLU(inplace=True),
+        ]
         for c_in, c_out in zip(widths, widths[1:]):  # each halves the resolution
             layers.append(nn.Conv2d(c_in, c_out, 4, stride=2, padding=1))
             layers.append(nn.ReLU(inplace=True))
@@ -63,53 +65,8 @@ class CNNEncoder(nn.Module):
         return self.layers(images)
 
     def ends(self):
-        """The last layer: an optimizer may treat it otherwise than the layers inside."""
+        """The last layer. train.py's Muon trains the matrices inside, AdamW the ends."""
         return [self.layers[-1]]
-
-
-class CNNBatchNormEncoder(nn.Module):
-    """The encoder of the authors' code (there of width 128): images -> codes (B, outputs).
-
-    patch: one convolution of 8x8 pixels in place of the first two, which cost the most.
-    """
-
-    def __init__(self, outputs, size=64, width=64, patch=False):
-        super().__init__()
-        halve = dict(kernel_size=4, stride=2, padding=1)
-        quarter = dict(kernel_size=8, stride=4, padding=2)
-        windows = [quarter, halve, halve] if patch else [halve, halve, halve, halve]
-
-        layers = []
-        c_in = 3
-        for window in windows:
-            layers.append(nn.Conv2d(c_in, width, **window))
-            layers.append(nn.BatchNorm2d(width))
-            layers.append(nn.ReLU(inplace=True))
-            c_in = width
-        self.down = nn.Sequential(*layers)
-
-        self.residual = nn.ModuleList()
-        for _ in range(2):
-            block = nn.Sequential(
-                nn.ReLU(),
-                nn.Conv2d(width, width, 3, padding=1),
-                nn.BatchNorm2d(width),
-                nn.ReLU(),
-                nn.Conv2d(width, width, 1),
-                nn.BatchNorm2d(width),
-            )
-            self.residual.append(block)
-        self.out = nn.Linear(width * (size // 16) ** 2, outputs)
-
-    def forward(self, images):
-        x = self.down(images)  # (B, 3, size, size) -> (B, width, size/16, size/16)
-        for block in self.residual:
-            x = x + block(x)
-        return self.out(F.relu(x).flatten(1))  # (B, width, size/16, size/16) -> (B, outputs)
-
-    def ends(self):
-        """The last layer: an optimizer may treat it otherwise than the layers inside."""
-        return [self.out]
 
 
 class ScalarTokens(nn.Module):
@@ -155,8 +112,9 @@ def beta_schedule(name, steps=1000, start=0.0015, end=0.0155):
     name          one of SCHEDULES, else ValueError. The names are the latent diffusion code's, and
                   odd: "linear" is linear in sqrt(beta), "sqrt_linear" is the straight line.
     steps         T
-    start, end    beta_1 and beta_T of a schedule of 1000 steps (not for cosine). For another T all
-                  betas are scaled by 1000 / T, so that as little of the signal is left at the end.
+    start, end    beta_1 and beta_T of "linear" and "sqrt_linear" with T = 1000; "sqrt" has their
+                  roots. For another T all betas are scaled by 1000 / T, so that as little of the
+                  signal is left at the end.
 
     Returns a float64 tensor (steps,).
     """
@@ -222,11 +180,12 @@ class EncDiff(nn.Module):
 
     def train(self, mode=True):
         super().train(mode)
-        self.first_stage.eval()  # frozen: also where a train mode would behave differently
+        self.first_stage.eval()  # it is frozen, so it stays in eval mode
         return self
 
     def ends(self):
-        """The layers where the networks begin and end, and the token map."""
+        """The layers where the networks begin and end, and the token map: AdamW trains these, and
+        train.py's Muon the matrices inside."""
         return [*self.encoder.ends(), self.token_map, *self.denoiser.ends()]
 
     @torch.no_grad()
@@ -289,8 +248,8 @@ class EncDiff(nn.Module):
 
         Eq. (2) solved for z_0 divides by sqrt(abar_t). Near t = T that is almost nothing, for
         cosine 1 / 20,291: an error of 0.01 in the noise becomes 200 in z_0. So an estimate with a
-        larger root mean square than any real latent has is scaled back to that. (To clamp each
-        number would leave noise at full size.) This is ours; the paper does not say what it does.
+        larger root mean square than all latents that `set_latent_scale` saw is scaled back to
+        theirs. This is ours; the paper does not say what it does.
         """
         times = torch.full((len(z_t),), t, device=z_t.device)
         noise = self.denoiser(z_t, times, tokens).to(z_t.dtype)
@@ -331,9 +290,10 @@ class EncDiff(nn.Module):
         return self.first_stage.decode(z0 * self.latent_std).float().clamp(-1, 1)
 
 
-# ---- Samplers, each a short function, and the bottleneck that noise is, eq. (4)-(5) -------------
+# ---- Samplers, each a short function, and noise as a bottleneck, eq. (4)-(5) --------------------
 # predict(z_t, t) estimates z_0 from z_t (B, C, h, w) at timestep t, an int. All start at z_T = z
-# (B, C, h, w), include t = T, add no noise in their last step, and return z_0 (B, C, h, w).
+# (B, C, h, w), include t = T, add no noise in their last step, and return z_0 (B, C, h, w). The
+# one that `sample` takes by default, dpm_solver, needs fewer steps and stands further down.
 
 
 def timesteps_down(T, steps):
@@ -386,47 +346,19 @@ def ddim(predict, alpha_bar, z, steps, eta=0.0):
     return z
 
 
-def dpm_solver(predict, alpha_bar, z, steps):
-    """DPM-Solver++(2M) (Lu et al. 2022b), Algorithm 2: second order from two estimates of z_0.
-
-    Let alpha = sqrt(abar), sigma = sqrt(1 - abar), lambda = log(alpha / sigma), h = lambda_s -
-    lambda_t. If D, the estimate of z_0, were constant from t to s, then z_s = sigma_s / sigma_t z_t
-    - alpha_s (e^-h - 1) D. The second order extrapolates D linearly in lambda from the last two.
-    """
-    ts = timesteps_down(len(alpha_bar) - 1, steps)
-    lambdas = 0.5 * (alpha_bar.log() - (1 - alpha_bar).log())  # (T + 1,); infinite at t = 0
-    previous_z0 = None
-    previous_h = None
-    for t, s in zip(ts[:-2], ts[1:-1]):  # from t to the smaller s
-        z0 = predict(z, t)
-        h = lambdas[s] - lambdas[t]
-        if previous_z0 is None:
-            D = z0
-        else:
-            r = previous_h / h
-            D = (1 + 1 / (2 * r)) * z0 - 1 / (2 * r) * previous_z0
-
-        shrink = ((1 - alpha_bar[s]) / (1 - alpha_bar[t])).sqrt()  # sigma_s / sigma_t
-        z = shrink * z - alpha_bar[s].sqrt() * torch.expm1(-h) * D
-        previous_z0 = z0
-        previous_h = h
-    return predict(z, ts[-2])  # the step to t = 0, where sigma is 0, returns the estimate itself
-
-
-SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm": dpm_solver}
-
-
 def kl_bottleneck(betas, second_moment=1.0):
     """Eq. (5) for each number of the latent: KL(q(z_{t-1} | z_t, z_0) || N(0, I)) / n, in nats.
 
     betas float64 (T,), second_moment E[z_0^2] of one number -> float64 (T,), entry t - 1 for t.
 
-    The paper calls this a bottleneck that opens as t falls, as AnnealVAE's opens over training. No
-    loss contains it. It counts all that step t adds, also what z_t shows without any token.
+    The paper calls this a bottleneck that opens as t falls. No loss contains it. It counts all that
+    step t adds, also what z_t shows without any token.
 
-    Eq. (5): C_t / n = 1/2 [beta~_t - 1 - log beta~_t + E|mu~_t|^2 / n]. With z_t from eq. (2),
-    mu~_t = a z_0 + b z_t is sqrt(abar_{t-1}) z_0 + b sqrt(1 - abar_t) eps, so the expectation has a
-    closed form. beta~_1 = 0 is clipped at 1e-20.
+    Eq. (5): C_t / n = 1/2 [beta~_t - 1 - log beta~_t + E|mu~_t|^2 / n]. (The paper prints -beta~_t
+    in the place of the first beta~_t; the KL of two Gaussians has a plus.) With z_t from eq. (2),
+    and as a + b sqrt(abar_t) = sqrt(abar_{t-1}), the mean mu~_t = a z_0 + b z_t of eq. (4) is
+    sqrt(abar_{t-1}) z_0 + b sqrt(1 - abar_t) eps. So the expectation has a closed form.
+    beta~_1 = 0 is clipped at 1e-20.
     """
     alpha_bar = alpha_bars(betas)
     t = torch.arange(1, len(betas) + 1)
@@ -437,21 +369,22 @@ def kl_bottleneck(betas, second_moment=1.0):
 
 
 # ---- The toy: the whole method on 8x8 pictures, python encdiff.py --------------------------------
-# The latent is the picture itself, so there is no first stage to train.
+# The latent is the picture itself, so there is no first stage. The loss of EncDiff is written out
+# once more, so that all of the training stands in one function. Nothing is sampled.
 
 
 def room(factors):
     """A wall, a floor and a block in front: factors (B, 3 or 4), integers 0..4 -> (B, 3, 8, 8).
 
-    The factors are the brightness of wall, floor and block, and the block's place. Without a place
-    the block stands in the middle. Wall and floor are in [-1, 1], the block is brighter, 2 to 4.
+    The factors are the colours of wall, floor and block, and the block's place. Without a place the
+    block stands in the middle. Wall and floor are in [-1, 1], the block is brighter, 2 to 4.
     """
-    brightness = factors[:, :3] / 2 - 1  # (B, 3), in [-1, 1]
-    wall, floor, block = brightness[:, :, None, None].unbind(1)  # (B, 1, 1) each
+    colours = factors[:, :3] / 2 - 1  # (B, 3), in [-1, 1]
+    wall, floor, block = colours[:, :, None, None].unbind(1)  # (B, 1, 1) each
     picture = torch.empty(len(factors), 3, 8, 8)
     red, green, blue = picture.unbind(1)  # (B, 8, 8) each; what is written there is in `picture`
 
-    # The upper half is wall, the lower half floor. Each changes two channels with its brightness.
+    # The upper half is wall, the lower half floor. A colour raises one channel, lowers another.
     red[:, :4] = wall
     green[:, :4] = -wall
     blue[:, :4] = 0.5
@@ -492,7 +425,8 @@ class ToyDenoiser(nn.Module):
 
     def forward(self, z_t, t, tokens):
         # A position knows its pixel, where it is, and the timestep.
-        angles = t[:, None] * 1000 ** (-torch.arange(16) / 16)  # (B, 16)
+        frequencies = 1000 ** (-torch.arange(16) / 16)
+        angles = t[:, None] * frequencies  # (B, 16)
         time = self.time(torch.cat([angles.cos(), angles.sin()], dim=1))  # (B, width)
         pixels = z_t.flatten(2).mT  # (B, 3, 8, 8) -> (B, 64, 3)
         x = self.pixel(pixels) + self.position + time[:, None]  # (B, 64, width)
@@ -501,36 +435,38 @@ class ToyDenoiser(nn.Module):
         q = self.q(self.norm(x))  # (B, 64, width)
         k = self.k(tokens)  # (B, N, width)
         v = self.v(tokens)
-        weights = (q @ k.mT * k.shape[2] ** -0.5).softmax(-1)  # (B, 64, N)
+        scale = k.shape[2] ** -0.5
+        weights = (q @ k.mT * scale).softmax(-1)  # (B, 64, N)
         if not self.attention:  # no competition: every position gets the average of the tokens
             weights = torch.full_like(weights, 1 / weights.shape[2])
         x = x + self.mix(weights @ v)
 
-        # From what it saw and what it was told, it says what the noise is.
+        # It predicts the noise from its pixel and from the tokens.
         noise = self.noise(x + self.mlp(x))  # (B, 64, 3)
         return noise.mT.reshape(z_t.shape)  # (B, 64, 3) -> (B, 3, 8, 8)
 
 
-def toy_timesteps(noise, progress):
-    """Timesteps t (64,) for a batch of the toy, by the kind of noise.
+def toy_timesteps(kind, progress):
+    """Timesteps t (64,) for a batch of the toy.
 
-    "uniform" is the paper's t ~ U{1..T}. "strong-first" takes the largest of four draws until 60%
-    of training is done, progress 0.6 of 1, and then one draw.
+    kind "uniform" is the paper's t ~ U{1..T}. "strong-first" takes the largest of four draws until
+    60% of training is done, progress 0.6 of 1, and then one draw.
     """
-    if noise == "strong-first" and progress < 0.6:
+    if kind == "strong-first" and progress < 0.6:
         return torch.randint(1, 1001, (4, 64)).amax(0)
-    return torch.randint(1, 1001, (1, 64)).amax(0)
+    return torch.randint(1, 1001, (64,))
 
 
-def toy(factors=3, attention=True, noise="uniform", steps=700, codes=6):
+def toy(num_factors=3, attention=True, noise_kind="uniform", steps=700, num_codes=6):
     """Train encoder, token map and denoiser together, and print how the codes come apart.
 
-    factors    3, or 4: the block also has a place
-    attention  False: every position gets the average of the tokens
-    noise      "uniform", "strong-first" or "none": the tokens alone have to give the picture
-    steps      training steps of 64 pictures; codes: how many scalars the encoder has
+    num_factors  3, or 4: the block also has a place
+    attention    False: every position gets the average of the tokens
+    noise_kind   "uniform", "strong-first" or "none": the tokens alone have to give the picture
+    steps        training steps of 64 pictures
+    num_codes    how many scalars the encoder has
 
-    Returns the encoder: pictures (B, 3, 8, 8) -> codes (B, codes).
+    Returns the encoder: pictures (B, 3, 8, 8) -> codes (B, num_codes).
     """
     encoder = nn.Sequential(
         nn.Flatten(),
@@ -538,9 +474,9 @@ def toy(factors=3, attention=True, noise="uniform", steps=700, codes=6):
         nn.ReLU(),
         nn.Linear(128, 128),
         nn.ReLU(),
-        nn.Linear(128, codes),
+        nn.Linear(128, num_codes),
     )
-    token_map = ScalarTokens(codes, 16)
+    token_map = ScalarTokens(num_codes, 16)
     denoiser = ToyDenoiser(attention)
     networks = nn.ModuleList([encoder, token_map, denoiser])
     optimizer = torch.optim.AdamW(networks.parameters(), fused=True)
@@ -548,13 +484,13 @@ def toy(factors=3, attention=True, noise="uniform", steps=700, codes=6):
 
     for step in range(steps):
         # A batch: pictures, and noise that is added to them, eq. (2).
-        z0 = room(torch.randint(5, (64, factors)))
+        z0 = room(torch.randint(5, (64, num_factors)))
         eps = torch.randn_like(z0)
-        t = toy_timesteps(noise, step / steps)
+        t = toy_timesteps(noise_kind, step / steps)
         abar = expand(alpha_bar[t], z0)
         z_t = abar.sqrt() * z0 + (1 - abar).sqrt() * eps
         target = eps
-        if noise == "none":  # nothing to see and no timestep: the target is the picture itself
+        if noise_kind == "none":  # nothing to see and no timestep: the target is the picture itself
             z_t = torch.zeros_like(z0)
             t = torch.zeros_like(t)
             target = z0
@@ -574,24 +510,24 @@ def toy(factors=3, attention=True, noise="uniform", steps=700, codes=6):
         # Ten times in all, show what the codes know.
         if (step + 1) % max(1, steps // 10) == 0:
             print(f"step {step + 1}/{steps}  loss {loss.item():.3f}")
-            print_movements(encoder, factors)
+            print_movements(encoder, num_factors)
     return encoder
 
 
 @torch.no_grad()
-def print_movements(encoder, factors):
+def print_movements(encoder, num_factors):
     """A line a factor, a character a code: how far the code moves if only that factor changes.
 
     " " is not at all, "@" is about as far as between two random pictures, ".:+*#" lie between.
     """
     names = ("wall", "floor", "block", "place")
-    before, after = torch.randint(5, (2, 500, factors))
-    codes = encoder(room(before))  # (500, codes)
+    before, after = torch.randint(5, (2, 500, num_factors))
+    codes = encoder(room(before))  # (500, N)
     spread = codes.std(0).clamp(min=1e-6)  # a constant code has none, and does not move
-    for i in range(factors):
+    for i in range(num_factors):
         changed = before.clone()
         changed[:, i] = after[:, i]
-        distance = (encoder(room(changed)) - codes).abs().mean(0)  # (codes,)
+        distance = (encoder(room(changed)) - codes).abs().mean(0)  # (N,)
         marks = ""
         for share in (distance / spread).clamp(max=1):
             marks += " .:+*#@"[int(6 * share)]
@@ -602,9 +538,11 @@ def print_movements(encoder, factors):
 def bayes_rise(t, pictures=1500):
     """By how much the loss of eq. (3) must rise at timestep t if one factor is not known: (4,).
 
-    The best denoiser possible knows all factors of a picture but one, and sees z_t. It weighs the
-    five pictures that are left by how well each explains z_t (Bayes), and takes their mean for z_0.
-    No network is trained: a factor that z_t shows anyway costs nothing, and needs no token.
+    Whoever knows all factors knows z_0, and by eq. (2) the noise: then the loss is 0. Here one
+    factor is unknown, and the loss that is left is the rise. The best denoiser possible weighs the
+    five pictures that the known factors allow by how well each explains z_t (Bayes), and takes
+    their mean for z_0. No network is trained. A rise of 0 says that z_t shows the factor anyway, or
+    that the noise can be read off z_t without it: then no token is needed for it at this t.
     """
     abar = alpha_bars(beta_schedule("cosine"))[t]
     factors = torch.randint(5, (pictures, 4))
@@ -639,14 +577,14 @@ def print_bayes():
         print(f"{t:6d}  " + "  ".join(f"{rise:8.5f}" for rise in rises))
 
 
-def print_scores(encoder, factors):
+def print_scores(encoder, num_factors):
     """DCI of the encoder's codes, if metrics.py lies beside this file."""
     try:
         import metrics  # only here: all else needs torch alone
     except ImportError:
         print("metrics.py is not beside this file: no scores")
         return
-    labels = torch.randint(5, (4000, factors))
+    labels = torch.randint(5, (4000, num_factors))
     codes = encoder(room(labels)).detach()
     scores = metrics.dci(codes[:3000], labels[:3000], codes[3000:], labels[3000:])
     print(f"disentanglement {scores['disentanglement']:.3f}  completeness "
@@ -655,7 +593,7 @@ def print_scores(encoder, factors):
 
 def main(arguments=None):
     """The toy's command line."""
-    parser = argparse.ArgumentParser(description="the whole method on 8x8 pictures, in a minute")
+    parser = argparse.ArgumentParser(description="the whole method on 8x8 pictures")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-attention", action="store_true",
                         help="every position gets the average of the tokens")
@@ -673,13 +611,92 @@ def main(arguments=None):
     if args.bayes:
         print_bayes()
         return
-    factors = 4 if args.moving else 3
+    num_factors = 4 if args.moving else 3
     steps = 1500 if args.moving else 700
-    encoder = toy(factors, not args.no_attention, args.noise, steps)
-    print_scores(encoder, factors)
+    encoder = toy(num_factors, not args.no_attention, args.noise, steps)
+    print_scores(encoder, num_factors)
 
 
-# ---- Variants (Tables 3, 5, 11, 12). Skip on first reading. --------------------------------------
+# ---- Another sampler and encoder; variants (Tables 3, 5, 11, 12). Skip on first reading. ---------
+
+
+def dpm_solver(predict, alpha_bar, z, steps):
+    """DPM-Solver++(2M) (Lu et al. 2022b), Algorithm 2: second order from two estimates of z_0.
+
+    Let signal_t = sqrt(abar_t), noise_t = sqrt(1 - abar_t), lambda_t = log(signal_t / noise_t). If
+    D, the estimate of z_0, were constant from t to s, then with h = lambda_s - lambda_t
+
+        z_s = (noise_s / noise_t) z_t - signal_s (e^-h - 1) D.
+
+    The second order takes for D the value in the middle of the step, at lambda_t + h / 2, to which
+    the last two estimates are extended linearly in lambda. Arguments as for the samplers above.
+    """
+    ts = timesteps_down(len(alpha_bar) - 1, steps)
+    lambdas = 0.5 * (alpha_bar.log() - (1 - alpha_bar).log())  # (T + 1,); infinite at t = 0
+    previous_z0 = None
+    previous_h = None
+    for t, s in zip(ts[:-2], ts[1:-1]):  # from t to the smaller s
+        z0 = predict(z, t)
+        h = lambdas[s] - lambdas[t]
+        if previous_z0 is None:
+            D = z0
+        else:
+            r = previous_h / h
+            D = (1 + 1 / (2 * r)) * z0 - 1 / (2 * r) * previous_z0
+
+        shrink = ((1 - alpha_bar[s]) / (1 - alpha_bar[t])).sqrt()  # noise_s / noise_t
+        z = shrink * z - alpha_bar[s].sqrt() * torch.expm1(-h) * D
+        previous_z0 = z0
+        previous_h = h
+    return predict(z, ts[-2])  # without noise, z_0 is the estimate itself
+
+
+SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm": dpm_solver}
+
+
+class CNNBatchNormEncoder(nn.Module):
+    """The encoder of the authors' code (there of width 128): images -> codes (B, outputs).
+
+    patch: one convolution of 8x8 pixels in place of the first two, which cost the most.
+    """
+
+    def __init__(self, outputs, size=64, width=64, patch=False):
+        super().__init__()
+        halve = dict(kernel_size=4, stride=2, padding=1)
+        quarter = dict(kernel_size=8, stride=4, padding=2)
+        windows = [quarter, halve, halve] if patch else [halve, halve, halve, halve]
+
+        layers = []
+        c_in = 3
+        for window in windows:
+            layers.append(nn.Conv2d(c_in, width, **window))
+            layers.append(nn.BatchNorm2d(width))
+            layers.append(nn.ReLU(inplace=True))
+            c_in = width
+        self.down = nn.Sequential(*layers)
+
+        self.residual = nn.ModuleList()
+        for _ in range(2):
+            block = nn.Sequential(
+                nn.ReLU(),
+                nn.Conv2d(width, width, 3, padding=1),
+                nn.BatchNorm2d(width),
+                nn.ReLU(),
+                nn.Conv2d(width, width, 1),
+                nn.BatchNorm2d(width),
+            )
+            self.residual.append(block)
+        self.out = nn.Linear(width * (size // 16) ** 2, outputs)
+
+    def forward(self, images):
+        x = self.down(images)  # (B, 3, size, size) -> (B, width, size/16, size/16)
+        for block in self.residual:
+            x = x + block(x)
+        return self.out(F.relu(x).flatten(1))  # (B, width, size/16, size/16) -> (B, outputs)
+
+    def ends(self):
+        """The last layer, for train.py's choice of an optimizer."""
+        return [self.out]
 
 
 class EncDec(EncDiff):
@@ -851,7 +868,7 @@ class TransformerEncoder(nn.Module):
         return self.out(self.norm(x)).flatten(1)  # (B, N, c) -> (B, outputs)
 
     def ends(self):
-        """The last layer: an optimizer may treat it otherwise than the layers inside."""
+        """The last layer, for train.py's choice of an optimizer."""
         return [self.out]
 
 

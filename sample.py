@@ -580,7 +580,7 @@ def curves(args):
     size = (760, 360)
     pictures = []
     for stage in train.Run.STAGES:
-        for column in ("loss", "mse", "codes_used", *train.Run.SCORES):
+        for column in ("loss", "mse", "entries_used", *train.Run.SCORES):
             series = {}
             for name, log in zip(names, logs):
                 series[name] = points_of(log, stage, column)

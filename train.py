@@ -1,18 +1,18 @@
 """Train EncDiff in one command: first stage, then encoder and denoiser together, then the scores.
 
-WHERE     Read after metrics.py and data.py, before sample.py. This is where everything meets.
+WHERE     Read after unet.py; vq.py, metrics.py and data.py may come later. Everything meets here.
 PAPER     arXiv 2402.09712, Sec. 4.1 ("Training Details"), Appendix D.
 SHAPES    as in encdiff.py
 IDEA      Two stages. (1) The autoencoder of vq.py learns to compress images; it is then frozen.
           (2) Encoder, token map and U-Net are trained together, by eq. (3) and nothing else. The
           moving average (EMA) of their weights is what is scored, drawn and shipped. Everything
           random in a step is seeded with (seed, stage, step), so a run that was interrupted goes on
-          bit for bit, with the same number of threads. Several processes do what one would do, up
-          to dropout, to what a batch measures of itself (BatchNorm), and to the order of sums.
-DIFFERS   The moving average starts fast and slows down: a short run is not scored on its beginning.
-          The last weights are scored, never the best: choosing the best would use the labels.
-          In every preset AdamW has weight decay 0.01, gradients are clipped to norm 1, and the
-          learning rate rises over 100 steps; the paper mentions none of these.
+          bit for bit, with the same number of threads. N processes train like one, except for
+          dropout, for the statistics of BatchNorm, and for rounding.
+DIFFERS   The moving average starts fast and slows down: that of a short run would still contain
+          its first weights. The last weights are scored, never the best: choosing the best would
+          use the labels. In every preset joint training has weight decay 0.01, gradients are
+          clipped to norm 1, and the learning rate rises over 100 steps: the paper mentions none.
 TRY       python train.py --steps 50 --vq-steps 250 --out runs/try   ->   a run in two minutes
 """
 import argparse
@@ -53,23 +53,25 @@ import vq
 
 
 def field(default, meaning, allowed=None):
-    """A field of Config: --help text ("": no flag), and its choices or range (a key of RANGES)."""
+    """A field of Config. meaning: the flag's --help text; a field with "" has no flag.
+    allowed: a list of choices, or the words for a range, which RANGES further down checks."""
     return dataclasses.field(default=default, metadata={"help": meaning, "allowed": allowed})
 
 
 @dataclasses.dataclass
 class Config:
-    """Every hyperparameter of a run. The defaults are the preset `paper`."""
+    """Every hyperparameter of a run. Config() is the preset `paper`; the default is `small`."""
 
     data: str = field("", "dataset file or folder; without it Shapes3D is rendered")
     cache: str = field("", "folder for the converted dataset; without it: beside the dataset")
     size: int = field(64, "side of the images in pixels", (32, 64, 128))
     seed: int = field(0, "number that fixes everything random in a run", "0 to below 2^63")
+    # "auto" becomes "bf16" or "fp32" before a run begins.
     precision: str = field("auto", "arithmetic; auto: bf16 where fast", ("auto", "bf16", "fp32"))
     variant: str = field("", "what differs from the method: NAME or NAME+NAME of {variants}")
     # The first stage (vq.py)
     first_stage: str = field("deep", "kind, or the RUN to copy a trained one from", vq.KINDS)
-    first_stage_from: str = field("", "")  # the RUN of --first-stage; its kind is in first_stage
+    first_stage_from: str = field("", "")  # RUN, if --first-stage names one
     vq_steps: int = field(10_000, "training steps of the first stage", "0 or more")
     # The encoder and the tokens (encdiff.py)
     encoder: str = field("cnn", "image encoder; cnn_bn: lighter, with BatchNorm", encdiff.ENCODERS)
@@ -77,10 +79,10 @@ class Config:
     num_tokens: int = field(20, "number of concept tokens, N", "1 or more")
     token_dim: int = field(32, "width of a concept token, d", "1 or more")
     # The denoiser (unet.py)
-    channels: int = field(64, "width of the U-Net's first level, a multiple of 4", "1 or more")
-    multipliers: tuple = field((1, 2, 4, 4), "width of each level of the U-Net, in units of "
-                               "--channels; each level halves the side", "each 1 or more")
-    blocks: int = field(2, "residual blocks in each level of the U-Net", "1 or more")
+    channels: int = field(64, "width of the U-Net at full resolution, a multiple of 4", "1 or more")
+    multipliers: tuple = field((1, 2, 4, 4), "widths of the U-Net, in units of --channels; each "
+                               "further one halves the side", "each 1 or more")
+    blocks: int = field(2, "residual blocks of each width in the U-Net", "1 or more")
     heads: int = field(8, "", "1 or more")  # attention heads of the U-Net
     dropout: float = field(0.1, "dropout in the residual blocks of the U-Net", "0 to below 1")
     skip_dropout: float = field(0.0, "dropout of channels in the U-Net's skips", "0 to below 1")
@@ -92,8 +94,9 @@ class Config:
                              ("uniform", "weak-first"))
     steps: int = field(75_000, "training steps of encoder and denoiser", "0 or more")
     batch: int = field(64, "images in a joint training step", "1 or more")
-    optimizer: str = field("adamw", "muon: orthogonal steps for matrices", ("adamw", "muon"))
-    lr: float = field(1e-4, "AdamW's learning rate in joint training; Muon's: ten times", "above 0")
+    optimizer: str = field("adamw", "muon: Muon for matrices inside the networks, AdamW for all "
+                           "else", ("adamw", "muon"))
+    lr: float = field(1e-4, "learning rate of joint training; Muon takes ten times that", "above 0")
     lr_decay: float = field(0.0, "last share of the joint steps, with --lr falling", "0 to below 1")
     ema: float = field(0.9999, "decay of the averaged weights in a joint step", "0 to below 1")
     score_every: int = field(7_500, "joint steps between quick scores; 0: none", "0 or more")
@@ -103,24 +106,23 @@ class Config:
         self.multipliers = tuple(self.multipliers)  # JSON and argparse bring lists
 
 
-# `paper` is the paper's recipe; assets/paper.md says why 75,000 steps. `small`, the default, has
-# latents of 8x8 and less width, for two CPU cores. `large` has the paper's sizes and the steps and
-# the optimizer of `small`.
-FEWER_STEPS = dict(
-    encoder="cnn_patch",
+# `paper` is the paper's recipe; assets/paper.md says why 75,000 steps. `small` is our recipe with
+# latents of 8x8 and less width, for two CPU cores. `large` is our recipe with the paper's widths.
+OUR_RECIPE = dict(
+    encoder="cnn_patch",  # much cheaper than the paper's
+    self_attention=False,  # learned positions in its place, which are cheaper
     dropout=0.0,
-    skip_dropout=0.3,
-    self_attention=False,
-    noise_order="weak-first",
-    optimizer="muon",
+    skip_dropout=0.3,  # makes the denoiser ask the tokens
+    noise_order="weak-first",  # see `draw_timesteps`
+    optimizer="muon",  # the reason why 3,000 steps are enough
     lr=1e-3,
     lr_decay=0.4,
-    ema=0.999,
+    ema=0.999,  # of 3,000 steps; 0.9999 would average all of them
     vq_steps=5_000,
     steps=3_000,
 )
 SMALL = dict(
-    FEWER_STEPS,
+    OUR_RECIPE,
     first_stage="linear",
     token_dim=16,
     channels=48,
@@ -129,7 +131,7 @@ SMALL = dict(
     heads=4,
     score_every=1_000,
 )
-LARGE = dict(FEWER_STEPS, score_every=500)
+LARGE = dict(OUR_RECIPE, score_every=500)
 PRESETS = {"small": SMALL, "large": LARGE, "paper": {}}
 
 # How each kind of vq.KINDS is trained: images a step, learning rate, weight of the squared error
@@ -138,7 +140,7 @@ FIRST_STAGE = {
     "deep": dict(batch=64, lr=1e-3, squared=0.0, encoder_steps=0),
     "linear": dict(batch=16, lr=2e-3, squared=4.0, encoder_steps=1_500),
 }
-LR_WARMUP = 100  # steps in which a learning rate rises from 0, as Adam's averages are then young
+LR_WARMUP = 100  # steps in which a learning rate rises from 0, as Adam's first averages are rough
 CLIP = 1.0  # the largest norm of a gradient
 
 
@@ -188,8 +190,13 @@ def make_denoiser(config, first_stage, kind=unet.UNet, **options):
 
 
 # ---- The two stages -----------------------------------------------------------------------------
-# `run` keeps the folder, its log and its checkpoints; `run.backend` is the device and, of several
-# processes, this one's share of a batch. Both are below the rule, as is Optimizer: AdamW or Muon.
+# Three helpers stand below the rule. `Optimizer` is AdamW or Muon. `run.backend` is the device; if
+# several processes train together, `backend.share` cuts out the part of a batch that this one
+# takes. `run` is the run's folder:
+#   run.start_stage   restores or begins a stage, and returns the first step to do
+#   run.track         remembers a step's loss, and ends the run if it is not finite
+#   run.due, report   say whether it is time for a line of the log, and write it
+#   run.checkpoint    saves if it is time to, or if the run is to stop
 
 
 def seed_step(config, stage, step):
@@ -208,8 +215,8 @@ def draw_timesteps(config, step):
     """t for each image of a batch, (B,) int64 in 1..T.
 
     "uniform" is the paper's t ~ U{1..T}. "weak-first" is ours: it draws three and takes the lowest
-    in the first third of training, then the highest, as the noise that training meets decides which
-    factors get a token (README, the idea).
+    in the first third of training, then the highest. The shape of Shapes3D got tokens this way. In
+    the toy the opposite order works, and we do not know why (README, What the noise is for).
     """
     if config.noise_order == "uniform":
         return torch.randint(1, config.timesteps + 1, (config.batch,))
@@ -227,7 +234,7 @@ def train_first_stage(run, dataset, model):
     quantizer = autoencoder.quantizer
     steps = config.vq_steps
     recipe = FIRST_STAGE[config.first_stage]
-    warmup = min(200, steps // 2)  # steps without rounding, before there are latents to round to
+    warmup = min(200, steps // 2)  # steps without rounding, as there is no codebook yet
 
     criterion = vq.FirstStageLoss(autoencoder, recipe["squared"]).to(backend.device)
     criterion.requires_grad_(True).train()
@@ -247,7 +254,7 @@ def train_first_stage(run, dataset, model):
 
         # The loss, and one step downhill.
         with torch.autocast(backend.kind, torch.bfloat16, enabled=config.precision == "bf16"):
-            loss, reconstruction, codes = network(images)
+            loss, reconstruction, entries = network(images)
         loss.backward()
         if 0 < recipe["encoder_steps"] <= step:
             autoencoder.encoder.zero_grad()  # the latent stays as it is, the decoder goes on
@@ -255,14 +262,14 @@ def train_first_stage(run, dataset, model):
         lr = learning_rate(recipe["lr"], step, steps, decay=0.6)
         run.track(step, loss.item(), norm.item())
         optimizer.step(lr)
-        criterion.zero_grad()  # now, not before `backward`: the next activations need the room
+        criterion.zero_grad()  # now: the memory is needed in the next forward pass
 
         # Report and save.
-        counts += torch.bincount(codes.flatten(), minlength=len(quantizer.codebook))
+        counts += torch.bincount(entries.flatten(), minlength=len(quantizer.codebook))
         if run.due(step + 1):
             numbers = {"mse": (reconstruction - images).square().mean().item()}
             if step >= warmup:
-                numbers["codes_used"], numbers["perplexity"] = vq.codebook_usage(counts)
+                numbers["entries_used"], numbers["perplexity"] = vq.codebook_usage(counts)
             run.report(step + 1, lr=lr, **numbers)
             counts = 0
         run.checkpoint(step + 1)
@@ -325,7 +332,7 @@ def update_average(average, model, decay):
     """average <- decay * average + (1 - decay) * model, BatchNorm statistics included."""
     for old, new in zip(trained_state(average).values(), trained_state(model).values()):
         if old.is_floating_point():  # BatchNorm also has a counter of batches
-            old.lerp_(new, 1 - decay)
+            old.lerp_(new, 1 - decay)  # a state dict holds the tensors themselves, no copies
 
 
 # ---- What was reached ---------------------------------------------------------------------------
@@ -959,7 +966,7 @@ class Run:
     STAGES = ("first stage", "joint training")
     SCORES = ("factor_vae", "disentanglement", "completeness", "informativeness_test")
     COLUMNS = ("stage", "step", "loss", "lr", "grad_norm", "images_per_second",
-               "mse", "codes_used", "perplexity", "kl", "total_correlation", *SCORES)
+               "mse", "entries_used", "perplexity", "kl", "total_correlation", *SCORES)
 
     def __init__(self, folder, config, backend, identity=None, checkpoint=None):
         self.folder = Path(folder)

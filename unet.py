@@ -9,12 +9,13 @@ IDEA      A query is a position of the latent image; keys and values are the N c
           At each position the softmax over the tokens makes the concepts compete. So a token gains
           by telling what is drawn in one region, and by staying out of the others.
           The denoiser also sees z_t, but the image in z_t is noisy. The tokens are the only clean
-          view of the image: what the noise hides in z_t, the tokens have to tell.
-          The last layer of each block starts at zero. So each block begins as the identity, and
-          the untrained network predicts 0, the mean of the noise. Two such layers follow each
-          other, therefore the tokens get no gradient in the first two training steps.
-DIFFERS   With the default arguments no layer differs from the paper's: 37,469,635 parameters at
-          token width 16, which the authors' code has. Attention is written out, as torch's fused
+          view of the image.
+          The last layer of each block starts at zero, so a block adds nothing at first. The last
+          layer of all, `conv_out`, starts at zero too, so the untrained network predicts 0, the
+          mean of the noise. Step 1 of training moves `conv_out` alone, step 2 the last layers of
+          the blocks; the tokens get a gradient from step 3 on.
+DIFFERS   The layers are the paper's: 37,549,507 parameters with the defaults, 37,469,635 at token
+          width 16, which the authors' code has. Attention is written out, as torch's fused
           one has a slow backward pass on CPUs. Two options are ours: `positions` puts a learned
           vector for each position in place of attention among positions, and `skip_dropout` drops
           features of the skip connections.
@@ -42,8 +43,8 @@ def timestep_embedding(t, width):
 
 
 def group_norm(channels, eps=1e-5):
-    """GroupNorm of at most 32 groups, each of two channels or more: 48 channels give 8 groups."""
-    # The norm subtracts the mean of each group. A group of one channel would lose its level.
+    """GroupNorm with as many groups as divide both 32 and half the channels: 8 for 48 channels."""
+    # The norm subtracts the mean of each group. A group of one channel would always become 0.
     groups = math.gcd(32, channels // 2, channels)
     return nn.GroupNorm(groups, channels, eps=eps)
 
@@ -190,8 +191,8 @@ class SpatialTransformer(nn.Module):
         return x + y.transpose(1, 2).reshape(x.shape)  # (B, P, c) -> (B, c, h, w)
 
 
-class Level(nn.ModuleList):
-    """Blocks of one resolution, one after the other, each called with (x, emb, tokens)."""
+class Stack(nn.ModuleList):
+    """A residual block and what follows it; each is called with (x, emb, tokens)."""
 
     def forward(self, x, emb, tokens):
         for block in self:
@@ -235,7 +236,8 @@ class UNet(nn.Module):
         self.build()
 
     def build(self):
-        """Make all layers, in the order in which `forward` calls them."""
+        """Make all layers, in the order in which `forward` calls them. (A method of its own, so
+        that a subclass can make others.)"""
         E = self.emb_width
         self.time = nn.Sequential(nn.Linear(self.channels, E), nn.SiLU(), nn.Linear(E, E))
         self.conv_in = nn.Conv2d(self.latent_channels, self.channels, 3, padding=1)
@@ -245,24 +247,24 @@ class UNet(nn.Module):
         self.norm_out = group_norm(self.widths[0])
         self.conv_out = zero(nn.Conv2d(self.widths[0], self.latent_channels, 3, padding=1))
 
-    # The way down keeps each of its outputs, and each level of the way up takes one of them, the
+    # The way down keeps each of its outputs, and each stack of the way up takes one of them, the
     # latest first. With the default arguments the outputs have these channels:
     #   conv_in 64 | 64, 64, halved 64 | 128, 128, halved 128 | 256, 256, halved 256 | 256, 256
-    # So the levels of the way up take these channels, each from the level below and from its skip:
+    # So the stacks of the way up take these channels, each from the stack before and from its skip:
     #   256 + 256, 256 + 256, 256 + 256, doubled | 256 + 256, 256 + 256, 256 + 128, doubled
     #   | 256 + 128, 128 + 128, 128 + 64, doubled | 128 + 64, 64 + 64, 64 + 64
 
     def make_down(self):
-        """-> the levels of the way down, and the channels of all skip connections."""
+        """-> the stacks of the way down, and the channels of all skip connections."""
         down = nn.ModuleList()
         c = self.channels
         skips = [c]  # what conv_in puts out
         for depth, width in enumerate(self.widths):
             if depth > 0:
-                down.append(Level([self.residual_block(c, c, "down")]))
+                down.append(Stack([self.residual_block(c, c, "down")]))
                 skips.append(c)
             for _ in range(self.blocks):
-                down.append(self.make_level(c, width, depth))
+                down.append(self.make_stack(c, width, depth))
                 c = width
                 skips.append(c)
         return down, skips
@@ -270,27 +272,27 @@ class UNet(nn.Module):
     def make_middle(self):
         c = self.widths[-1]
         transformer = self.transformer(c, len(self.widths) - 1)
-        return Level([self.residual_block(c, c), transformer, self.residual_block(c, c)])
+        return Stack([self.residual_block(c, c), transformer, self.residual_block(c, c)])
 
     def make_up(self, skips):
-        """-> the levels of the way up; skips: channels as from make_down, taken from the end."""
+        """-> the stacks of the way up; skips: channels as from make_down, taken from the end."""
         up = nn.ModuleList()
         skips = list(skips)
         c = self.widths[-1]
         for depth, width in reversed(list(enumerate(self.widths))):
             for _ in range(self.blocks + 1):
-                up.append(self.make_level(c + skips.pop(), width, depth))
+                up.append(self.make_stack(c + skips.pop(), width, depth))
                 c = width
             if depth > 0:
                 up[-1].append(self.residual_block(c, c, "up"))
         return up
 
-    def make_level(self, c_in, c_out, depth):
+    def make_stack(self, c_in, c_out, depth):
         if 2**depth not in self.attention_at:
-            return Level([self.residual_block(c_in, c_out)])
+            return Stack([self.residual_block(c_in, c_out)])
 
         transformer = self.transformer(c_out, depth)
-        return Level([self.residual_block(c_in, c_out), transformer])
+        return Stack([self.residual_block(c_in, c_out), transformer])
 
     def residual_block(self, c_in, c_out, resample=None):
         return ResidualBlock(c_in, c_out, self.emb_width, self.dropout, resample)
@@ -323,19 +325,22 @@ class UNet(nn.Module):
 
         x = self.conv_in(z_t)  # (B, C, h, w) -> (B, channels, h, w)
         skips = [x]
-        for level in self.down:
-            x = level(x, emb, tokens)
+        for stack in self.down:
+            x = stack(x, emb, tokens)
             skips.append(x)
 
         x = self.middle(x, emb, tokens)
 
-        for level in self.up:
-            # What a dropped channel does not bring has to come from the tokens (Jun et al. 2024).
+        for stack in self.up:
+            # Dropping channels of a skip makes the network ask the tokens (Jun et al. 2024).
             skip = F.dropout2d(skips.pop(), self.skip_dropout, self.training)
             x = torch.cat([x, skip], dim=1)  # (B, c, ...), (B, c_skip, ...) -> (B, c + c_skip, ...)
-            x = level(x, emb, tokens)
+            x = stack(x, emb, tokens)
 
         return self.conv_out(F.silu(self.norm_out(x)))  # (B, channels, h, w) -> (B, C, h, w)
+
+
+# ---- Maps of attention, checks, other denoisers (Table 3). Skip on first reading. ----------------
 
 
 @contextlib.contextmanager
@@ -359,9 +364,6 @@ def record_attention(model):
             layer.record = outer_record
             if outer_record is not None:
                 outer_record.extend(record)
-
-
-# ---- Checks, and other denoisers (Table 3). Skip on first reading. ------------------------------
 
 
 def check_shape(name, tensor, *expected):
@@ -506,8 +508,8 @@ class DirectDecoder(UNet):
         emb = self.emb.expand(B, -1)  # (1, E) -> (B, E)
         x = self.start.expand(B, -1, -1, -1)  # (1, c, low, low) -> (B, c, low, low)
         x = self.middle(x, emb, tokens)
-        for level in self.up:
-            x = level(x, emb, tokens)
+        for stack in self.up:
+            x = stack(x, emb, tokens)
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
