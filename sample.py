@@ -839,8 +839,10 @@ class Explorer:
                 sliders.append({"i": i, "low": low[i].item(), "high": high[i].item(),
                                 "mixes": self.mixed_factors(i)})
             groups.append({"name": name, "tokens": sliders})
-        setup = {"run": str(run.path), "images": len(run.dataset), "groups": groups,
-                 "named": NAMED if run.importance.size else "", **run.options}
+        self.removes_noise = not isinstance(run.model, ONE_PASS)
+        setup = {"run": shortest_path(run.path), "images": len(run.dataset), "groups": groups,
+                 "named": NAMED if run.importance.size else "",
+                 "removesNoise": self.removes_noise, **run.options}
         self.page = page_text("explore.html", setup)
 
     def mixed_factors(self, token, least=0.02):
@@ -880,7 +882,7 @@ class Explorer:
         require(codes.abs().max() < 1e6, "tokens", asked["tokens"], "finite positions")
 
         codes = codes.reshape(pair[:1].shape).to(run.device)
-        with self.lock, unet.record_attention(run.model) as records:
+        with self.lock, unet.record_attention(run.model) as records, self.recorded() as visited:
             torch.manual_seed(numbers["noise"])
             drawn = run.draw(codes, run.noise(1), steps=numbers["steps"])
         maps = []
@@ -888,7 +890,47 @@ class Explorer:
             for of_token in attention_maps(records, run.config.size).transpose(0, 1):
                 maps.append(self.url(heat(drawn, of_token)[0]))
         return {"images": [self.url(image) for image in (*images, *drawn)], "maps": maps,
-                "positions": [source_position.tolist(), target_position.tolist()]}
+                "positions": [source_position.tolist(), target_position.tolist()],
+                "strip": self.strip(visited, drawn)}
+
+    @contextlib.contextmanager
+    def recorded(self):
+        """A list that gets (t, z_t (1, C, h, w)) whenever the denoiser is asked, from t = T down.
+        It stays empty for a model that draws in one pass."""
+        visited = []
+
+        def record(denoiser, inputs):
+            z_t, times, tokens = inputs
+            visited.append((times[0].item(), z_t))
+
+        if not self.removes_noise:
+            yield visited
+            return
+        hook = self.run.model.denoiser.register_forward_pre_hook(record)
+        try:
+            yield visited
+        finally:
+            hook.remove()
+
+    def strip(self, visited, drawn, most=7):
+        """From noise to the image drawn (1, 3, S, S): at most so many images, evenly spaced among
+        the (t, z_t) visited. A z_t is shown by the first stage's decoder, as z_0 is."""
+        if not visited:
+            return []
+        count = min(most, len(visited) + 1)
+        numbers = np.linspace(0, len(visited), count).round().astype(int)  # the last: the image
+        timesteps = []
+        latents = []
+        for number in numbers[:-1]:
+            t, z_t = visited[number]
+            timesteps.append(t)
+            latents.append(z_t)
+
+        images = [*self.run.model.decode(torch.cat(latents)), drawn[0]]
+        shown = []
+        for t, image in zip([*timesteps, 0], images):
+            shown.append({"t": t, "image": self.url(image)})
+        return shown
 
     def url(self, image):
         return data_url(to_picture(image), "png", compress_level=1)
@@ -949,7 +991,7 @@ def explore(run, args):
     address = f"http://127.0.0.1:{server.server_port}/"
     with server, contextlib.suppress(KeyboardInterrupt):
         server.explorer = Explorer(run)
-        print_safely(f"{run.path} is shown at {address} until Ctrl-C")
+        print_safely(f"{shortest_path(run.path)} is shown at {address} until Ctrl-C")
         if not args.no_browser:
             threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
         server.serve_forever()
@@ -970,6 +1012,14 @@ def existing_runs(words):
         raise ValueError(f"no run is at {' '.join(words) or 'RUN, as none is given'}; expected "
                          "folders written by train.py. If there is none yet: python train.py")
     return [os.path.relpath(path) for path in paths]
+
+
+def shortest_path(path):
+    """The path as it was given, or from the working directory where that is shorter."""
+    try:
+        return min(str(path), os.path.relpath(path), key=len)
+    except ValueError:  # on Windows no path leads from one drive to another
+        return str(path)
 
 
 def short_names(paths):
