@@ -452,7 +452,8 @@ def token_groups(run):
 
 def row_label(name, tokens):
     """The two lines at the left of a row, or one line if the tokens have no name."""
-    numbers = "token " + " ".join(map(str, tokens))
+    word = "token" if len(tokens) == 1 else "tokens"
+    numbers = f"{word} {', '.join(map(str, tokens))}"
     return f"{name}\n{numbers}" if name else numbers
 
 
