@@ -1,32 +1,35 @@
 """What we are sure of: each test is one claim about the method, or about what happens to a user.
 
-WHERE     Read last, or beside the file in question: the sections follow the modules.
+WHERE     Read last, or beside the file in question: the sections follow the files.
 PAPER     arXiv 2402.09712; the tests with eq_ in their names hold its equations.
-SHAPES    as in encdiff.py; models and runs have the size TINY, their images 32 x 32 pixels.
+SHAPES    as in encdiff.py; models and runs have the sizes of `tiny_values`, images of 32 x 32.
 IDEA      Code that is compared with itself cannot fail. So each test has another way to the same
           number: a closed form, a loop, torch's own operation, a file built by hand, a second run.
 DIFFERS   Nothing here shows that the method disentangles: that takes a real run (README, Results).
 TRY       python -m pytest -q                ->   every claim, in a few minutes
           python -m pytest -q -k eq_         ->   the equations alone, in seconds
 """
-import contextlib
 import csv
 import functools
 import http.client
 import io
-import itertools
 import json
 import math
 import os
+import pickle
 import re
+import runpy
+import shlex
 import shutil
 import signal
 import struct
 import subprocess
 import sys
 import threading
+import tracemalloc
 import urllib.parse
 import urllib.request
+import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -37,11 +40,13 @@ import h5py
 import numpy as np
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 from pytest import approx
 from torch.distributions import Normal, kl_divergence
 from torch.testing import assert_close
+from torch.utils.data import DataLoader
 
 import data
 import encdiff
@@ -51,20 +56,12 @@ import train
 import unet
 import vq
 
-HERE, NORMAL = Path(__file__).parent, Normal(0.0, 1.0)
-# A shell's background job begins with Ctrl-C ignored, nohup with a closed terminal.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
+HERE = Path(__file__).parent
 os.environ["OMP_NUM_THREADS"] = "1"  # as their number decides last bits
 torch.set_num_threads(1)
-# Sizes and constants with which a training step takes milliseconds.
-vq.KINDS["tiny"] = functools.partial(vq.VQAutoencoder, channels=32, multipliers=(1,), blocks=1,
-                                     latent_channels=3, patch=4, codebook_size=64)
-train.FIRST_STAGE["tiny"] = dict(batch=8, lr=1e-3, squared=0.0, encoder_steps=0)
-train.LOG_EVERY, train.ENCODER_WIDTH, train.TIMESTEPS = 4, 8, 20
-TINY = dict(size=32, first_stage="tiny", encoder="cnn_bn", num_tokens=6, token_dim=8, channels=16,
-            multipliers=(1, 2), blocks=1, dropout=0.1, vq_steps=12, steps=12, batch=8,
-            optimizer="muon", score_every=0, precision="fp32")
+
+
+# ---- What the tests share -----------------------------------------------------------------------
 
 
 @pytest.fixture(autouse=True)
@@ -74,30 +71,41 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def refused(run, *said):
-    """run() ends with status 2 and a single line, which has the words `said`; returns the line."""
-    with pytest.raises(SystemExit) as ended, contextlib.redirect_stderr(io.StringIO()) as stream:
-        with train.one_line_errors():
-            run()
-    line = stream.getvalue()
-    assert ended.value.code == 2 and line.count("\n") == 1, line
-    assert all(str(word) in line for word in said), line
+def refused(run, *words):
+    """run() raises an error of one line that has all these words; returns the line."""
+    with pytest.raises((ValueError, OSError)) as caught:
+        run()
+    line = str(caught.value)
+    assert "\n" not in line
+    for word in words:
+        assert str(word) in line
     return line
 
 
+def tiny_values(**changes):
+    """Values of a Config with which a training step takes milliseconds."""
+    values = dict(
+        size=32, first_stage="linear", encoder="cnn_bn", encoder_width=8, timesteps=20,
+        log_every=4, num_tokens=6, token_dim=8, channels=16, multipliers=(1, 2), blocks=1, heads=4,
+        vq_steps=12, steps=12, batch=8, optimizer="muon", score_every=0, precision="fp32",
+    )
+    return {**values, **changes}
+
+
 def tiny_model(**changes):
+    """An untrained model of these values, always with the same weights."""
     torch.manual_seed(0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "TIMESTEPS", 1000)
-        return train.build_model(train.Config(**{"heads": 2, **TINY, **changes}))
+    return train.build_model(train.Config(**tiny_values(**changes)))
 
 
-def some_images(count=4):
-    return torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+def random_images(count=4, size=32):
+    """Images (count, 3, size, size) in [-1, 1], always the same."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.rand(count, 3, size, size, generator=generator) * 2 - 1
 
 
 def few_steps(model, images):
-    """Open the zero-initialised layers, so that everything is connected."""
+    """Train a little, so that the layers that begin as zeros let all others have an effect."""
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     for _ in range(4):
         optimizer.zero_grad()
@@ -105,230 +113,1350 @@ def few_steps(model, images):
         optimizer.step()
 
 
-def equal(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+# Datasets and runs
+FACTORS = np.stack(np.unravel_index(np.arange(300) % 12, (3, 4)), axis=1)
+INTERRUPT = signal.SIGINT
+KILL = signal.SIGTERM
+HANG_UP = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none
+
+
+@pytest.fixture(autouse=True)
+def usual_signals():
+    """A shell's job in the background begins with Ctrl-C ignored, nohup with a closed terminal."""
+    before = {number: signal.getsignal(number) for number in (INTERRUPT, KILL, HANG_UP)}
+    signal.signal(INTERRUPT, signal.default_int_handler)
+    signal.signal(HANG_UP, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler or signal.SIG_DFL)
+
+
+def save_pictures(path, **arrays):
+    """A dataset of 300 pictures of 32 x 32: the upper half in 3 reds, the lower one in 4 greens."""
+    red, green = FACTORS[:, :, None, None].swapaxes(0, 1)  # (300, 1, 1) each
+    images = np.zeros((300, 32, 32, 3), np.uint8)
+    images[:, :16, :, 0] = 100 * red
+    images[:, 16:, :, 1] = 80 * green
+    np.savez(path, images=images, **arrays)
+    return path
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """The file of a dataset without labels, so that runs with it end without scores."""
+    return save_pictures(tmp_path_factory.mktemp("pictures") / "pictures.npz")
+
+
+def train_new(folder, dataset, **changes):
+    """A new run with tiny values, in this folder, of this dataset: a file or an opened one."""
+    if isinstance(dataset, (str, Path)):
+        changes["data"] = str(dataset)
+        dataset = data.open_dataset(dataset, 32)
+    config = train.Config(**tiny_values(**changes))
+    train.validate(config)
+    run = train.Run(folder, config, train.Backend("cpu"), dataset.identity)
+    train.train_run(run, dataset)
+    return folder
+
+
+def go_on(folder, dataset, **changes):
+    """Resume the run in this folder."""
+    config, checkpoint = train.resumed_config(Path(folder), changes)
+    run = train.Run(folder, config, train.Backend("cpu"), dataset.identity, checkpoint)
+    train.train_run(run, dataset)
+
+
+def flags(**changes):
+    """Tiny values as the words of a command line, as far as these have a flag."""
+    words = ["--preset", "paper"]  # its values are Config's defaults
+    for name, value in tiny_values(**changes).items():
+        if name not in ("encoder_width", "timesteps", "log_every", "heads"):
+            several = value if isinstance(value, tuple) else [value]
+            words += ["--" + name.replace("_", "-"), *several]
+    return words
+
+
+@pytest.fixture(scope="session")
+def whole_run(pictures):
+    """A run that was never interrupted; nothing there is to be changed."""
+    return train_new(pictures.parent / "whole", pictures, score_every=6)
+
+
+@pytest.fixture
+def copied_run(whole_run):
+    """A copy of it, which may be changed."""
+    return shutil.copytree(whole_run, "run")
+
+
+def saved(folder):
+    return torch.load(Path(folder, "checkpoint.pt"), weights_only=True)
+
+
+def save_checkpoint(content, folder):
+    Path(folder).mkdir(exist_ok=True)
+    torch.save(content, Path(folder, "checkpoint.pt"))
+
+
+def weights(folder):
+    """All weights in the checkpoint, the averaged ones under names of their own."""
+    content = saved(folder)
+    averaged = {f"average.{name}": value for name, value in content["ema"].items()}
+    return {**content["model"], **averaged}
+
+
+def equal(left, right):
+    """Whether two dicts of tensors hold the same bits."""
+    if left.keys() != right.keys():
+        return False
+    return all(torch.equal(left[name], right[name]) for name in left)
+
+
+def log(folder, *columns):
+    with open(Path(folder, "log.csv"), newline="") as file:
+        return [[row[column] for column in columns] for row in csv.DictReader(file)]
+
+
+class Interrupted:
+    """A dataset that sends this process signals: {number of the reading of images: signals}."""
+
+    def __init__(self, path, signals):
+        self.dataset = data.open_dataset(path, 32)
+        self.signals = signals
+        self.readings = 0
+
+    def __getattr__(self, name):
+        return getattr(self.dataset, name)
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def images(self, indices):
+        self.readings += 1
+        for number in self.signals.get(self.readings, []):
+            signal.raise_signal(number)
+        return self.dataset.images(indices)
+
+
+# ---- The method ---------------------------------------------------------------------------------
+
+
+class SameLatent(nn.Module):
+    """A first stage whose latent is the image."""
+
+    def encode(self, images):
+        return images
+
+    def decode(self, z):
+        return z
+
+
+class Function(nn.Module):
+    """A network that is a function of its inputs."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs):
+        return self.function(*inputs)
+
+
+def no_noise(z_t, t, tokens):
+    return torch.zeros_like(z_t)
+
+
+def half_of_it(z_t, t, tokens):
+    return z_t / 2
+
+
+def all_of_it(z_t, t, tokens):
+    return z_t
+
+
+def method(denoiser=no_noise, schedule="cosine", timesteps=1000, kind=encdiff.EncDiff):
+    """EncDiff for images of 4 x 4 pixels, whose latents, codes and tokens are these pixels."""
+    return kind(SameLatent(), nn.Flatten(), nn.Identity(), Function(denoiser),
+                (3, 4, 4), schedule, timesteps)
+
+
+def root_mean_square(z):
+    return z.flatten(1).square().mean(1).sqrt()
+
+
+every_schedule = pytest.mark.parametrize("schedule", encdiff.SCHEDULES)
+
+
+def test_the_encoder_has_the_parameters_of_table_6():
+    convolutions = [(3, 64, 7), (64, 128, 4), (128, 256, 4), (256, 256, 4), (256, 256, 4)]
+    linear = [(4 * 4 * 256, 256), (256, 256), (256, 20)]
+    expected = 0
+    for c_in, c_out, side in convolutions:
+        expected += c_in * c_out * side**2 + c_out
+    for c_in, c_out in linear:
+        expected += c_in * c_out + c_out
+
+    encoder = encdiff.CNNEncoder(20)
+    assert sum(p.numel() for p in encoder.parameters()) == expected == 3_882_644
+    assert encoder(random_images(2, 64)).shape == (2, 20)
+
+
+def test_a_token_depends_on_its_scalar_alone():
+    token_map = encdiff.ScalarTokens(5, 8)
+    codes = torch.randn(1, 5)
+    before = token_map(codes)
+
+    for i in range(5):
+        changed = codes.clone()
+        changed[0, i] += 1
+        differs = (token_map(changed) != before).any(2)[0]  # (5,)
+        assert differs.nonzero().flatten().tolist() == [i]
+
+
+def test_a_token_is_an_mlp_of_its_scalar():
+    token_map = encdiff.ScalarTokens(3, 8)
+    codes = torch.randn(4, 3)
+    for i in range(3):
+        layers = [nn.Linear(1, 64), nn.ELU(), nn.Linear(64, 128), nn.ELU(), nn.Linear(128, 8)]
+        mlp = nn.Sequential(*layers)
+        for layer, weight, bias in zip(mlp[::2], token_map.weights, token_map.biases):
+            layer.weight.data = weight[i].t()
+            layer.bias.data = bias[i, 0]
+        assert_close(token_map(codes)[:, i], mlp(codes[:, i:i + 1]))
+
+
+@pytest.mark.parametrize("outputs, queries", [(6, 6), (12, 6)])
+def test_queries_of_the_transformer_do_not_see_each_other(outputs, queries):
+    encoder = encdiff.TransformerEncoder(outputs, size=32, width=8, queries=queries)
+    images = random_images()
+    before = encoder(images).view(4, queries, -1)
+    encoder.queries.data[2] = torch.randn(32)
+    after = encoder(images).view(4, queries, -1)
+
+    moved = (after - before).abs().amax((0, 2))  # (queries,)
+    differs = moved > 1e-6
+    assert differs.nonzero().flatten().tolist() == [2]
+
+
+def test_transformer_outputs_are_a_multiple_of_its_queries():
+    with pytest.raises(ValueError, match="7 outputs of 2 queries"):
+        encdiff.TransformerEncoder(7, queries=2)
+
+
+# The noise schedules
+def alpha_bars(name, steps=1000):
+    return encdiff.alpha_bars(encdiff.beta_schedule(name, steps))
+
+
+# beta_1, beta_T, and what of beta is a straight line.
+LINES = {
+    "linear": (0.0015, 0.0155, torch.sqrt),
+    "sqrt_linear": (0.0015, 0.0155, torch.clone),
+    "sqrt": (0.0015**0.5, 0.0155**0.5, torch.square),
+}
+every_line = pytest.mark.parametrize("name", LINES)
+
+
+@every_line
+def test_a_schedule_is_a_line_of_its_kind(name):
+    start, end, straight = LINES[name]
+    betas = encdiff.beta_schedule(name)
+    assert betas[0].item() == approx(start)
+    assert betas[-1].item() == approx(end)
+    bends = straight(betas).diff(n=2)
+    assert bends.abs().max() < 1e-12
+
+
+@every_line
+@pytest.mark.parametrize("steps", [20, 100, 4000])
+def test_another_T_leaves_as_much_signal(name, steps):
+    usual = alpha_bars(name)[-1].log().item()
+    reached = alpha_bars(name, steps)[-1].log().item()
+    assert reached == approx(usual, rel=0.01)
+
+
+@pytest.mark.parametrize("steps", [37, 1000])
+def test_the_cosine_schedule_is_a_squared_cosine(steps):
+    alpha_bar = alpha_bars("cosine", steps)
+    start = math.cos(0.008 / 1.008 * math.pi / 2)
+    for t in range(steps):
+        share = (t / steps + 0.008) / 1.008
+        expected = math.cos(share * math.pi / 2) / start
+        assert alpha_bar[t].item() == approx(expected**2)
+    assert alpha_bar[steps] == approx(0.001 * alpha_bar[steps - 1])  # it would be 0
+
+
+# 1 / sqrt(abar_T): by so much an error of the noise grows, near T, in the estimate of z_0.
+LARGEST = [("cosine", 20_291), ("linear", 38.67), ("sqrt_linear", 71.69), ("sqrt", 2.196e20)]
+
+
+@pytest.mark.parametrize("name, largest", LARGEST)
+def test_at_T_a_schedule_divides_by_a_known_number(name, largest):
+    alpha_bar = alpha_bars(name)
+    assert alpha_bar[0] == 1
+    assert alpha_bar[-1].item()**-0.5 == approx(largest, rel=1e-3)
+
+
+def test_an_unknown_schedule_is_refused():
+    with pytest.raises(ValueError, match="schedule is 'cosin'; expected one of cosine"):
+        encdiff.beta_schedule("cosin")
+
+
+@pytest.mark.parametrize("t", [1, 500, 1000])
+def test_eq_2_is_what_t_steps_of_eq_1_do(t):
+    share = 1.0  # of z_0
+    variance = 0.0
+    for beta in encdiff.beta_schedule("cosine")[:t].tolist():
+        share *= math.sqrt(1 - beta)
+        variance = (1 - beta) * variance + beta
+
+    z0, noise = torch.randn(2, 4, 3, 4, 4)
+    z_t = method().add_noise(z0, torch.full((4,), t), noise)
+    assert_close(z_t, share * z0 + math.sqrt(variance) * noise)
+
+
+@pytest.mark.parametrize("shape", [(6,), (5, 7), (3, 4, 4), (2, 3, 3, 3)])
+def test_each_latent_gets_its_own_noise_whatever_its_rank(shape):
+    model = method()
+    z0, noise = torch.randn(2, 4, *shape)
+    t = torch.tensor([1, 10, 500, 1000])
+    z_t = model.add_noise(z0, t, noise)
+    for i in range(4):
+        abar = model.alpha_bar[t[i]].item()
+        expected = math.sqrt(abar) * z0[i] + math.sqrt(1 - abar) * noise[i]
+        assert_close(z_t[i], expected)
+
+
+def test_eq_3_is_the_mean_squared_error_of_the_noise():
+    model = tiny_model(dropout=0.0, timesteps=1000).eval()
+    images = random_images()
+    few_steps(model, images)
+
+    t = torch.tensor([1, 2, 600, 1000])
+    noise = torch.randn(4, *model.latent_shape)
+    total = 0.0
+    for i in range(4):  # an image at a time, with eq. (2) written out
+        abar = model.alpha_bar[t[i]]
+        z0 = model.latents(images[i:i + 1])
+        z_t = abar.sqrt() * z0 + (1 - abar).sqrt() * noise[i]
+        tokens = model.token_map(model.encoder(images[i:i + 1]))
+        error = model.denoiser(z_t, t[i:i + 1], tokens) - noise[i]
+        total += error.square().sum()
+    assert_close(model.loss(images, t, noise), total / noise.numel())
+
+
+def test_timesteps_are_drawn_from_1_to_T():
+    drawn = []
+
+    def remember(z_t, t, tokens):
+        drawn.extend(t.tolist())
+        return z_t
+
+    method(remember, timesteps=5).loss(torch.zeros(400, 3, 4, 4))
+    assert set(drawn) == {1, 2, 3, 4, 5}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_is_refused(dtype):
+    model = method(half_of_it).to(dtype)
+    images = torch.zeros(2, 3, 4, 4, dtype=dtype)
+    for use in (model.loss, model.sample):
+        with pytest.raises(ValueError, match="half precision.*expected float32"):
+            use(images)
+
+
+def test_double_precision_changes_digits_alone():
+    model = method(half_of_it)
+    images, noise = torch.randn(2, 4, 3, 4, 4)
+    t = torch.tensor([1, 10, 500, 1000])
+    single = model.loss(images, t, noise)
+    double = model.double().loss(images.double(), t, noise.double())
+    assert double.dtype == torch.float64
+    assert double.item() == approx(single.item(), rel=1e-5)
+
+
+def product_of_gaussians(t, beta, alpha_bar, z0, z_t):
+    """Eq. (4) by Bayes: mean and variance of q(z_t | z_{t-1}) q(z_{t-1} | z_0) in z_{t-1}."""
+    before = alpha_bar[t - 1]
+    precision = (1 - beta) / beta + 1 / (1 - before)
+    from_z_t = (1 - beta).sqrt() / beta * z_t
+    from_z_0 = before.sqrt() / (1 - before) * z0
+    return (from_z_t + from_z_0) / precision, 1 / precision
+
+
+@pytest.mark.parametrize("t", [2, 50, 100])
+def test_eq_4_is_the_product_of_two_gaussians(t):
+    betas = encdiff.beta_schedule("cosine", 100)
+    alpha_bar = encdiff.alpha_bars(betas)
+    z0, z_t = torch.randn(2, 9).double()
+    mean, variance = product_of_gaussians(t, betas[t - 1], alpha_bar, z0, z_t)
+
+    a, b, v = encdiff.posterior(alpha_bar, t)
+    assert_close(a * z0 + b * z_t, mean)
+    assert_close(v, variance)
+
+
+VALUES_OF_Z0 = torch.tensor([1.0, 5.0]).double()
+VALUES_OF_NOISE = torch.tensor([-1.0, 1.0]).double()  # mean 0, variance 1
+
+
+@pytest.mark.parametrize("t", [2, 50, 100])
+def test_eq_5_is_the_kl_from_the_normal_distribution(t):
+    betas = encdiff.beta_schedule("cosine", 100)
+    alpha_bar = encdiff.alpha_bars(betas)
+    # The KL is quadratic in z_0 and eps, so its mean over four pairs is exact.
+    z0, noise = torch.cartesian_prod(VALUES_OF_Z0, VALUES_OF_NOISE).T
+    z_t = alpha_bar[t].sqrt() * z0 + (1 - alpha_bar[t]).sqrt() * noise
+    mean, variance = product_of_gaussians(t, betas[t - 1], alpha_bar, z0, z_t)
+    posterior = Normal(mean, variance.sqrt())
+    expected = kl_divergence(posterior, Normal(0.0, 1.0)).mean()
+
+    second_moment = VALUES_OF_Z0.square().mean().item()
+    bottleneck = encdiff.kl_bottleneck(betas, second_moment)
+    assert_close(bottleneck[t - 1], expected)
+
+
+def test_the_bottleneck_narrows_as_t_rises_as_in_figure_2b():
+    curves = []
+    for name in encdiff.SCHEDULES:
+        curves.append(encdiff.kl_bottleneck(encdiff.beta_schedule(name)))
+    curves = torch.stack(curves)  # (4, T)
+    assert (curves[:, 1:-1].diff() < 1e-9).all()
+    assert (curves[:, :842].diff(dim=0) <= 0).all()  # in this order, cosine the widest
+    assert (curves[0, 985:] < curves[1:, 985:]).all()  # but for its last betas
+
+
+# The samplers
+WAYS_DOWN = [dict(sampler="ddpm"), dict(sampler="ddim"), dict(sampler="ddim", eta=1.0),
+             dict(sampler="dpm")]
+
+
+@every_schedule
+@pytest.mark.parametrize("timesteps", [20, 1000])
+@pytest.mark.parametrize("options", WAYS_DOWN, ids=str)
+def test_exact_noise_leads_to_z0(schedule, timesteps, options):
+    images = random_images(2, 4)
+
+    def exact_noise(z_t, t, tokens):  # eq. (2) solved for it
+        abar = model.alpha_bar[t[0]]
+        signal = abar.sqrt() * model.latents(images)
+        return (z_t - signal) / (1 - abar).sqrt()
+
+    model = method(exact_noise, schedule, timesteps)
+    model.set_latent_scale(images)
+    reached = model.sample(images, steps=7, **options)
+    assert_close(reached, images, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("sampler, steps, passes", [
+    ("ddpm", 7, 1000), ("ddim", 7, 7), ("dpm", 7, 7), ("dpm", 1, 1)])
+def test_samplers_go_down_from_T(sampler, steps, passes):
+    visited = []
+
+    def remember(z_t, t, tokens):
+        visited.append(t[0].item())
+        return z_t
+
+    method(remember).sample(torch.zeros(2, 48), steps, sampler)
+    assert len(visited) == passes
+    assert visited == sorted(set(visited), reverse=True)
+    assert visited[0] == 1000
+    assert visited[-1] >= 1
+
+
+def estimate_at_T(denoiser, schedule, timesteps):
+    """The estimate of z_0 from noise alone, and the root mean square of the largest latent."""
+    model = method(denoiser, schedule, timesteps)
+    model.set_latent_scale(random_images(9, 4))
+    z_t = torch.randn(2, 3, 4, 4)
+    return model.estimate_z0(z_t, timesteps, torch.zeros(2, 48)), model.largest_rms
+
+
+@every_schedule
+@pytest.mark.parametrize("timesteps", [20, 1000])
+def test_a_wrong_estimate_is_as_large_as_the_largest_latent(schedule, timesteps):
+    estimate, largest = estimate_at_T(half_of_it, schedule, timesteps)
+    assert_close(root_mean_square(estimate), largest.expand(2))
+
+
+@every_schedule
+@pytest.mark.parametrize("timesteps", [20, 1000])
+def test_all_noise_is_a_finite_estimate(schedule, timesteps):
+    estimate, _ = estimate_at_T(all_of_it, schedule, timesteps)
+    assert estimate.isfinite().all()
+
+
+def test_ddim_with_eta_1_is_ddpm():
+    alpha_bar = encdiff.alpha_bars(encdiff.beta_schedule("cosine", 40))
+    z = torch.randn(9).double()
+
+    def predict(z, t):  # any function will do
+        return torch.tanh(z) + t / 40
+
+    torch.manual_seed(1)
+    expected = encdiff.ddpm(predict, alpha_bar, z)
+    torch.manual_seed(1)
+    assert_close(encdiff.ddim(predict, alpha_bar, z, steps=40, eta=1.0), expected)
+
+
+@pytest.mark.parametrize("sampler, order", [(encdiff.ddim, 1), (encdiff.dpm_solver, 2)])
+def test_errors_of_a_sampler_fall_with_its_order(sampler, order):
+    # If z_0 is N(0, m), the best denoiser and the end of the deterministic path are known.
+    m = 0.5
+    T = 4096
+    alpha_bar = torch.sigmoid(2 * torch.linspace(12, -4, T + 1).double())  # lambda in even steps
+    alpha_bar[0] = 1
+    variance = alpha_bar * m + 1 - alpha_bar  # of z_t
+
+    def best_estimate(z, t):  # E[z_0 | z_t]
+        return alpha_bar[t].sqrt() * m * z / variance[t]
+
+    errors = []
+    for steps in (64, 128, 256):
+        reached = sampler(best_estimate, alpha_bar, torch.ones(1).double(), steps)
+        errors.append(abs(reached - (m / variance[T]).sqrt()).item())
+    assert np.diff(np.log2(errors)) == approx([-order, -order], abs=0.15)
+
+
+WRONG_OPTIONS = [
+    (dict(sampler="euler"), "sampler is 'euler'; expected one of ddpm, ddim, dpm"),
+    (dict(eta=0.5), "eta is 0.5 with sampler 'dpm'; expected sampler 'ddim'"),
+    (dict(steps=0), "steps is 0; expected 1 to 1000"),
+    (dict(steps=1001), "steps is 1001; expected 1 to 1000"),
+]
+
+
+@pytest.mark.parametrize("options, words", WRONG_OPTIONS, ids=str)
+def test_a_sampler_refuses_in_one_line(options, words):
+    with pytest.raises(ValueError, match=words):
+        method().sample(torch.zeros(2, 48), **options)
+
+
+# The latent
+def test_latents_have_unit_std():
+    model = tiny_model()
+    images = random_images(70)
+    model.set_latent_scale(images)
+    latents = model.latents(images)
+    assert latents.std().item() == approx(1)
+    assert model.largest_rms.item() == approx(root_mean_square(latents).max().item())
+
+
+def test_latents_are_not_rounded():
+    model = tiny_model()
+    images = random_images()
+    z = model.first_stage.encode(images)
+    model.first_stage.quantizer.initialise(z)
+    model.set_latent_scale(images)
+    assert_close(model.latents(images), z / z.std())
+
+
+def test_decoding_takes_the_unit_off_again():
+    model = tiny_model()
+    images = random_images()
+    z = model.first_stage.encode(images)
+    model.first_stage.quantizer.initialise(z)
+    model.set_latent_scale(images)
+    expected = model.first_stage.decode(z).clamp(-1, 1)
+    assert_close(model.decode(model.latents(images)), expected)
+
+
+def test_joint_training_leaves_the_first_stage_as_it_is():
+    model = tiny_model().train()
+    first_stage = model.first_stage
+    before = {name: value.clone() for name, value in first_stage.state_dict().items()}
+    few_steps(model, random_images())
+
+    assert not first_stage.training
+    for name, value in first_stage.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+# Its variants
+VARIANTS = [{"encoder": name} for name in encdiff.ENCODERS]
+VARIANTS += [{"variant": name} for name in train.VARIANTS]
+VARIANTS += [{"variant": "vector+adagn"}, {"variant": "vector+direct"},
+             {"self_attention": False, "skip_dropout": 0.3}]
+
+
+@pytest.fixture(scope="module", params=VARIANTS, ids=str)
+def trained_variant(request):
+    """The values of a variant, and its model after a few training steps."""
+    model = tiny_model(**request.param).train()
+    few_steps(model, random_images())
+    return request.param, model
+
+
+def test_a_variant_learns_in_all_its_parameters(trained_variant):
+    _, model = trained_variant
+    idle = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and (parameter.grad is None or not parameter.grad.any()):
+            idle.append(name)
+    assert idle == []
+
+
+def test_a_variant_draws_the_same_after_it_was_saved(trained_variant):
+    changes, model = trained_variant
+    again = tiny_model(**changes)
+    again.load_state_dict(model.state_dict())
+
+    images = random_images()
+    pictures = []
+    for which in (model.eval(), again.eval()):
+        torch.manual_seed(2)
+        tokens = which.tokens(which.represent(images))
+        pictures.append(which.sample(tokens, steps=3))
+
+    assert pictures[0].shape == images.shape
+    assert pictures[0].isfinite().all()
+    assert torch.equal(*pictures)
+
+
+def test_tokens_of_vectors_are_the_codes():
+    model = tiny_model(variant="vector")
+    codes = model.represent(random_images())
+    assert codes.shape == (4, 6, 8)
+    assert torch.equal(model.tokens(codes), codes)
+
+
+def test_orthogonal_tokens_are_as_long_as_their_scalars():
+    token_map = encdiff.OrthogonalTokens(5, 8)
+    codes = torch.randn(4, 5)
+    tokens = token_map(codes)
+    assert_close(tokens @ tokens.mT, torch.diag_embed(codes**2))
+
+
+def test_eulers_token_is_periodic_in_its_scalar():
+    token_map = encdiff.EulerTokens(5, 8).eval()
+    codes = torch.randn(4, 5)
+    period = (token_map.high - token_map.low) / token_map.gamma
+    tokens = token_map(codes)
+    assert_close(token_map(codes + period), tokens, atol=1e-4, rtol=1e-4)
+    assert (token_map(codes + period / 2) - tokens).abs().max() > 1e-2
+
+
+def test_eulers_range_is_learnt_from_the_batches():
+    token_map = encdiff.EulerTokens(2, 8).train()
+    for _ in range(1000):
+        token_map(torch.tensor([[-5.0, 0.0], [3.0, 0.5]]))
+    assert_close(token_map.low, torch.tensor([-5.0, 0.0]), atol=1e-3, rtol=0)
+    assert_close(token_map.high, torch.tensor([3.0, 0.5]), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("active", [1, 24, 48])
+def test_the_sparse_penalty_is_the_entropy_of_active_codes(active):
+    images = torch.zeros(2, 48)
+    images[:, :active] = 100.0
+    images = images.view(2, 3, 4, 4)
+    no_noise_at_all = torch.zeros_like(images)  # then eq. (3) is 0
+
+    model = method(kind=encdiff.SparseEncDiff)
+    penalty = model.loss(images, torch.tensor([1, 1]), no_noise_at_all)
+    share = math.log(active) / math.log(48)
+    assert penalty.item() == approx(model.WEIGHT * share, abs=1e-8)
+
+
+def test_the_direct_decoder_is_asked_for_z0_itself():
+    model = tiny_model(variant="direct", dropout=0.0)
+    images = random_images()
+    model.set_latent_scale(images)
+    few_steps(model, images)
+
+    drawn = model.denoiser(model.token_map(model.encoder(images)))
+    expected = (drawn - model.latents(images)).square().mean()
+    assert_close(model.loss(images), expected)
+
+
+def test_an_exact_velocity_is_exact_noise():
+    model = method()
+    z0, noise = torch.randn(2, 4, 3, 4, 4)
+    t = torch.tensor([1, 10, 500, 1000])
+    abar = model.alpha_bar[t].view(4, 1, 1, 1)
+    velocity = abar.sqrt() * noise - (1 - abar).sqrt() * z0
+
+    network = Function(lambda z_t, t, tokens: velocity)
+    denoiser = encdiff.NoiseFromVelocity(network, model.alpha_bar)
+    assert_close(denoiser(model.add_noise(z0, t, noise), t, None), noise)
+
+
+# The toy
+TOYS = [dict(), dict(attention=False), dict(noise="none"), dict(noise="strong-first", factors=4)]
+
+
+@pytest.mark.parametrize("settings", TOYS, ids=str)
+def test_the_toy_learns(settings, capsys):
+    torch.manual_seed(0)
+    encdiff.toy(steps=60, **settings)
+    printed = re.findall(r"loss (\S+)", capsys.readouterr().out)
+    losses = [float(word) for word in printed]
+    assert len(losses) == 10
+    assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
+
+
+def wall_and_nothing(pictures):
+    """Two codes: the brightness of the wall, and a constant."""
+    wall = pictures[:, 0, 0, 0]
+    return torch.stack([wall, torch.ones_like(wall)], dim=1)
+
+
+def test_the_toy_shows_which_factor_moves_a_code(capsys):
+    encdiff.print_movements(wall_and_nothing, 4)
+    words = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert words == [["wall", "@"], ["floor"], ["block"], ["place"]]
+
+
+def test_the_toy_works_alone_in_an_empty_folder(folder):
+    (folder / "encdiff.py").write_bytes((HERE / "encdiff.py").read_bytes())
+    code = "import encdiff; encdiff.print_scores(encdiff.toy(steps=3), 3)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "step 3/3" in done.stdout
+    assert done.stdout.endswith("metrics.py is not beside this file: no scores\n")
+
+
+@pytest.mark.parametrize("t", [100, 500, 950])
+def test_the_best_denoiser_weighs_pictures_by_their_likelihood(t):
+    torch.manual_seed(3)
+    rises = encdiff.bayes_rise(t, pictures=1)
+
+    torch.manual_seed(3)  # the same picture, the same noise
+    factors = torch.randint(5, (1, 4))
+    z0 = encdiff.room(factors).double()
+    noise = torch.randn_like(z0)
+    abar = encdiff.alpha_bars(encdiff.beta_schedule("cosine"))[t]
+    z_t = abar.sqrt() * z0 + (1 - abar).sqrt() * noise
+
+    for unknown in range(4):
+        total = 0.0
+        mean = torch.zeros_like(z_t)
+        for value in range(5):
+            candidate = factors.clone()
+            candidate[0, unknown] = value
+            its_noise = (z_t - abar.sqrt() * encdiff.room(candidate)) / (1 - abar).sqrt()
+            # How likely that noise is, relative to the true one.
+            log_ratio = Normal(0.0, 1.0).log_prob(its_noise) - Normal(0.0, 1.0).log_prob(noise)
+            likelihood = log_ratio.sum().exp()
+            total += likelihood
+            mean += likelihood * its_noise
+
+        error = mean / total - noise  # of E[eps | z_t]
+        assert_close(rises[unknown], error.square().mean())
+
+
+# ---- The denoiser and the first stage -----------------------------------------------------------
+
+OTHER_PRECISIONS = (torch.float16, torch.bfloat16, torch.float64)
+
+
+def without_zeros(network):
+    """The network with small random numbers in place of its zeros, so that all is connected."""
+    for parameter in network.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.1)
+    return network.eval()
+
+
+def small_denoiser(name="cross"):
+    """One of four small networks, for latents (B, 5, 8, 8) and tokens (B, 6, 12)."""
+    torch.manual_seed(0)
+    options = dict(latent_channels=5, channels=16, multipliers=(1, 2), blocks=1,
+                   attention_at=(1, 2), heads=2, token_dim=12)
+    if name == "positions":
+        network = unet.UNet(positions=8, **options)
+    elif name == "adagn":
+        network = unet.AdaGNUNet(num_tokens=6, **options)
+    elif name == "direct":
+        network = unet.DirectDecoder(latent_side=8, **options)
+    else:
+        network = unet.UNet(**options)
+    return without_zeros(network)
+
+
+def denoiser_inputs(name="cross", batch=3):
+    """z_t (B, 5, 8, 8), t (B,) and tokens (B, 6, 12); for "direct" the tokens alone."""
+    z_t = torch.randn(batch, 5, 8, 8)
+    t = torch.randint(1, 1001, (batch,))
+    tokens = torch.randn(batch, 6, 12)
+    return [tokens] if name == "direct" else [z_t, t, tokens]
+
+
+every_denoiser = pytest.mark.parametrize("name", ["cross", "positions", "adagn", "direct"])
+every_precision = pytest.mark.parametrize("dtype", OTHER_PRECISIONS, ids=str)
+
+
+# The denoiser
+def test_the_denoiser_has_the_papers_size():
+    network = unet.UNet(token_dim=16)
+    assert sum(p.numel() for p in network.parameters()) == 37_469_635
+
+
+@pytest.mark.parametrize("context_width", [32, 12], ids=["self", "cross"])
+def test_attention_is_torchs(context_width):
+    layer = unet.Attention(32, context_width, heads=4)
+    x = torch.randn(2, 7, 32)
+    context = x if context_width == 32 else torch.randn(2, 5, context_width)
+
+    projected = [layer.to_q(x), layer.to_k(context), layer.to_v(context)]
+    q, k, v = [y.view(2, -1, 4, 8).transpose(1, 2) for y in projected]  # (2, heads, P or M, 8)
+    mixed = F.scaled_dot_product_attention(q, k, v)
+    expected = layer.to_out(mixed.transpose(1, 2).reshape(2, 7, 32))
+
+    assert_close(layer(x, context), expected)
+
+
+def test_recorded_maps_are_the_weights_of_each_call_inside():
+    block = unet.SpatialTransformer(32, heads=4, token_dim=12)
+    layer = block.cross_attention
+    x = torch.randn(2, 7, 32)
+    tokens = torch.randn(3, 2, 5, 12)  # of three calls
+
+    with unet.record_attention(block) as outer:
+        layer(x, tokens[0])
+        with unet.record_attention(block) as inner:
+            layer(x, tokens[1])
+    layer(x, tokens[2])
+
+    q = layer.to_q(x).view(2, 7, 4, 8)
+    k = layer.to_k(tokens).view(3, 2, 5, 4, 8)
+    scores = torch.einsum("bphe,nbmhe->nbhpm", q, k) / math.sqrt(8)
+    expected = scores.softmax(-1).mean(2)  # (calls, 2, heads, 7, 5) -> (calls, 2, 7, 5)
+    assert_close(outer, [[expected[0], expected[1]]])
+    assert_close(inner, [[expected[1]]])
+
+
+def test_the_order_of_the_tokens_is_nothing_to_the_denoiser():
+    network = small_denoiser()
+    z_t, t, tokens = denoiser_inputs()
+    noise = network(z_t, t, tokens)
+
+    assert_close(network(z_t, t, tokens.flip(1)), noise)
+    assert (network(z_t, t, tokens + 1) - noise).abs().max() > 1e-2
+
+
+@every_denoiser
+def test_every_parameter_of_a_denoiser_learns(name):
+    network = small_denoiser(name)
+    network(*denoiser_inputs(name)).square().sum().backward()
+    idle = [key for key, p in network.named_parameters() if p.grad is None or not p.grad.any()]
+    assert idle == []
+
+
+@every_denoiser
+@every_precision
+def test_a_denoiser_works_in_other_precisions(name, dtype):
+    network = small_denoiser(name)
+    inputs = denoiser_inputs(name)
+    expected = network(*inputs)
+
+    converted = [x.to(dtype) if x.is_floating_point() else x for x in inputs]
+    out = network.to(dtype)(*converted)
+    assert out.dtype == dtype
+    tolerance = 50 * max(torch.finfo(dtype).eps, 1e-7) * expected.abs().max().item()
+    assert_close(out.float(), expected, atol=tolerance, rtol=0)
+
+
+@every_denoiser
+def test_an_empty_batch_gives_an_empty_batch(name):
+    assert small_denoiser(name)(*denoiser_inputs(name, batch=0)).shape == (0, 5, 8, 8)
+
+
+@pytest.mark.parametrize("t", [7, torch.tensor(7), torch.tensor([7])], ids=["int", "0-d", "1"])
+def test_one_timestep_serves_all_images(t):
+    network = small_denoiser()
+    z_t, _, tokens = denoiser_inputs()
+    assert_close(network(z_t, t, tokens), network(z_t, torch.full((3,), 7), tokens))
+
+
+@pytest.mark.parametrize("width", [1, 16, 17])
+def test_a_timestep_is_embedded_in_any_width(width):
+    embedding = unet.timestep_embedding(torch.tensor([0, 1, 1000]), width)
+    assert embedding.shape == (3, width)
+    assert embedding[:, 0].tolist() == approx([1.0, math.cos(1), math.cos(1000)])
+
+
+@pytest.mark.parametrize("channels, groups", [(64, 32), (48, 8), (16, 8), (17, 1), (2, 1), (1, 1)])
+def test_a_norm_has_groups_of_two_channels_or_more(channels, groups):
+    norm = unet.group_norm(channels)
+    assert norm.num_groups == groups
+    assert norm(torch.randn(2, channels, 4, 4)).shape == (2, channels, 4, 4)
+
+
+@pytest.mark.parametrize("heads, channels", [(8, 20), (3, 16), (32, 16)])
+def test_heads_that_do_not_divide_the_channels_are_refused(heads, channels):
+    with pytest.raises(ValueError, match=f"{channels} channels.* {heads} heads"):
+        unet.UNet(channels=channels, heads=heads)
+
+
+WRONG_SHAPES = [
+    ("z_t", (5, 8, 8)),
+    ("z_t", (3, 4, 8, 8)),
+    ("z_t", (3, 5, 7, 8)),
+    ("z_t", (3, 5, 8, 7)),
+    ("t", (2,)),
+    ("t", (3, 1)),
+    ("t", (0,)),
+    ("tokens", (6, 12)),
+    ("tokens", (3, 6, 11)),
+    ("tokens", (1, 6, 12)),
+    ("tokens", (3, 6, 12, 1)),
+    ("tokens", (3,)),
+]
+
+
+@pytest.mark.parametrize("argument, shape", WRONG_SHAPES)
+def test_shapes_that_do_not_fit_are_refused(argument, shape):
+    inputs = dict(zip(["z_t", "t", "tokens"], denoiser_inputs()))
+    inputs[argument] = torch.ones(shape)
+    with pytest.raises(ValueError, match=f"^{argument} has .*expected"):
+        small_denoiser()(**inputs)
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 4, 16), (3, 5, 16, 16)])
+def test_learned_positions_refuse_another_grid(shape):
+    _, t, tokens = denoiser_inputs()
+    with pytest.raises(ValueError, match="expected .3, 5, 8, 8"):
+        small_denoiser("positions")(torch.randn(shape), t, tokens)
+
+
+@every_denoiser
+def test_a_denoiser_never_branches_on_its_data(name):
+    # Tensors of the device "meta" have no data. What runs on them can be compiled and exported.
+    network = small_denoiser(name).to("meta")
+    inputs = [x.to("meta") for x in denoiser_inputs(name)]
+    assert network(*inputs).shape == (3, 5, 8, 8)
+
+
+def test_adagn_scales_and_shifts_what_the_norms_give():
+    block = without_zeros(unet.AdaGNBlock(16, 32, 64, dropout=0.0, condition_width=24))
+    nn.init.zeros_(block.norm1.bias)
+    nn.init.zeros_(block.norm2.bias)
+    x = torch.randn(1, 16, 8, 8)
+    emb = torch.randn(1, 64)
+    tokens = torch.randn(1, 2, 12)
+
+    condition = F.silu(block.narrow(tokens.flatten()))
+    scale1, shift1 = block.condition1(condition).chunk(2)
+    scale2, shift2 = block.condition2(condition).chunk(2)
+    scale, shift = block.emb(F.silu(emb))[0].chunk(2)
+
+    # For a single image, a plain residual block with other scales and shifts does the same.
+    plain = unet.ResidualBlock(16, 32, 64, dropout=0.0)
+    plain.load_state_dict(block.state_dict(), strict=False)
+    plain.norm1.weight.data = 1 + scale1
+    plain.norm1.bias.data = shift1
+    plain.norm2.weight.data = (1 + scale) * (1 + scale2)
+    plain.norm2.bias.data = shift * (1 + scale2) + shift2
+    nn.init.zeros_(plain.emb.weight)
+    nn.init.zeros_(plain.emb.bias)
+    assert_close(block(x, emb, tokens), plain(x, emb, tokens))
+
+
+@pytest.mark.parametrize("name", ["cross", "positions", "adagn", "direct", "deep", "linear"])
+def test_the_ends_of_a_network_are_the_layers_that_see_data(name):
+    if name in vq.KINDS:
+        network = vq.KINDS[name]()
+        widths = {3, 48, 192, network.latent_channels}  # pixels, folded or not; the latent
+    else:
+        network = small_denoiser(name)
+        widths = {5}
+
+    convolutions = [m for m in network.modules() if isinstance(m, nn.Conv2d)]
+    at_data = {m for m in convolutions if {m.in_channels, m.out_channels} & widths}
+    assert set(network.ends()) == at_data
+
+
+# The first stage
+def ready_quantizer():
+    """A Quantizer of 50 entries with a codebook of latents, and z (2, 3, 4, 4)."""
+    torch.manual_seed(0)
+    quantizer = vq.Quantizer(50, 3)
+    z = torch.randn(2, 3, 4, 4)
+    quantizer.initialise(z)
+    return quantizer, z.requires_grad_()
+
+
+def nearest_by_distances(z, codebook):
+    """z (B, C, h, w), codebook (K, C) -> (B, h, w), by all distances."""
+    vectors = z.permute(0, 2, 3, 1)[:, :, :, None]  # (B, h, w, 1, C)
+    return (vectors - codebook).square().sum(-1).argmin(-1)
+
+
+def small_autoencoder(**options):
+    torch.manual_seed(0)
+    return vq.VQAutoencoder(multipliers=(1,), blocks=1, patch=4, codebook_size=64, **options)
+
+
+def test_the_quantiser_rounds_to_the_nearest_entry():
+    quantizer, z = ready_quantizer()
+    z_q, _, indices = quantizer(z)
+    nearest = nearest_by_distances(z, quantizer.codebook)
+    assert torch.equal(indices, nearest)
+    assert_close(z_q, quantizer.codebook[nearest].permute(0, 3, 1, 2))
+    assert len(nearest.unique()) > 10
+
+
+def test_the_gradient_passes_through_the_rounding_as_it_is():
+    quantizer, z = ready_quantizer()
+    z_q, _, _ = quantizer(z)
+    gradient, = torch.autograd.grad(3 * z_q.sum(), z)
+    assert (gradient == 3).all()
+
+
+def test_commitment_pulls_latents_a_quarter_as_hard_as_the_codebook():
+    quantizer, z = ready_quantizer()
+    codebook = quantizer.codebook
+    _, loss, indices = quantizer(z)
+
+    distance = (codebook[indices].permute(0, 3, 1, 2) - z).square().mean()
+    of_codebook, of_z = torch.autograd.grad(distance, [codebook, z])
+    assert_close(loss, 1.25 * distance)
+    assert_close(torch.autograd.grad(loss, [codebook, z]), (of_codebook, 0.25 * of_z))
+
+
+def test_batches_of_the_warm_up_are_not_rounded():
+    quantizer = vq.Quantizer(50, 3, warmup=2)
+    for batch in range(3):
+        z = torch.randn(2, 3, 4, 4, requires_grad=True)
+        z_q, loss, indices = quantizer(z)
+        passed = torch.equal(z_q, z) and loss == 0 and not indices.any()
+        assert passed == (batch < 2)
+
+        # Data-parallel training wants a gradient for all parameters in each batch.
+        (z_q.sum() + loss).backward()
+        assert quantizer.codebook.grad is not None
+
+
+def test_a_copied_quantiser_rounds_from_its_first_training_batch():
+    quantizer = vq.Quantizer(50, 3)
+    z = torch.randn(2, 3, 4, 4)
+    _, _, indices = quantizer(z)
+    assert torch.equal(indices, nearest_by_distances(z, quantizer.codebook))
+    assert quantizer.codebook.std().item() == approx(z.std().item(), rel=0.3)
+
+
+# One of two processes: trains a Quantizer for two batches of its own, then saves the codebook.
+MAKE_CODEBOOK = """
+import sys, torch, vq
+rank = int(sys.argv[1])
+address = sys.argv[2]
+torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+torch.manual_seed(rank)
+quantizer = vq.Quantizer(50, 3, warmup=1)
+for _ in range(2):
+    quantizer(torch.randn(2, 3, 4, 4) + rank)
+torch.save(quantizer.state_dict(), f"{rank}.pt")
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_processes_that_train_together_have_one_codebook(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(HERE)}
+    address = (tmp_path / "address").as_uri()
+    commands = [[sys.executable, "-c", MAKE_CODEBOOK, str(rank), address] for rank in (0, 1)]
+    processes = [subprocess.Popen(command, cwd=tmp_path, env=environment) for command in commands]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+
+    first, second = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    assert torch.equal(first["codebook"], second["codebook"])
+    assert first["ready"] and second["ready"]
+
+
+@every_precision
+def test_the_quantiser_works_in_other_precisions(dtype):
+    quantizer, z = ready_quantizer()
+    z_q, loss, indices = quantizer(z)
+
+    quantizer.to(dtype)
+    z_half, loss_half, indices_half = quantizer(z.to(dtype))
+    assert z_half.dtype == dtype
+    assert (indices_half == indices).float().mean() > 0.8  # near ties may fall to the other entry
+    tolerance = 8 * max(torch.finfo(dtype).eps, 1e-6)
+    assert_close(z_half.float(), z_q, atol=0.1 if dtype == torch.bfloat16 else tolerance, rtol=0)
+    assert_close(loss_half.float(), loss, atol=tolerance, rtol=0)
+
+
+@every_precision
+def test_the_autoencoder_trains_in_other_precisions(dtype):
+    autoencoder = small_autoencoder(warmup=0).to(dtype)
+    images = (2 * torch.rand(2, 3, 16, 16) - 1).to(dtype)
+    loss, reconstruction, _ = vq.FirstStageLoss(autoencoder, squared=1.0)(images)
+    loss.backward()
+    assert autoencoder.encoder[1].weight.grad.isfinite().all()
+    assert reconstruction.shape == images.shape
+    assert autoencoder.decode(autoencoder.encode(images)).dtype == dtype
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 4), (2, 4, 4, 4), (2, 3, 4), (2, 3, 4, 4, 4)])
+@pytest.mark.parametrize("method", ["forward", "initialise"])
+def test_what_is_no_latent_is_refused_by_the_quantiser(shape, method):
+    with pytest.raises(ValueError, match="z has shape .*; expected .B, 3, h, w"):
+        getattr(vq.Quantizer(50, 3), method)(torch.randn(shape))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 15, 16), (2, 3, 16, 18), (2, 1, 16, 16), (3, 16, 16)])
+def test_images_that_do_not_fit_the_autoencoder_are_refused(shape):
+    with pytest.raises(ValueError, match="^images ha.*expected"):
+        small_autoencoder()(torch.randn(shape))
+
+
+def test_decoding_rounds_the_latent():
+    autoencoder = small_autoencoder().eval()
+    z = torch.randn(2, 3, 4, 4)
+    autoencoder.quantizer.initialise(z)
+    z_q, _, _ = autoencoder.quantize(z + 0.01)
+    assert not torch.equal(z_q, z + 0.01)
+    assert_close(autoencoder.decode(z + 0.01), autoencoder.decoder(z_q))
+
+
+def test_a_trained_quantiser_is_compiled_without_a_break():
+    quantizer, z = ready_quantizer()
+    quantizer.eval()
+    compiled = torch.compile(quantizer, fullgraph=True, backend="eager")
+    assert_close(compiled(z), quantizer(z))
+
+
+def test_the_linear_encoder_is_linear():
+    encoder = vq.KINDS["linear"]().encoder
+    x, y = torch.randn(2, 1, 3, 32, 32)
+    assert_close(encoder((x + y) / 2), (encoder(x) + encoder(y)) / 2)
+
+
+def test_attention_of_the_first_stage_is_torchs():
+    layer = vq.PositionAttention(32)
+    x = torch.randn(2, 32, 3, 4)
+    qkv = layer.qkv(layer.norm(x)).view(2, 3, 32, 12)
+    q, k, v = qkv.transpose(2, 3).unbind(1)  # 3x (2, 12, 32)
+    mixed = F.scaled_dot_product_attention(q, k, v)
+    assert_close(layer(x), x + layer.out(mixed.mT.reshape(x.shape)))
+
+
+def test_the_first_stages_loss_adds_l2_to_l1():
+    autoencoder = small_autoencoder(warmup=0)
+    images = 2 * torch.rand(2, 3, 16, 16) - 1
+    loss, reconstruction, indices = vq.FirstStageLoss(autoencoder, squared=4.0)(images)
+
+    codebook_loss = autoencoder.quantize(autoencoder.encode(images))[1]
+    error = reconstruction - images
+    assert_close(loss, error.abs().mean() + 4 * error.square().mean() + codebook_loss)
+    assert indices.shape == (2, 4, 4)
+
+
+@pytest.mark.parametrize("counts, used, perplexity", [
+    ([5, 5, 5, 5], 1.0, 4.0), ([9, 0, 0, 0], 0.25, 1.0),
+    ([2, 1, 1, 0], 0.75, 2**1.5), ([0, 0, 0, 0], 0.0, 1.0),
+])
+def test_perplexity_is_two_to_the_entropy_in_bits(counts, used, perplexity):
+    assert vq.codebook_usage(torch.tensor(counts)) == approx((used, perplexity))
+
+
+# Autoencoders that it is compared with
+class SmallEncoder(nn.Module):
+    """Images (B, 3, 16, 16) -> (B, 12): means and log variances of six codes."""
+
+    def __init__(self):
+        super().__init__()
+        self.out = nn.Linear(3 * 16 * 16, 12)
+
+    def ends(self):
+        return [self.out]
+
+    def forward(self, images):
+        return self.out(images.flatten(1))
+
+
+def small_vae(objective):
+    """A VAE of 12 training steps, images (4, 3, 16, 16) and noise for its codes (4, 6)."""
+    torch.manual_seed(0)
+    model = vq.VAE(SmallEncoder(), 6, objective, steps=12, size=16, width=8)
+    return model, 2 * torch.rand(4, 3, 16, 16) - 1, torch.randn(4, 6)
+
+
+def posterior_and_error(model, images, noise):
+    """q(z|x), z drawn from it, and -log p(x|z) in nats an image."""
+    mean, log_var = model.encoder(images).split(6, dim=1)
+    q = Normal(mean, log_var.exp().sqrt())
+    z = mean + q.stddev * noise
+    p, x = (model.decode(z) + 1) / 2, (images + 1) / 2
+    log_likelihood = x * p.log() + (1 - x) * (1 - p).log()
+    return q, z, -log_likelihood.sum() / len(images)
+
+
+def test_pixels_are_rearranged_into_channels():
+    first_stage = vq.Pixels()
+    images = torch.rand(2, 3, 32, 32)
+    z = first_stage.encode(images)
+    assert torch.equal(z[:, :64, 2, 1].reshape(2, 8, 8), images[:, 0, 16:24, 8:16])
+    assert torch.equal(first_stage.decode(z), images)
+
+
+def test_the_three_parts_of_a_vaes_kl_are_counted_in_bits():
+    # Four images, far apart: the third bit repeats the first.
+    first = torch.tensor([1.0, 1.0, -1.0, -1.0], dtype=torch.float64)
+    second = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
+    bits = torch.stack([first, second, first], dim=1)  # (4 images, 3 codes)
+    q = Normal(9 * bits, 0.5)
+    z = q.sample()
+
+    information, correlation, dimensions = vq.kl_terms(z, q.mean, q.variance.log())
+    kl = (q.log_prob(z) - Normal(0, 1).log_prob(z)).sum().item() / 4
+    assert information.item() == approx(2 * math.log(2))  # two bits say which image it is
+    assert correlation.item() == approx(math.log(2))  # one bit is told twice
+    assert dimensions.item() == approx(kl - 3 * math.log(2))
+
+
+def test_a_beta_vae_counts_its_kl_beta_times():
+    model, images, noise = small_vae("beta")
+    q, _, error = posterior_and_error(model, images, noise)
+    kl = kl_divergence(q, Normal(0, 1)).sum() / 4
+    expected = error + vq.VAE_WEIGHTS["beta"] * kl
+    assert_close(model.loss(images, None, noise), expected / (3 * 16 * 16))
+
+
+@pytest.mark.parametrize("step", [1, 3, 6, 12])
+def test_eq_6_draws_the_kl_to_a_capacity_that_rises(step):
+    model, images, noise = small_vae("annealed")
+    q, _, error = posterior_and_error(model, images, noise)
+    kl = kl_divergence(q, Normal(0, 1)).sum() / 4
+    capacity = min(25.0, 25.0 * step / 6)  # it rises in half of the 12 steps
+    expected = error + vq.VAE_WEIGHTS["annealed"] * (kl - capacity).abs()
+
+    model.step.fill_(step - 1)  # steps before this one
+    assert_close(model.loss(images, None, noise), expected / (3 * 16 * 16))
+
+
+def test_a_beta_tcvae_counts_the_total_correlation_beta_times():
+    model, images, noise = small_vae("tc")
+    q, z, error = posterior_and_error(model, images, noise)
+    kl = kl_divergence(q, Normal(0, 1)).sum() / 4
+
+    # log q(z) and log q(z_1) + ... + log q(z_N), of four images by a loop
+    correlation = 0.0
+    for i in range(4):
+        densities = q.log_prob(z[i]).exp()  # (4, 6): q(z_i | x_j) of each dimension
+        correlation += densities.prod(1).mean().log() - densities.mean(0).log().sum()
+    expected = error + kl + (vq.VAE_WEIGHTS["tc"] - 1) * correlation / 4
+    assert_close(model.loss(images, None, noise), expected / (3 * 16 * 16))
+
+
+def test_a_factor_vae_adds_what_its_discriminator_estimates():
+    model, images, noise = small_vae("factor")
+    q, z, error = posterior_and_error(model, images, noise)
+    kl = kl_divergence(q, Normal(0, 1)).sum() / 4
+    expected = error + kl + vq.VAE_WEIGHTS["factor"] * model.discriminator(z).mean()
+
+    torch.manual_seed(1)
+    loss = model.loss(images, None, noise)
+    torch.manual_seed(1)
+    assert_close(loss - model.discriminator.loss(z), expected / (3 * 16 * 16))
+    assert model.terms["kl"] == approx(kl.item())
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.8])
+def test_the_discriminator_estimates_the_total_correlation(correlation):
+    torch.manual_seed(0)
+    discriminator = vq.Discriminator(3, width=64)
+    optimizer = torch.optim.Adam(discriminator.parameters(), 2e-3)
+
+    def draw(count):
+        """Three standard normal codes, of which the first two are correlated."""
+        z = torch.randn(count, 3)
+        z[:, 1] = correlation * z[:, 0] + math.sqrt(1 - correlation**2) * z[:, 1]
+        return z
+
+    for _ in range(400):
+        optimizer.zero_grad()
+        discriminator.loss(draw(256)).backward()
+        optimizer.step()
+
+    exact = -math.log(1 - correlation**2) / 2
+    estimate = discriminator.total_correlation(draw(20_000)).item()
+    assert estimate == approx(exact, abs=0.05 + 0.1 * exact)
+
+
+def test_the_gradients_of_vae_and_discriminator_are_kept_apart():
+    model, images, noise = small_vae("factor")
+    _, z, _ = posterior_and_error(model, images, noise)
+    discriminator = list(model.discriminator.parameters())
+    networks = [*model.encoder.parameters(), *model.decoder.parameters()]
+
+    torch.manual_seed(1)
+    together = torch.autograd.grad(model.loss(images, None, noise), networks + discriminator)
+    torch.manual_seed(1)
+    discriminator_loss = model.discriminator.loss(z)
+    alone = torch.autograd.grad(discriminator_loss, discriminator, retain_graph=True)
+    assert_close(together[len(networks):], alone)
+
+    # The discriminator's loss reaches no other network, and its estimate not the discriminator.
+    of_networks = torch.autograd.grad(discriminator_loss, networks, allow_unused=True)
+    assert of_networks == (None,) * len(networks)
+    estimate = model.discriminator.total_correlation(z)
+    of_discriminator = torch.autograd.grad(
+        estimate, discriminator, allow_unused=True, retain_graph=True)
+    assert of_discriminator == (None,) * len(discriminator)
+    of_encoder, = torch.autograd.grad(estimate, model.encoder.out.weight)
+    assert of_encoder.any()
+
+
+def test_permuted_codes_keep_each_dimensions_values():
+    seen = []
+
+    class Witness(vq.Discriminator):
+        def forward(self, z):
+            seen.append(z)
+            return super().forward(z)
+
+    z = torch.randn(200, 4)
+    z[:, 1] = z[:, 0]
+    Witness(4).loss(z)
+    codes, permuted = seen
+    assert torch.equal(codes, z)
+    assert torch.equal(permuted.sort(dim=0).values, z.sort(dim=0).values)
+    assert (permuted[:, 1] == permuted[:, 0]).float().mean() < 0.1
+
+
+@pytest.mark.parametrize("objective", vq.VAE_WEIGHTS)
+def test_every_vae_learns_in_all_its_parameters(objective):
+    model, images, _ = small_vae(objective)
+    model.loss(images).backward()
+    idle = [key for key, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert idle == []
+    assert model.sample(model.tokens(model.represent(images))).shape == images.shape
+
+
+def test_an_unknown_objective_is_refused():
+    with pytest.raises(ValueError, match="objective is 'gamma'; expected beta, annealed"):
+        vq.VAE(SmallEncoder(), 6, "gamma")
+
+
+# ---- The scores ---------------------------------------------------------------------------------
 
 
 def all_combinations(*sizes):
     return np.stack(np.unravel_index(np.arange(np.prod(sizes)), sizes), axis=1)
 
 
-# ---- The method, its first stage, its variants --------------------------------------------------
+PERFECT = all_combinations(4, 3).repeat(60, axis=0)  # codes that are their factors, (720, 2)
+NOISE = np.random.default_rng(0).normal(size=(720, 1))
+NOISY = np.append(PERFECT, NOISE, axis=1)
+SCORES = ("factor_vae", "disentanglement", "completeness", "informativeness_test", "mig",
+          "infom", "infoc", "infoe")
 
 
-def test_the_denoiser_has_the_papers_size_and_torchs_attention():
-    assert sum(map(torch.numel, unet.UNet(token_dim=16).parameters())) == 37_469_635
-    block = unet.SpatialTransformer(32, heads=4, token_width=12)
-    cross, within = block.cross_attention, block.self_attention
-    x, tokens = torch.randn(2, 1100, 32), torch.randn(2, 5, 12)  # so many positions go in slices
-    with unet.record_attention(block) as maps:
-        cross(x, tokens)
-    for layer, context, out in [(within, x, within(x)), (cross, tokens, cross(x, tokens))]:
-        q, k, v = (linear(y).view(2, -1, 4, 8).transpose(1, 2) for linear, y in
-                   [(layer.to_q, x), (layer.to_k, context), (layer.to_v, context)])
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)  # (2, P, 4, 8)
-        assert_close(out, layer.to_out(mixed.reshape(x.shape)))
-    assert_close(maps, [[(q @ k.mT / 8**0.5).softmax(-1).mean(1)]])  # one layer, the call in `with`
+def mixed_codes():
+    """Five codes of three factors: blurred, two-sided, mixed, a copy, unrelated."""
+    rng = np.random.default_rng(0)
+    a = rng.integers(0, 5, 600)
+    b = rng.integers(0, 2, 600)
+    c = rng.integers(0, 3, 600)
+    noise = rng.normal(size=(600, 5)).T
 
-
-def test_each_token_is_of_its_scalar_and_their_order_is_nothing():
-    model, t = tiny_model().eval(), torch.tensor([1, 10, 500, 1000])
-    few_steps(model, some_images())
-    z, tokens, codes = torch.randn(4, *model.latent_shape), torch.randn(4, 6, 8), torch.randn(4, 6)
-    out = model.denoiser(z, t, tokens)
-    assert_close(model.denoiser(z, t, tokens.flip(1)), out)
-    assert (model.denoiser(z, t, tokens + 1) - out).abs().max() > 1e-4
-    for i in range(6):  # an MLP of its own
-        x = codes[:, i:i + 1]
-        for layer, (w, b) in enumerate(zip(model.token_map.weights, model.token_map.biases)):
-            x = F.linear(F.elu(x) if layer else x, w[i].t(), b[i, 0])
-        assert_close(model.tokens(codes)[:, i], x)
-
-
-@pytest.mark.parametrize("name, largest", [  # largest: of 1/sqrt(abar_t), at t = T
-    ("cosine", 20_291), ("linear", 38.67), ("sqrt_linear", 71.69), ("sqrt", 2.196e20)])
-def test_each_schedule_is_a_line_of_its_kind(name, largest):
-    betas = encdiff.beta_schedule(name)
-    abar = encdiff.cumulative(betas)
-    assert abar[0] == 1 and abar[1] > 0.95 and abar[-1]**-0.5 == approx(largest, rel=1e-3)
-    line = {"linear": betas.sqrt(), "sqrt_linear": betas, "sqrt": betas.square(),
-            "cosine": (abar[1:-1].sqrt() * math.cos(0.004 / 1.008 * math.pi)).acos()}[name]
-    assert line.diff(n=2).abs().max() < 1e-9  # cosine: its last beta is clipped
-
-
-def test_eq_4_is_a_product_of_gaussians_and_eq_5_its_kl():
-    betas, t = encdiff.beta_schedule("cosine", 100), torch.tensor([[2], [50], [100]])
-    beta, abar = betas[t - 1], encdiff.cumulative(betas)
-    now, before, bottleneck = abar[t], abar[t - 1], encdiff.kl_bottleneck
-    # The KL is quadratic in z_0 and eps: over these four pairs its mean is exact.
-    z0, noise = torch.cartesian_prod(torch.tensor([1.0, 5]), torch.tensor([-1.0, 1])).double().T
-    z_t = now.sqrt() * z0 + (1 - now).sqrt() * noise  # eq. (2)
-    precision = (1 - beta) / beta + 1 / (1 - before)  # of q(z_t | z_{t-1}) and q(z_{t-1} | z_0)
-    mean = ((1 - beta).sqrt() / beta * z_t + before.sqrt() / (1 - before) * z0) / precision
-    a, b, v = encdiff.posterior(abar, t)
-    assert_close([a * z0 + b * z_t, v], [mean, 1 / precision])
-    kl = kl_divergence(Normal(mean, precision**-0.5), NORMAL).mean(1)
-    assert_close(bottleneck(betas, second_moment=(1 + 25) / 2)[[1, 49, 99]], kl)
-    # Figure 2b: all fall with t; cosine is the highest but for its last betas.
-    curves = torch.stack([bottleneck(encdiff.beta_schedule(name)) for name in encdiff.SCHEDULES])
-    assert (curves[:, 1:-1].diff() < 1e-9).all()
-    assert (curves[:, :842].diff(dim=0) <= 0).all() and (curves[0, 985:] < curves[1:, 985:]).all()
-
-
-def test_eq_3_is_the_mean_squared_error_of_the_noise():
-    model, images = tiny_model(dropout=0.0).eval(), some_images()
-    few_steps(model, images)
-    t, noise = torch.tensor([1, 2, 600, 1000]), torch.randn(4, *model.latent_shape)
-    abar = encdiff.cumulative(encdiff.beta_schedule("cosine"))[t].float().view(4, 1, 1, 1)
-    z_t = abar.sqrt() * model.latents(images) + (1 - abar).sqrt() * noise
-    predicted = model.denoiser(z_t, t, model.tokens(model.represent(images)))
-    assert_close(model.loss(images, t, noise), (predicted - noise).pow(2).mean())
-
-
-@pytest.mark.parametrize("schedule", encdiff.SCHEDULES)
-def test_samplers_find_z0_by_exact_noise_and_bear_inexact(schedule):
-    model, tokens, visited = tiny_model(schedule=schedule), torch.zeros(2, 6, 8), []
-    z0 = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    model.largest_rms.fill_(3.0)
-    model.decode = lambda z: z
-
-    def exact(z_t, t, tokens):  # in float32, where abar_T can be 2e-9 (cosine), 2e-41 (sqrt)
-        visited.append(t[0].item())
-        abar = model.alpha_bar[t[0]]
-        return (z_t - abar.sqrt() * z0) / (1 - abar).sqrt()
-    model.denoiser.forward = exact
-    for count, options in [(1000, dict(sampler="ddpm")), (7, {}), (7, dict(sampler="ddim")),
-                           (7, dict(sampler="ddim", eta=1.0))]:
-        visited.clear()
-        assert_close(model.sample(tokens, 7, **options), z0, atol=2e-3, rtol=0, msg=str(options))
-        assert visited[0] == 1000 and len(visited) == count and max(np.diff([*visited, 0])) < 0
-    model.denoiser.forward = lambda z_t, *_: 0.9 * z_t  # near T that is 1e3 times as wrong in z_0
-    for sampler, steps in itertools.product(("ddim", "dpm"), (1, 3, 20)):
-        assert model.sample(tokens, steps, sampler).square().mean().sqrt() <= 3.01
-
-
-def test_ddim_is_ddpm_at_eta_1_dpm_solver_of_second_order():
-    alpha_bar, z = encdiff.cumulative(encdiff.beta_schedule("cosine", 40)), torch.randn(9).double()
-    predict = lambda z, t: torch.tanh(z) + t / 40  # any function: only the samplers are compared
-    torch.manual_seed(1)
-    end = encdiff.ddpm(predict, alpha_bar, z)
-    torch.manual_seed(1)
-    assert_close(encdiff.ddim(predict, alpha_bar, z, steps=40, eta=1.0), end)
-    # z_0 ~ N(0, m): the best denoiser and the exact end of the deterministic path are known.
-    m, T, z = 0.5, 4096, torch.ones(1).double()
-    alpha_bar = torch.sigmoid(2 * torch.linspace(12, -4, T + 1, dtype=torch.float64))  # even lambda
-    alpha_bar[0] = 1
-    variance = alpha_bar * m + 1 - alpha_bar  # of z_t
-    predict = lambda z, t: alpha_bar[t].sqrt() * m * z / variance[t]  # E[z_0 | z_t]
-    for sampler, order in [(encdiff.ddim, 1), (encdiff.dpm_solver, 2)]:
-        ends = torch.cat([sampler(predict, alpha_bar, z, steps) for steps in (64, 128, 256)])
-        fall = (ends - (m / variance[T]).sqrt()).abs().log2().diff()
-        assert fall.tolist() == approx([-order, -order], abs=0.15)
-
-
-def test_quantiser_rounds_and_passes_the_gradient_through():
-    torch.manual_seed(0)
-    quantizer = vq.Quantizer(50, 3, commitment=0.25, warmup=2)
-    z, book = torch.randn(2, 3, 4, 4, requires_grad=True), quantizer.codebook
-    assert all(torch.equal(quantizer(z)[0], z) for _ in range(2))  # not yet rounded
-    z_q, loss, indices = quantizer(z)  # has set the codebook by itself
-    nearest = (z.permute(0, 2, 3, 1)[..., None, :] - book).pow(2).sum(-1).argmin(-1)  # (2, 4, 4)
-    assert torch.equal(indices, nearest) and len(nearest.unique()) > 10
-    entries = book[nearest].permute(0, 3, 1, 2)
-    apart = (entries - z).pow(2).mean()
-    assert_close([z_q, loss], [entries, 1.25 * apart])  # loss: both terms
-    assert (torch.autograd.grad(3 * z_q.sum(), z, retain_graph=True)[0] == 3).all()
-    of_book, of_z = torch.autograd.grad(apart, [book, z], retain_graph=True)
-    assert_close(torch.autograd.grad(loss, [book, z]), (of_book, 0.25 * of_z))
-
-
-def test_latents_have_unit_std_and_decoding_rounds_them():
-    model, images = tiny_model(), some_images()
-    first = model.first_stage
-    z = first.encode(images)
-    first.quantizer.initialise(z)
-    decoded = first.decode(z)
-    assert_close(decoded, first.decode(first.quantize(z)[0]))
-    model.measure_latents(images)
-    assert_close(model.latents(images), z / z.std())  # not rounded
-    assert_close(model.decode(model.latents(images)), decoded.clamp(-1, 1))
-    assert_close(model.largest_rms, (z / z.std()).square().mean((1, 2, 3)).sqrt().max())
-    few_steps(model.train(), images)  # the first stage is frozen
-    assert not first.training and torch.equal(first.decode(first.encode(images)), decoded)
-    linear, (x, y) = vq.KINDS["linear"](), images[:2].split(1)
-    assert_close(linear.encode((x + y) / 2), (linear.encode(x) + linear.encode(y)) / 2)
-
-
-@pytest.mark.parametrize("variant", [
-    dict(), dict(encoder="cnn"), dict(encoder="transformer"), dict(conditioning="adagn"),
-    dict(self_attention=False, skip_dropout=0.3, encoder="cnn_patch"), dict(decoder="direct"),
-    dict(tokens="vector", conditioning="adagn"), dict(tokens="vector", decoder="direct"),
-    dict(regularizer="euler"), dict(regularizer="sparse"), dict(regularizer="orthogonal")], ids=str)
-def test_every_variant_learns_in_all_its_parameters(variant):
-    model, images = tiny_model(**variant).train(), some_images()
-    model.measure_latents(images)
-    few_steps(model, images)
-    assert [name for name, p in model.named_parameters()
-            if p.requires_grad and (p.grad is None or not p.grad.any())] == []
-    again = tiny_model(**variant)
-    again.load_state_dict(model.state_dict())
-    codes = again.eval().represent(images)
-    assert codes.isfinite().all() and torch.equal(codes, model.eval().represent(images))
-    assert model.sample(model.tokens(codes)).shape == images.shape
-
-
-@pytest.mark.parametrize("switch", [{}, dict(attention=False), dict(noise="none"),
-                                    dict(noise="strong-first", factors=4)], ids=str)
-def test_the_toy_learns_and_shows_who_moves(switch, capsys):
-    torch.manual_seed(0)
-    encdiff.toy(steps=80, **switch)
-    losses = [float(x) for x in re.findall(r"loss (\S+)", capsys.readouterr().out)]
-    assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
-    corner = lambda images: images[:, :1, 0, 0]  # a single code, which sees the wall alone
-    assert [row[-1] for row in encdiff.who_moves(corner, 4)] == list("@   ")
-
-
-def test_the_three_parts_of_a_vaes_kl_are_counted_in_bits():
-    bits = torch.tensor([[1, 1, 1], [1, -1, 1], [-1, 1, -1], [-1, -1, -1]])  # the last is the first
-    q = Normal(9 * bits.double(), 0.5)  # of four images, far apart
-    z = q.sample()
-    kl = (q.log_prob(z) - NORMAL.log_prob(z)).sum().item() / 4
-    parts = torch.stack(encdiff.kl_terms(z, q.mean, q.variance.log()))
-    assert parts.tolist() == approx([math.log(4), math.log(2), kl - math.log(8)])
-
-
-@pytest.mark.parametrize("name", encdiff.VAE_WEIGHTS)
-def test_eq_6_and_the_losses_of_the_other_vaes(name):
-    model, images = tiny_model(model="vae", vae_loss=name), some_images()
-    noise, x, weight = torch.randn(4, 6), (images + 1) / 2, encdiff.VAE_WEIGHTS[name]
-    mean, log_var = model.encoder(images).view(4, 6, 2).unbind(2)
-    q = Normal(mean, log_var.exp().sqrt())
-    z = mean + q.stddev * noise
-    p, kl = (model.decode(z) + 1) / 2, kl_divergence(q, NORMAL).sum() / 4
-    error = -(x * p.log() + (1 - x) * (1 - p).log()).sum() / 4
-    for step, capacity in [(1, 25 / 6), (6, 25.0), (12, 25.0)]:  # C rises in half of the 12 steps
-        more = {"beta": weight * kl, "annealed": weight * abs(kl - capacity),
-                "tc": kl + (weight - 1) * encdiff.kl_terms(z, mean, log_var)[1]}[name]
-        model.step.fill_(step - 1)
-        assert_close(model.loss(images, None, noise), (error + more) / (3 * 32 * 32))
-
-
-def test_pixels_are_rearranged_and_noise_follows_from_v():
-    model, x, t = tiny_model(first_stage="pixels"), some_images(), torch.tensor([1, 2, 600, 1000])
-    z0, abar = model.latents(x), model.alpha_bar[t].view(4, 1, 1, 1)
-    assert torch.equal(z0[:, :64, 2, 1].reshape(4, 8, 8), x[:, 0, 16:24, 8:16])
-    assert torch.equal(model.decode(z0), x)
-    noise = torch.randn_like(z0)
-    model.denoiser.network.forward = lambda *_: abar.sqrt() * noise - (1 - abar).sqrt() * z0  # v
-    assert model.loss(x, t, noise) < 1e-10
-
-
-# ---- The scores ---------------------------------------------------------------------------------
-
-GREY, PERFECT = torch.full((1, 3, 8, 8), 0.5), all_combinations(4, 3).repeat(60, axis=0)
-NOISY = np.append(PERFECT, np.random.default_rng(0).normal(size=(720, 1)), axis=1)
-RARE, OBJECTS = PERFECT.copy(), np.arange(720)[:, None] // 5 % 12  # 60 rows each: none has a vote
-RARE[0, 1] = 9
+    codes = np.stack([
+        a + 0.3 * noise[0],
+        b + 0.5 * noise[1],
+        b - c + 0.2 * noise[2],
+        -c,
+        noise[4].round()], axis=1)
+    factors = np.stack([a, b, c], axis=1)
+    return codes, factors
 
 
 def test_the_worked_example_is_what_was_found_by_hand(capsys):
@@ -336,162 +1464,518 @@ def test_the_worked_example_is_what_was_found_by_hand(capsys):
     _, *lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 9
     for line in lines:
+        computed = [float(number) for number in line[30:74].split()]
         by_hand = [eval(number) for number in line[74:].split()]  # 1/3, say
-        assert list(map(float, line[30:74].split())) == approx(by_hand, abs=6e-4), line
+        assert computed == approx(by_hand, abs=6e-4), line
 
 
-def test_trees_agree_with_scikit_learn_and_see_only_order():
-    rng = np.random.default_rng(0)
-    a, b, c = factors = np.stack([rng.integers(0, k, 600) for k in (5, 2, 3)])
-    noise = rng.normal(size=(600, 5)).T
-    codes = np.stack([a + 0.3 * noise[0], b + 0.5 * noise[1], b - c + 0.2 * noise[2], -c * 1.0,
-                      np.round(noise[4])], axis=1)  # blurred, two-sided, mixed, a copy, unrelated
+def test_the_trees_agree_with_scikit_learn():
     # scikit-learn 1.9.1, GradientBoostingClassifier(random_state=0): feature_importances_ by factor
-    importance = np.array([[.9758, .0098, .0071, .0035, .0039], [.0009, .5304, .3358, .1329, 0],
-                           [0, 0, 0, 1, 0]])
-    other = [3, 0, 4, 2, 1]
-    codes = np.exp(codes[:, other])  # neither the codes' order nor a rising function matters
-    scores = metrics.dci(codes[:400], factors.T[:400], codes[400:], factors.T[400:])
-    assert scores["importance"] == approx(importance.T[other], abs=0.01)
+    importance = np.array([
+        [.9758, .0098, .0071, .0035, .0039],
+        [.0009, .5304, .3358, .1329, 0],
+        [0, 0, 0, 1, 0]])
+    codes, factors = mixed_codes()
+
+    scores = metrics.dci(codes[:400], factors[:400], codes[400:], factors[400:])
+
+    assert scores["importance"] == approx(importance.T, abs=0.01)
     assert scores["informativeness_test"] == approx(0.9667, abs=0.01)
 
 
-@pytest.mark.parametrize("codes, factors, d, c, mig", [
-    (PERFECT > 0, PERFECT > 0, 1, 1, 1), (0 * PERFECT, PERFECT, 0, 0, 0),  # a code each; no codes
-    (PERFECT, PERFECT[:, [0, 0, 1, 1]], 1 - math.log(2) / math.log(4), 1, 1),  # factors in pairs
-    # Two equal codes a factor: D does not mind, C loses log 2 / log N; ties are shared.
-    (PERFECT[:, [0, 0, 1, 1]], PERFECT, 1, 1 - math.log(2) / math.log(4), 0)])
-def test_dci_and_mig_of_codes_for_which_they_are_known(codes, factors, d, c, mig):
+def test_the_trees_do_not_mind_a_rising_function_of_a_code():
+    codes, factors = mixed_codes()
+    importance = metrics.fit_trees(codes, factors[:, 0], rounds=20).importance
+    risen = metrics.fit_trees(np.exp(codes), factors[:, 0], rounds=20).importance
+    assert risen == approx(importance)
+
+
+BITS = PERFECT > 0
+PAIRS = PERFECT[:, [0, 0, 1, 1]]
+SHARED = 1 - math.log(2) / math.log(4)
+
+
+@pytest.mark.parametrize("codes, factors, d, c, gap", [
+    (BITS, BITS, 1, 1, 1),  # a code a factor
+    (0 * PERFECT, PERFECT, 0, 0, 0),  # constant codes
+    (PERFECT, PAIRS, SHARED, 1, 1),  # factors that are equal in pairs
+    (PAIRS, PERFECT, 1, SHARED, 0)])  # codes that are
+def test_dci_and_mig_of_codes_for_which_they_are_known(codes, factors, d, c, gap):
     scores = metrics.dci(codes, factors, codes, factors)
-    assert (scores["disentanglement"], scores["completeness"]) == (approx(d), approx(c, abs=0.02))
-    assert metrics.mig(codes, factors) == approx(mig)
-    assert metrics.focus(np.array([[3.0, 3.0], [0.0, 2.0]])) == approx(2 / 8)  # rows by their share
+
+    assert scores["disentanglement"] == approx(d)
+    assert scores["completeness"] == approx(c, abs=0.02)
+    assert metrics.mig(codes, factors) == approx(gap)
 
 
-def test_mig_of_a_wrong_bit_and_of_vectors_along_their_lines():
-    bit, wrong, rest = all_combinations(2, 4, 2).T
-    codes = np.stack([bit ^ (wrong == 0), rest], axis=1)  # wrong in a quarter of the cases
-    assert metrics.mig(codes, bit[:, None]) == approx(1 + np.log2(1 / 4) / 4 + np.log2(3 / 4) * 3/4)
-    axes = np.array([[1.0, 2, -3], [4, 0, 3]])  # its largest entry is made positive
-    vectors = codes[:, :, None] * axes + 7
-    flat = (codes - codes.mean(0)) * [-14**0.5, 5]
+def test_rows_count_by_their_share_of_the_importance():
+    assert metrics.focus(np.array([[3.0, 3.0], [0.0, 2.0]])) == approx(2 / 8)
+
+
+def test_mig_of_a_bit_that_is_wrong_in_a_quarter_of_the_cases():
+    bit, quarter, unrelated = all_combinations(2, 4, 2).T
+    wrong = quarter == 0
+    codes = np.stack([bit ^ wrong, unrelated], axis=1)
+
+    known = 1 + np.log2(1 / 4) / 4 + np.log2(3 / 4) * 3 / 4  # bits
+    assert metrics.mig(codes, bit) == approx(known)
+
+
+def test_vector_valued_codes_are_projected_on_their_main_axes():
+    scalars = all_combinations(3, 5)
+    axes = np.array([[1.0, 2, -3], [4, 0, 3]])  # whose largest entries are made positive
+    vectors = scalars[:, :, None] * axes + 7
+
+    centred = scalars - scalars.mean(axis=0)
+    flat = centred * [-14**0.5, 5]
     assert metrics.scalar_codes(vectors[:9], fit_on=vectors) == approx(flat[:9])
+
+
+class Images:
+    """A dataset whose images are their factors."""
+
+    def __init__(self, factors):
+        self.images = self.factors = torch.from_numpy(factors).__getitem__
+        self.length = len(factors)
+
+    def __len__(self):
+        return self.length
 
 
 def test_factor_vae_score_is_the_share_of_votes_that_go_home():
     def represent(factors):
         a, b, c, d = factors.double().T
-        return torch.stack([a, 10 * (b + c), 1e-9 * d], dim=1)  # d is seen by a dead code only
-    table = torch.from_numpy(all_combinations(4, 3, 3, 2).repeat(10, axis=0))  # images are factors
-    Images = type("Images", (list,), dict(images=table.__getitem__, factors=table.__getitem__))
-    found = metrics.factor_vae_score(represent, Images(table), pool=700)
-    assert (found["score"], found["active_dims"]) == (approx(1 / 2, abs=0.03), 2)  # a, and b or c
-    noise = np.random.default_rng(0).normal(size=(720, 6))  # for which fresh votes are needed
-    ignorant = metrics.factor_vae_votes(noise, table, 2000, 1000)
-    assert ignorant["train_score"] > ignorant["score"] == approx(1 / 4, abs=0.06)
+        return torch.stack([a, 10 * (b + c), 1e-9 * d], dim=1)
+
+    factors = all_combinations(4, 3, 3, 2).repeat(10, axis=0)
+    dataset = Images(factors)
+
+    scores = metrics.factor_vae_score(represent, dataset, pool=700)
+    assert scores["factor_vae"] == approx(1 / 2, abs=0.03)  # a has a code, b or c; d a dead one
+
+
+def test_fresh_votes_are_needed_where_codes_know_nothing():
+    noise = np.random.default_rng(0).normal(size=(720, 6))
+    factors = all_combinations(4, 3, 3, 2).repeat(10, axis=0)
+
+    scores = metrics.factor_vae_votes(noise, factors, 2000, 1000)
+    assert scores["factor_vae_train"] > scores["factor_vae"] == approx(1 / 4, abs=0.06)
+
+
+@pytest.mark.parametrize("unit", [1e-6, 0.05, 1e6, [1, 1000]])
+def test_factor_vae_score_does_not_depend_on_the_unit_of_the_codes(unit):
+    blurred = PERFECT + 0.01 * NOISE
+
+    scores = metrics.factor_vae_votes(blurred * unit, PERFECT, 500, 500)
+
+    assert scores == metrics.factor_vae_votes(blurred, PERFECT, 500, 500)
+    assert scores["factor_vae"] == 1
+
+
+@pytest.mark.parametrize("dead", [
+    0 * NOISE,
+    3 + 0 * NOISE,
+    3 + 1e-9 * NOISE,
+    1e-8 * NOISE.round(),
+    (5 + 3e-7 * NOISE).astype(np.float32)])
+def test_a_dead_code_wins_no_vote(dead):
+    codes = np.append(dead, PERFECT, axis=1)
+
+    scores = metrics.factor_vae_votes(codes, PERFECT, 500, 500)
+
+    assert scores["factor_vae"] == 1
+    assert scores["note"] == "FactorVAE votes leave out dead codes: 0"
+
+
+def test_votes_of_a_thousand_codes_fit_in_memory():
+    codes = np.random.default_rng(0).normal(size=(720, 1024))
+
+    tracemalloc.start()
+    metrics.factor_vae_votes(codes, PERFECT, 1000, 1000)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    assert peak < 100e6  # bytes; all votes at once would take 500e6
+
+
+@pytest.mark.parametrize("codes, factors", [
+    (PERFECT.T, PERFECT.T),
+    (NOISY.T, PERFECT.T),
+    (NOISY.T, PERFECT),
+    (NOISY, PERFECT.T),
+    (NOISY[:710], PERFECT)])
+def test_tables_that_do_not_belong_together_are_named_with_both_shapes(codes, factors):
+    words = rf"codes has shape \({len(codes)}, .* factors \({len(factors)}, .*transpose"
+    for score in (metrics.evaluate, metrics.mig, metrics.infomec, metrics.factor_vae_votes):
+        line = refused(lambda: score(codes, factors))
+        assert re.search(words, line)
+
+
+def test_a_factor_of_very_many_values_is_left_out_of_all_scores():
+    names = np.array([f"name {i % 500}" for i in range(720)])
+    factors = np.concatenate([names[:, None], PERFECT.astype(str)], axis=1)
+
+    scores = metrics.evaluate(PERFECT, factors)
+
+    for name in SCORES:
+        assert scores[name] == approx(1, abs=0.001)
+    assert scores["note"].startswith("factor 0 is left out: it has more than 200 values")
+    assert scores["note"].count("factor 0") == 1
+
+
+def test_slow_trees_are_announced():
+    codes = np.zeros((10_000, 1024), dtype=np.float32)
+    factors = np.arange(10_000)[:, None] % 10
+    with pytest.warns(UserWarning, match="DCI grows 1,000 trees .* about 7 minutes"):
+        metrics.warn_if_slow(codes, factors)
+
+
+LARGE = [-1, 2**63, 2**63 + 1, 2**63 + 2]  # the last three are one float
+LABELS = {
+    "int64": PERFECT + 2**60,
+    "uint64": PERFECT.astype(np.uint64) + np.uint64(2**63),
+    "object": PERFECT.astype(object) + 2**70,
+    "float": PERFECT * 1e30,
+    "fraction": PERFECT / 7,
+    "str": PERFECT.astype(str),
+    "tensor": torch.tensor(PERFECT).bfloat16(),
+    "list": [[LARGE[a], "xyz"[b]] for a, b in PERFECT.tolist()]}
+
+
+@pytest.mark.parametrize("kind", LABELS)
+def test_labels_may_be_of_any_kind(kind):
+    labels = LABELS[kind]
+
+    scores = metrics.dci(PERFECT, labels, PERFECT, labels)
+
+    assert metrics.mig(PERFECT, labels) == approx(1)
+    assert scores["informativeness_test"] == 1
+    assert scores["disentanglement"] == approx(1)
+
+
+@pytest.mark.parametrize("label, words", [
+    (np.nan, r"factors has NaN in column 1"),
+    ("red", r"column 1 .* compared \(int, str\)"),
+    (None, r"column 1 .* compared \(NoneType, int\)")])
+def test_labels_that_cannot_be_compared_are_refused(label, words):
+    factors = PERFECT.astype(object)
+    factors[5, 1] = label
+    line = refused(lambda: metrics.evaluate(PERFECT, factors))
+    assert re.search(words, line)
+
+
+@pytest.mark.parametrize("codes", [
+    PERFECT.tolist(),
+    torch.tensor(PERFECT).half(),
+    torch.tensor(PERFECT).bfloat16(),
+    torch.tensor(PERFECT * 1.0, requires_grad=True),
+    list(torch.tensor(PERFECT))])
+def test_codes_may_be_tensors_and_lists(codes):
+    assert metrics.mig(codes, PERFECT) == approx(1)
+
+
+def test_infomec_agrees_with_the_file_of_its_authors():
+    # kylehkhsu/latent_quantization at 9a420a3, infomec.py, with scikit-learn 1.7.2 and numpy 2.3.5
+    codes, factors = mixed_codes()
+    rounded = np.round(2 * codes)
+
+    continuous = metrics.infomec(codes[:, :3], factors, discrete=False)
+    discrete = metrics.infomec(rounded, factors, discrete=True)
+
+    assert continuous["infom"] == approx(0.8140, abs=0.002)
+    assert continuous["infoc"] == approx(0.7924, abs=0.002)
+    assert continuous["infoe"] == approx(0.7087, abs=0.002)
+    assert discrete["infom"] == approx(0.6868, abs=0.002)
+    assert discrete["infoc"] == approx(0.6405, abs=0.002)
+    assert discrete["infoe"] == approx(0.9650, abs=0.002)
+
+
+COPY = PERFECT[:, [0, 0, 1]]
+NAMES = PERFECT @ [[3, 3], [1, 1]]
+
+
+@pytest.mark.parametrize("codes, m, c", [
+    (PERFECT, 1, 1),
+    (PERFECT + 1e-3 * NOISE, 1, 1),
+    (COPY, 1, (3 / 4 - 1 / 3) / (2 / 3)),  # the largest shares are 1/2 and 1, chance 1/3
+    (NAMES, 0, 0)])  # each code names all twelve combinations
+def test_infomec_of_codes_for_which_it_is_known(codes, m, c):
+    scores = metrics.infomec(codes, PERFECT)
+
+    assert scores["infom"] == approx(m, abs=0.05)
+    assert scores["infoc"] == approx(c, abs=0.05)
+    assert scores["infoe"] == approx(1, abs=0.01)
+
+
+def test_information_of_a_gaussian_code_is_what_integration_gives():
+    rng = np.random.default_rng(0)
+    label = rng.integers(2, size=4000)
+    code = rng.normal(size=4000) + 2 * label
+
+    x = torch.linspace(-6, 8, 10_001)
+    density = torch.stack([Normal(mean, 1).log_prob(x).exp() for mean in (0.0, 2.0)])
+    mixture = density.mean(0)
+    integrand = density * (density / mixture).log()  # (2, 10_001)
+    known = torch.trapezoid(integrand.mean(0), x).item()
+
+    assert metrics.neighbour_information(code, label) == approx(known, abs=0.02)
+
+
+def test_inactive_codes_and_what_they_leave_undefined_are_named():
+    blurred = PERFECT[:, :1] + 0.1 * NOISE
+    codes = np.append(blurred, 1e-3 * NOISE, axis=1)
+
+    scores = metrics.infomec(codes, PERFECT)
+
+    assert "infoc" not in scores
+    assert "leave out inactive codes: 1; no InfoC" in scores["note"]
+
+
+def test_runs_agree_if_their_codes_are_equal_up_to_order_sign_and_unit():
+    codes = np.random.default_rng(0).normal(size=(2000, 3))
+    turned = -5 * codes[:, [2, 0, 1]] ** 3
+    with_dead = np.append(codes, np.ones((2000, 1)), axis=1)
+    mixture = codes @ [[1, 1, 0], [1, -1, 0.5], [0, 1, 1]]
+
+    scores = metrics.agreement([codes, turned, with_dead, mixture])
+
+    equal, _, _, other = scores["pairs"]
+    assert equal[:3] == approx([1, 1, 1], abs=0.1)
+    assert max(other[:3]) < 0.7
+    assert min(scores["udr"]) == scores["udr"][3]
+
+
+def test_runs_of_different_images_are_refused():
+    refused(lambda: metrics.agreement([PERFECT, PERFECT[:9]]), "the same images")
+
+
+def test_udr_equals_its_equation():
+    a, b = np.random.default_rng(0).normal(size=(2, 50, 2))
+    b = np.append(b, a @ [[1], [2]], axis=1)
+
+    codes = np.append(a, b, axis=1)  # two, and three
+    ranks = [np.argsort(np.argsort(code)) for code in codes.T]
+    R = abs(np.corrcoef(ranks))[:2, 2:]
+    total = 0
+    for row in [*R, *R.T]:
+        total += row.max()**2 / row.sum()
+
+    assert metrics.agreement([a, b])["udr"] == approx([total / 5, total / 5])
 
 
 def test_tad_is_what_was_counted_by_hand():
     a, b, c = all_combinations(2, 2, 2).T
-    yes = np.stack([a, b, c, c * (a == b), a**0], axis=1)  # the fourth tells 0.3 bits of c
-    result = metrics.tad(np.stack([-3 * a, a + b, c], axis=1), 2 * yes - 1)  # ties count half
-    assert [row[:3] for row in result["auroc"]] == [[1, .5, .5], [.875, .875, .5], [.5, .5, 1]]
-    assert (result["counted"], result["captured"], result["tad"]) == ([0, 1], 2, 1 / 8 + 3 / 8)
+    told = c * (a == b)  # tells .3 bits of c
+    attributes = np.stack([a, b, c, told, a**0], axis=1)
+    codes = np.stack([-3 * a, a + b, c], axis=1)
+
+    result = metrics.tad(codes, 2 * attributes - 1)
+
+    assert [row[:3] for row in result["auroc"]] == [  # equal codes count half
+        [1, .5, .5], [.875, .875, .5], [.5, .5, 1]]
+    assert result["counted"] == [0, 1]
+    assert result["tad"] == 1 / 8 + 3 / 8
 
 
 def test_ssim_and_mse_equal_their_definitions():
     x, y = torch.rand(2, 2, 3, 13, 12, generator=torch.Generator().manual_seed(0)).double()
-    y[0], y[1] = x[0], 0.6 * x[1] + 0.4 * y[1]
+    y[0] = x[0]
+    y[1] = 0.6 * x[1] + 0.4 * y[1]
     bell = Normal(0, 1.5).log_prob(torch.arange(-5.0, 6)).exp().double()
-    w, local = torch.outer(bell, bell).flatten() / bell.sum()**2, []
-    windows = [F.unfold(image[1][:, None], 11, padding=5).mT.flatten(0, 1) for image in (x, y)]
-    for pair in torch.stack(windows, 1):  # (2, 121), of one pixel
-        (m, n), ((v, cov), (_, u)) = pair @ w, pair.cov(correction=0, aweights=w)
-        local.append((2*m*n + 1e-4) * (2*cov + 9e-4) / ((m*m + n*n + 1e-4) * (v + u + 9e-4)))
+    weight = torch.outer(bell, bell).flatten() / bell.sum()**2
+
+    windows = []
+    for image in (x, y):
+        patches = F.unfold(image[1][:, None], 11, padding=5)  # (3, 121, pixels)
+        windows.append(patches.mT.flatten(0, 1))
+    local = []
+    for pair in torch.stack(windows, 1):  # (2, 121), around one pixel
+        m, n = pair @ weight
+        (v, covariance), (_, u) = pair.cov(correction=0, aweights=weight)
+        top = (2*m*n + 1e-4) * (2*covariance + 9e-4)
+        bottom = (m*m + n*n + 1e-4) * (v + u + 9e-4)
+        local.append(top / bottom)
+
     assert metrics.ssim(x, y).tolist() == approx([1, torch.stack(local).mean().item()])
-    assert metrics.mse(x, y).tolist() == approx([0, (x[1] - y[1]).square().mean().item()])
+    squared = (x[1] - y[1]).square().mean()
+    assert metrics.mse(x, y).tolist() == approx([0, squared.item()])
+
+
+def test_images_may_be_arrays_and_of_two_dtypes():
+    x = torch.rand(1, 3, 16, 16)
+    y = x.numpy()
+    assert metrics.ssim(x, x.double()).item() == approx(1)
+    assert metrics.ssim(y, x).item() == approx(1)
+    assert metrics.ssim(x.half(), x.half()).item() == approx(1)
+    assert metrics.mse(y.astype(np.float64), y).item() == 0
+
+
+def wave(step, scale, *shape):
+    t = torch.arange(math.prod(shape), dtype=torch.float64)
+    return (torch.sin(t * step) * scale).float().view(shape)
 
 
 def test_lpips_agrees_with_the_lpips_package():
     # lpips 0.1.4, net="alex", with these weights and images, normalize=True.
-    def wave(step, scale, *shape):
-        t = torch.arange(math.prod(shape), dtype=torch.float64)
-        return (torch.sin(t * step) * scale).float().view(shape)
-    weights, layers = {}, [(0, 64, 3, 11), (3, 192, 64, 5), (6, 384, 192, 3), (8, 256, 384, 3),
-                           (10, 256, 256, 3)]
+    layers = [(0, 64, 3, 11), (3, 192, 64, 5), (6, 384, 192, 3), (8, 256, 384, 3),
+              (10, 256, 256, 3)]
+    weights = {}
     for k, (index, c_out, c_in, side) in enumerate(layers):
-        scale, shape = (2 / (c_in * side**2))**0.5, (c_out, c_in, side, side)
-        weights |= {f"features.{index}.weight": wave(0.7 + 0.26 * k, scale, *shape),
-                    f"features.{index}.bias": wave(0.83 + 0.26 * k, 2**0.5, c_out),
-                    f"lin{k}.model.1.weight": wave(1.1 + k, (2 / c_out)**0.5, 1, c_out, 1, 1).abs()}
+        scale = (2 / (c_in * side**2))**0.5
+        kernel = wave(0.7 + 0.26 * k, scale, c_out, c_in, side, side)
+        weights[f"features.{index}.weight"] = kernel
+        weights[f"features.{index}.bias"] = wave(0.83 + 0.26 * k, 2**0.5, c_out)
+        linear = wave(1.1 + k, (2 / c_out)**0.5, 1, c_out, 1, 1)
+        weights[f"lin{k}.model.1.weight"] = linear.abs()
     torch.save(weights, "both.pth")
+
     weights = metrics.load_lpips("both.pth", "both.pth")
-    x, y = (wave(step, 0.5, 2, 3, 64, 64) + 0.5 for step in (0.37, 0.011))
-    assert metrics.lpips(x, y, weights).tolist() == approx([0.00214165, 0.00212837], rel=1e-3)
+    x = wave(0.37, 0.5, 2, 3, 64, 64) + 0.5
+    y = wave(0.011, 0.5, 2, 3, 64, 64) + 0.5
+    known = [0.00214165, 0.00212837]
+    assert metrics.lpips(x, y, weights).tolist() == approx(known, rel=1e-3)
 
 
 def test_the_frechet_distance_equals_its_definition():
     a, mix = np.split(np.random.default_rng(0).normal(size=(504, 4)), [500])
-    c = a @ mix + 2  # the covariances do not commute
-    A, C, gap = np.cov(a.T), np.cov(c.T), (a - c).mean(0)
-    roots = np.linalg.eigvals(A @ C).real**0.5
-    assert metrics.frechet_distance(a, c) == approx(gap @ gap + np.trace(A + C) - 2 * roots.sum())
+    b = a @ mix + 2  # the covariances do not commute
+    A = np.cov(a.T)
+    B = np.cov(b.T)
+    gap = (a - b).mean(axis=0)
+    roots = np.linalg.eigvals(A @ B).real**0.5
+    known = gap @ gap + np.trace(A + B) - 2 * roots.sum()
 
-    @torch.jit.script
-    def network(images: torch.Tensor, return_features: bool = False) -> torch.Tensor:
-        return images[:, :2].float().mean((2, 3))
-    network.save("net.pt")
+    assert metrics.frechet_distance(a, b) == approx(known)
+
+
+def test_the_frechet_distance_of_a_single_feature():
+    x = np.random.default_rng(0).normal(size=(500, 1))
+    known = (2 * x.mean())**2 + 2**2 * x.var(ddof=1)
+    assert metrics.frechet_distance(x, 3 * x) == approx(known)
+
+
+@pytest.mark.parametrize("samples, features", [(500, 4), (5, 30), (100, 1)])
+def test_the_frechet_distance_of_a_set_from_itself_is_0_and_never_less(samples, features):
+    for seed in range(5):
+        x = np.random.default_rng(seed).normal(size=(samples, features))
+        assert 0 <= metrics.frechet_distance(x, x) < 1e-4
+
+
+@torch.jit.script
+def two_means(images: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+    return images[:, :2].float().mean((2, 3))
+
+
+def test_fid_is_the_frechet_distance_of_a_networks_features():
+    two_means.save("net.pt")
     images = torch.randint(0, 200, (70, 3, 4, 4), dtype=torch.uint8)
     assert metrics.fid(images, images + 50, "net.pt") == approx(2 * 50**2, rel=1e-4)
 
 
-def test_the_table_of_scores_from_python_and_the_command_line(capsys):
+def test_the_table_of_scores_is_one_that_json_accepts():
     codes = NOISY + np.random.default_rng(1).normal(size=(720, 3))
-    scores = metrics.evaluate(torch.from_numpy(codes), torch.from_numpy(PERFECT), 3, 300, 200)
-    assert scores == json.loads(json.dumps(scores)) and np.shape(scores["importance"]) == (3, 2)
-    assert scores["informativeness_train"] > 0.95 and scores["informativeness_test"] < 0.6
-    np.savez("codes.npz", codes=codes, factors=PERFECT)
-    metrics.main("codes.npz --train 300 --test 200 --seed 3".split())
-    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert printed[-1] == ["2", *(f"{x:.2f}" for x in scores["importance"][2])]
-    assert all([name, str(round(scores[name], 4))] in printed for name in ("mig", "samples"))
-    np.savez("names.npz", z=codes), np.savez("objects.npz", codes=np.array([{}]), factors=PERFECT)
-    np.save("array.npy", codes), Path("cut.npz").write_bytes(Path("codes.npz").read_bytes()[:300])
+
+    scores = metrics.evaluate(torch.tensor(codes), torch.tensor(PERFECT), 3, 300, 200)
+
+    assert scores == json.loads(json.dumps(scores, allow_nan=False))
+    assert np.shape(scores["importance"]) == (3, 2)
+    assert scores["informativeness_train"] > 0.95
+    assert scores["informativeness_test"] < 0.6
+
+
+def test_the_command_line_prints_what_evaluate_returns(folder, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.setenv("USERPROFILE", str(folder))
+    np.savez("codes.npz", codes=NOISY, factors=PERFECT)
+
+    metrics.main(["~/codes.npz", "--train", 300, "--test", "200", "--seed", "3"])
+
+    lines = capsys.readouterr().out.splitlines()
+    printed = [line.split() for line in lines]
+    scores = metrics.evaluate(NOISY, PERFECT, 3, 300, 200)
+    assert printed[-1] == ["2"] + [f"{x:.2f}" for x in scores["importance"][2]]
+    for name in SCORES:
+        assert [name, str(round(scores[name], 4))] in printed
+
+
+def test_files_without_a_table_are_refused_in_one_line(capsys):
+    np.savez("codes.npz", codes=NOISY, factors=PERFECT)
+    np.savez("names.npz", z=NOISY)
+    np.savez("objects.npz", codes=np.array([{}]), factors=PERFECT)
+    np.save("array.npy", NOISY)
+    whole = Path("codes.npz").read_bytes()
+    Path("cut.npz").write_bytes(whole[:300])
+
     for name in ("names.npz", "objects.npz", "array.npy", "cut.npz", "absent.npz"):
-        refused(lambda: metrics.main([name]), f"metrics.py: {name}")
+        with pytest.raises(SystemExit):
+            metrics.main([Path(name)])
+        error = capsys.readouterr().err
+        assert error.startswith(f"metrics.py: {name}")
+        assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("codes, factors, missing, reason", [
-    (NOISY, RARE, "", "leave out rare values of factor 1"),
-    (np.append(NOISY, OBJECTS, 1), np.append(PERFECT, OBJECTS, 1), "", "votes leave out factor 2"),
-    (NOISY, np.insert(PERFECT, 1, 7, axis=1), "", "DCI leaves out factor 1, which has one value"),
-    (NOISY[:, :1], PERFECT[:, :1], "factor_vae disentanglement completeness mig", "two codes"),
-    (NOISY, PERFECT * 0, "factor_vae disentanglement completeness informativeness_test mig", "DCI"),
-    (NOISY / 100, PERFECT, "factor_vae", "no active code: the largest std is 0.01")])
-def test_each_score_that_can_be_given_is_given(codes, factors, missing, reason):
-    scores = metrics.evaluate(codes, factors)  # all are 1, but for one noisy code
+RARE = PERFECT.copy()
+RARE[0, 1] = 9
+OBJECTS = np.arange(720)[:, None] // 5 % 12  # 60 rows each, and it takes 64
+WITH_OBJECTS = np.append(PERFECT, OBJECTS, axis=1)
+WITH_CONSTANT = np.insert(PERFECT, 1, 7, axis=1)
+
+
+@pytest.mark.parametrize("codes, factors, reason", [
+    (NOISY, RARE, "leave out rare values of factor 1"),
+    (WITH_OBJECTS, WITH_OBJECTS, "factor 2, whose values are all rare"),
+    (NOISY, WITH_CONSTANT, "factor 1 is left out: it has one value")])
+def test_a_factor_that_is_left_out_leaves_the_scores_of_the_others(codes, factors, reason):
+    scores = metrics.evaluate(codes, factors)
+
     assert (scores["dci_train"], scores["dci_test"]) == (480, 240)  # of 10,000 + 5,000
     assert reason in scores["note"]
-    for name in ("factor_vae", "disentanglement", "completeness", "informativeness_test", "mig"):
-        assert scores.get(name) == (None if name in missing else approx(1, abs=0.08)), name
+    for name in SCORES[:5]:
+        assert scores[name] == approx(1, abs=0.08)
 
 
-@pytest.mark.parametrize("name, arguments, message", [
+def test_one_code_of_one_factor_has_an_informativeness_and_little_else():
+    scores = metrics.evaluate(PERFECT[:, 0], PERFECT[:, 0])
+
+    assert scores["informativeness_test"] == 1
+    assert scores["infoe"] == approx(1, abs=0.01)
+    for name in ("factor_vae", "disentanglement", "completeness", "mig", "infom", "infoc"):
+        assert name not in scores
+
+
+def test_factors_that_do_not_vary_have_no_scores_but_a_note():
+    scores = metrics.evaluate(NOISY, 0 * PERFECT)
+
+    assert not set(SCORES) & set(scores)
+    assert "no DCI: factor 0 is left out: it has one value" in scores["note"]
+
+
+GREY_IMAGE = torch.full((1, 3, 8, 8), 0.5)
+
+
+@pytest.mark.parametrize("name, arguments, words", [
     ("evaluate", (NOISY * np.nan, PERFECT), r"codes\[0, 0\] is nan.*drop"),
     ("evaluate", (NOISY[:, :0], PERFECT), r"codes has shape \(720, 0\)"),
-    ("evaluate", (NOISY, PERFECT.astype(str)), "factors has dtype <U.*number the values"),
-    ("evaluate", (NOISY[:710], PERFECT), r"factors has shape \(720, 2\).*710 rows"),
-    ("evaluate", (NOISY, PERFECT / 2), r"factors\[60, 1\] is 0.5.*integers"),
-    ("dci", (NOISY, PERFECT * 0, NOISY, PERFECT), "varies"), ("mse", (GREY, GREY[0]), "one shape"),
-    ("tad", (NOISY, PERFECT * 2), "values"), ("frechet_distance", (NOISY[:1], NOISY), "feats_a"),
-    ("ssim", (-GREY, GREY), r"from -0.5 to 0.5; .*\[0, 1\]"), ("fid", (GREY, GREY, ""), "uint8"),
+    ("evaluate", (NOISY.astype(str), PERFECT), "codes has dtype <U.*expected numbers"),
+    ("evaluate", ([[1, 2], [3]], PERFECT), "rows of unequal length"),
+    ("dci", (NOISY, PERFECT * 0, NOISY, PERFECT), "one value"),
+    ("dci", (NOISY, PERFECT, NOISY[:, :2], PERFECT), "as many codes"),
+    ("factor_vae_votes", (NOISY * 0, PERFECT), "no code varies"),
+    ("tad", (NOISY, PERFECT * 2), "attributes has the values"),
+    ("frechet_distance", (NOISY[:1], NOISY), "feats_a has shape"),
+    ("mse", (GREY_IMAGE, GREY_IMAGE[0]), "one shape"),
+    ("ssim", (-GREY_IMAGE, GREY_IMAGE), r"from -0.5 to -0.5; .*\[0, 1\]"),
+    ("fid", (GREY_IMAGE, GREY_IMAGE, ""), "expected uint8"),
     ("load_lpips", (HERE / "README.md", "alex.pth"), "README.md has no .*, a git-lfs pointer")])
-def test_what_cannot_be_scored_is_refused(name, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        getattr(metrics, name)(*arguments)
+def test_what_cannot_be_scored_is_refused(name, arguments, words):
+    function = getattr(metrics, name)
+    line = refused(lambda: function(*arguments))
+    assert re.search(words, line)
 
 
 # ---- Datasets -----------------------------------------------------------------------------------
+
+ROWS = np.arange(12)
 
 
 @pytest.fixture(scope="module")
@@ -499,473 +1983,2018 @@ def rendered():
     return data.open_dataset()
 
 
-def listing(folder="."):
-    paths = sorted(Path(folder).rglob("*"))
-    return [(path, path.lstat().st_size, path.lstat().st_mtime_ns) for path in paths]
+def noise(count=12, height=64, width=64, channels=3, seed=0):
+    """Random images (n, h, w, c) uint8."""
+    shape = (count, height, width, channels)
+    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
 
 
-def noise(n, h=64, w=64, c=3, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (n, h, w, c), np.uint8)
-
-
-def shows(dataset, indices, array):
-    """Whether these are the dataset's images; array is (n, h, w, c)."""
-    return (dataset.images(indices).permute(0, 2, 3, 1).numpy() == array).all()
-
-
-def stored(kind="npz", **arrays):
-    """The bytes of a file with these arrays."""
-    buffer = io.BytesIO()
-    if kind == "npz":
-        np.savez_compressed(buffer, **arrays)
+def save(path, **arrays):
+    """An .npz or .h5 file of these arrays, or an .npy file of a single one."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    if str(path).endswith(".npz"):
+        np.savez_compressed(path, **arrays)
+    elif str(path).endswith(".npy"):
+        np.save(path, *arrays.values())
     else:
-        with h5py.File(buffer, "w") as file:
-            for key, array in arrays.items():
-                file.create_dataset(key, data=array, compression="gzip")
-    return buffer.getvalue()
+        with h5py.File(path, "w") as file:
+            for name, array in arrays.items():
+                file.create_dataset(name, data=array, compression="gzip")
+    return path
 
 
-FOUR, TWELVE, N = noise(4), noise(12), np.arange(12)
-NPZ = stored(images=FOUR)
+def dataset_of(ending="npz", **arrays):
+    """The dataset of a new file with these arrays, or with random images and these labels."""
+    if not arrays.keys() - {"labels", "classes", "factor_names"}:
+        arrays["images"] = noise()
+    return data.open_dataset(save(f"{len(os.listdir())}.{ending}", **arrays))
 
 
-def write(path, content):
-    """A file of these bytes or this text, or a picture, in a folder that may be new."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(content, np.ndarray):
-        return Image.fromarray(content).save(path, "PNG")
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
+def save_picture(path, pixels, **options):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, **options)
 
 
-def dataset_of(images, key="images", kind="npz", **arrays):
-    """The dataset of a new file with these arrays."""
-    path = f"{len(os.listdir())}.{kind}"
-    write(path, stored(kind, **{key: images}, **arrays))
-    return data.open_dataset(path)
+def shown(dataset, indices=slice(None)):
+    """The images as (n, h, w, c)."""
+    return dataset.images(indices).permute(0, 2, 3, 1).numpy()
+
+
+def same(actual, expected):
+    return np.array_equal(actual, np.broadcast_to(expected, actual.shape))
+
+
+def listing(place="."):
+    return sorted(str(path) for path in Path(place).rglob("*"))
+
+
+# The rendered set
+def surface_distance(shape, scale, p):
+    """How far points p (3, N) are from the object's surface, or less; below 0 inside."""
+    radius = data.RADIUS[shape] * scale
+    height = data.HEIGHT[shape] * scale
+    side = np.hypot(p[0], p[2])
+    above = np.abs(p[1] - height / 2) - height / 2
+
+    if shape == data.CUBE:
+        return np.maximum(np.maximum(np.abs(p[0]), np.abs(p[2])) - radius, above)
+    if shape == data.CYLINDER:
+        return np.maximum(side - radius, above)
+    axis = np.clip(p[1], radius, height - radius)
+    return np.hypot(side, p[1] - axis) - radius
+
+
+def rays_at_the_object(shape):
+    """Of 64 x 64 rays: the eye, their directions, and the t at which each meets the object."""
+    scale = data.LEVELS[3][1]  # a small one, of which one sees the lid
+    eye, rays = data.camera_rays(data.LEVELS[5][11], 64)
+    with np.errstate(all="ignore"):  # rays that miss
+        t = data.meet_object(shape, scale, eye[:, None], rays)
+    return scale, eye[:, None], rays, t
 
 
 @pytest.mark.parametrize("shape", range(4))
-def test_rays_meet_the_object_where_its_surface_is(shape):
-    scale, (eye, rays) = data.LEVELS[3][1], data.camera_rays(data.LEVELS[5][11], 64)  # small: a lid
-    r, h, o = data.RADIUS[shape] * scale, data.TALL[shape] * scale, eye[:, None]
+def test_a_ray_ends_where_the_objects_surface_is(shape):
+    scale, eye, rays, t = rays_at_the_object(shape)
+    hit = np.isfinite(t)
+    assert hit.mean() > 0.02
+    end = eye + t[hit] * rays[:, hit]
+    assert np.abs(surface_distance(shape, scale, end)).max() < 1e-9
 
-    def distance(p):  # to the object's surface, or less; below 0 inside
-        side, above = np.hypot(p[0], p[2]), abs(p[1] - h / 2) - h / 2
-        return {data.CUBE: np.maximum(np.maximum(abs(p[0]), abs(p[2])) - r, above),
-                data.CYLINDER: np.maximum(side - r, above),
-                }.get(shape, np.hypot(side, p[1] - np.clip(p[1], r, h - r)) - r)
-
-    with np.errstate(all="ignore"):  # rays that miss
-        t = data.meet_object(shape, scale, o, rays)
-    way = [distance(o + step * np.minimum(t, 8) * rays) for step in np.linspace(0, 0.99, 100)]
-    met = t < 8
-    place = o + t[met] * rays[:, met]
-    assert np.min(way) > 0 and np.abs(distance(place)).max() < 1e-9 and met.mean() > 0.02
-    slope = [(distance(place + step) - distance(place - step)) / 2e-5
-             for step in 1e-5 * np.eye(3)[:, :, None]]  # the normal is where the distance rises
-    normal = data.object_normal(shape, scale, place)
-    assert np.isclose(slope, normal, atol=1e-3).all(0).mean() > 0.97  # edges have none
+    for part in np.linspace(0, 0.99, 100):  # nothing was in the way
+        point = eye + part * np.minimum(t, 8) * rays
+        assert surface_distance(shape, scale, point).min() > 0
 
 
-def test_an_index_is_its_factors_and_a_hue_its_own_surface(rendered):
-    rows, places = np.arange(480000), [48000, 4800, 480, 60, 15, 1]  # the official order
-    f = rendered.factors(rows).numpy()
-    assert (f @ places == rows).all() and (rendered.find(f[::4801]) == rows[::4801]).all()
-    assert rendered.factor_sizes == (10, 10, 10, 8, 4, 15) == tuple(f.max(0) + 1)
-    index = np.random.default_rng(0).integers(480000, size=600)
-    for j in range(3):
-        other = index + ((f[index, j] + 3) % 10 - f[index, j]) * places[j]
-        changed = (rendered.images(index) != rendered.images(other)).any(1).flatten(1).numpy()
-        surface = rendered.planes[index % 480, j] != 0
-        assert not (changed & ~surface).any() and (changed & surface).sum() > 0.9 * surface.sum()
-    # Orientation -30 (number 0) shows the dark right wall, +30 (number 14) the dark left one.
-    left, right = rendered.planes[[0, 14], 1].reshape(2, 64, 64)[:, 28, [2, 61]].T
-    assert left[0] > 1.2 * right[0] and right[1] > 1.2 * left[1]
-    # The official file has the same images, labelled in units; also a part of it is known.
-    labels = f[index] * [0.1, 0.1, 0.1, 0.5 / 7, 1, 60 / 14] + [0, 0, 0, 0.75, 0, -30]
-    read = dataset_of(rendered.images(index).permute(0, 2, 3, 1), kind="h5", labels=labels)
-    assert (read.factor_names, read.factor_sizes) == (data.FACTORS, data.SIZES) and not read.note
-    assert (read.factors([599, 7]).numpy() == f[index[[599, 7]]]).all()
+@pytest.mark.parametrize("shape", range(4))
+def test_the_normal_points_where_the_distance_rises(shape):
+    scale, eye, rays, t = rays_at_the_object(shape)
+    hit = np.isfinite(t)
+    end = eye + t[hit] * rays[:, hit]
+
+    slope = np.empty_like(end)
+    for axis, step in enumerate(1e-5 * np.eye(3)[:, :, None]):
+        after = surface_distance(shape, scale, end + step)
+        before = surface_distance(shape, scale, end - step)
+        slope[axis] = (after - before) / 2e-5
+
+    agree = np.isclose(slope, data.object_normal(shape, scale, end), atol=1e-3)
+    assert agree.all(0).mean() > 0.97  # edges have no normal
 
 
-def test_any_layout_name_and_range_give_the_same_images(monkeypatch):
-    monkeypatch.setattr(data, "BLOCK", 64 * 64 * 3 * 4)  # several blocks, the last one short
-    grey, channels_first = TWELVE[..., :1], np.ascontiguousarray(TWELVE.transpose(0, 3, 1, 2))
-    opaque = np.pad(TWELVE, ((0, 0),) * 3 + ((0, 1),), constant_values=255)
-    for (key, array, seen), kind in itertools.product(
-            [("images", grey[..., 0], grey), ("X", grey, grey), ("image", opaque, TWELVE),
-             ("arr_0", TWELVE, TWELVE), ("imgs", np.asfortranarray(TWELVE), TWELVE),
-             ("data", channels_first, TWELVE)], ["npz", "h5"]):
-        assert shows(dataset_of(array, key, kind), [9, 0, 4], seen[[9, 0, 4]])
-    colour, wide, mask = FOUR, FOUR.astype(np.uint16), FOUR[..., :1] > 127
-    for array in (colour / 255, colour / np.float32(127.5) - 1, colour / 255 - 0.5, colour * 1.0,
-                  colour.astype(int), (colour / 255).astype("f2"), wide * 257,
-                  (wide * 257).astype(">u2"), np.where(colour == 0, np.nan, colour / 255)):
-        assert shows(dataset_of(array), range(4), colour)
-    assert dataset_of(wide * 16).images([0, 1]).max() == 254  # a camera's 12 bits
-    for array in (mask, mask.astype(np.uint8), mask * 1.0, mask * 2 - 1, mask * 255):
-        assert shows(dataset_of(array), range(4), mask * 255)
+def test_an_index_counts_through_the_factors(rendered):
+    factors = rendered.factors(slice(None)).numpy()
+    digit_values = [48000, 4800, 480, 60, 15, 1]  # the published order
+    assert same(factors @ digit_values, np.arange(480000))
+    assert rendered.factor_sizes == (10, 10, 10, 8, 4, 15)
 
 
-def test_a_picture_is_what_a_viewer_shows():
-    make, turned = Image.fromarray, Image.Exif()
-    turned[274] = 6  # the camera was held upright: turn it clockwise
-    ramp = np.add.outer(np.arange(64), np.arange(64) * 3).astype(np.uint8)
-    wide, clear = ramp.astype(np.uint16) * 257, np.where(ramp > 99, 255, 0).astype(np.uint8)
-    colour, hole = np.stack([ramp, ramp.T, 255 - ramp], -1), np.where(ramp == 50, 255, ramp)
-    frames = dict(save_all=True, append_images=[make(clear)])
-    for k, (ending, picture, seen, options) in enumerate([
-            ("png", make(wide), ramp, {}), ("tif", make(wide.astype(">u2")), ramp, {}),
-            ("tif", make(ramp / np.float32(255)), ramp, {}), ("png", make(clear > 0), clear, {}),
-            ("gif", make(ramp).convert("P"), hole, dict(transparency=50, **frames)),
-            ("png", make(np.dstack([ramp, clear])), np.where(clear, ramp, 255), {}),
-            ("tif", make(colour).convert("CMYK"), colour, {}),
-            ("png", make(colour), np.rot90(colour, -1), dict(exif=turned))]):
-        Path(f"{k}").mkdir()
-        picture.save(f"{k}/0.{ending}", **options)
-        assert shows(data.open_dataset(f"{k}"), [0], seen.reshape(1, 64, 64, -1)), (k, ending)
+@pytest.mark.parametrize("factor, digit_value", [(0, 48000), (1, 4800), (2, 480)])
+def test_a_hue_changes_its_own_surface_alone(rendered, factor, digit_value):
+    rows = np.random.default_rng(0).integers(480000, size=200)
+    hue = rendered.factors(rows)[:, factor].numpy()
+    recoloured = rows + ((hue + 3) % 10 - hue) * digit_value
+
+    changed = shown(rendered, rows) != shown(rendered, recoloured)
+    changed = changed.any(3).reshape(200, -1)  # (200, 64, 64, 3) -> (200, 64 * 64)
+    surface = rendered.planes[rows % 480, factor] != 0
+    assert not (changed & ~surface).any()
+    assert (changed & surface).sum() > 0.9 * surface.sum()
 
 
-def test_whole_and_cut_official_sets_keep_their_names(monkeypatch):
-    monkeypatch.setattr(data, "GRIDS", {24: ("MPI3D", ("a", "b"), (4, 6)),
-                                        12: ("dSprites", ("shape", "scale"), (3, 4))})
-    toy, cut = dataset_of(noise(24)), dataset_of(noise(23))
-    assert (toy.name, toy.factor_names, toy.factor_sizes) == ("MPI3D", ("a", "b"), (4, 6))
-    assert toy.factors([0, 5, 6, 23]).tolist() == [[0, 0], [0, 5], [1, 0], [3, 5]]
-    assert (len(cut), cut.factor_names) == (23, ()) and "no full set" in str(cut)
-    classes = np.stack([N * 0, N // 4, N % 4], 1)
-    sprites = dataset_of(TWELVE[..., 0] // 128, "imgs", latents_classes=classes,
-                         metadata=np.array({"pickled": 1}, object))
-    assert (sprites.name, sprites.factor_names) == ("dSprites", ("shape", "scale"))
-    assert sprites.note == "" and (sprites.factors(N).numpy() == classes[:, 1:]).all()
-    part = {"latents/classes": all_combinations(1, 1, 1, 3, 6, 5)}
-    part = dataset_of(noise(90, 8, 8), kind="h5", **part)
-    assert part.factor_names == ("orientation", "x", "y") and "(never varies)" in part.note
+def test_the_camera_goes_left_for_negative_orientations(rendered):
+    walls = rendered.planes[:, 1].reshape(480, 64, 64)[:, 28]  # a line across both side walls
+    minus_30 = walls[0]  # degrees
+    plus_30 = walls[14]
+
+    assert minus_30[2] > 1.2 * minus_30[61]  # the right wall is the darker one
+    assert plus_30[61] > 1.2 * plus_30[2]
 
 
-def test_labels_of_any_kind_are_numbered_what_is_none_is_said():
-    for column, levels in [
-            (N % 3 * 0.1 + N * 1e-13, N % 3), (np.float16(N % 3 * 0.1), N % 3), (N % 3 - 1, N % 3),
-            (np.array([0, 1, 1e7])[N % 3], N % 3), (N.reshape(12, 1, 1) % 2 == 1, N % 2),
-            (np.eye(4)[N % 4], N % 4), (np.array([*"bca"])[N % 3], (N % 3 + 1) % 3)]:
-        dataset = dataset_of(TWELVE, labels=column)
-        assert dataset.factor_sizes == (levels.max() + 1,) and dataset.note == ""
-        assert (dataset.factors(N)[:, 0].numpy() == levels).all()
-    real = np.random.default_rng(0).random(12)
-    table = np.stack([N % 3, real, np.where(N, N % 2, np.nan), N * 0 + 5, N // 6], 1)
-    dataset = dataset_of(TWELVE, labels=table, factor_names=np.array([*"abcde"], "S1"))
+def test_the_rendered_set_has_the_identity_that_checkpoints_store(rendered):
+    assert rendered.identity["digest"] == "afe70e303fa0aed5"
+
+
+def test_a_file_in_the_published_layout_has_the_published_factors(rendered):
+    rows = np.random.default_rng(0).integers(480000, size=600)
+    with mock.patch("data.render_planes", return_value=rendered.planes):
+        data.write_shapes3d("part.h5", indices=rows)
+    read = data.open_dataset("part.h5")
+
+    assert same(shown(read), shown(rendered, rows))
+    assert read.factor_names == data.FACTORS
+    assert same(read.factors(slice(None)), rendered.factors(rows))
+    assert listing() == ["part.h5", "part.h5.64.cache.npy", "part.h5.64.cache.npz"]
+
+
+# Use as a dataset
+@pytest.fixture(params=["rendered", "converted"])
+def any_set(request, rendered):
+    if request.param == "rendered":
+        return rendered
+    return dataset_of(labels=ROWS % 3)
+
+
+@pytest.mark.parametrize("indices, rows", [
+    (5, [5]),
+    (-1, [-1]),
+    ([2, 0, 2], [2, 0, 2]),
+    (slice(1, 7, 2), [1, 3, 5]),
+    ([], []),
+    (torch.tensor([3, 1]), [3, 1]),
+    (np.uint8(7), [7]),
+    (range(2), [0, 1]),
+    ((4, 1), [4, 1]),
+])
+def test_images_take_any_index(any_set, indices, rows):
+    rows = np.array(rows, int) % len(any_set)
+    images = shown(any_set, indices)
+    factors = any_set.factors(indices)
+
+    assert len(images) == len(factors) == len(rows)
+    for k, row in enumerate(rows):
+        image, levels = any_set[row]
+        assert same(images[k], image.permute(1, 2, 0))
+        assert same(factors[k], levels)
+
+
+def test_a_mask_is_an_index(any_set):
+    mask = np.zeros(len(any_set), bool)
+    mask[[1, 4]] = True
+    for kind in (mask, torch.tensor(mask), mask.tolist()):
+        assert same(shown(any_set, kind), shown(any_set, [1, 4]))
+
+
+@pytest.mark.parametrize("indices", [
+    10**6,
+    -(10**6),
+    [0, 10**6],
+    0.5,
+    [[1]],
+    "a",
+    np.ones(3, bool),
+])
+def test_what_is_no_index_is_an_index_error(any_set, indices):
+    with pytest.raises(IndexError):
+        any_set.images(indices)
+
+
+def test_a_loop_over_a_dataset_ends():
+    images, factors = zip(*dataset_of(labels=ROWS % 3))
+    assert same(torch.stack(images).permute(0, 2, 3, 1).numpy(), noise())
+    assert torch.stack(factors).flatten().tolist() == [0, 1, 2] * 4
+
+
+def test_a_slice_is_a_batch(any_set):
+    images, factors = any_set[2:4]
+    assert torch.equal(images[1], any_set[3][0])
+    assert torch.equal(factors[1], any_set[3][1])
+
+
+@pytest.mark.parametrize("workers, start", [(0, None), (1, "spawn")])
+def test_a_data_loader_gets_the_same_batches(workers, start):
+    dataset = dataset_of(labels=ROWS % 3)
+    loader = DataLoader(dataset, batch_size=5, num_workers=workers, multiprocessing_context=start)
+    images, factors = zip(*loader)
+
+    assert torch.equal(torch.cat(images), dataset.images(ROWS))
+    assert torch.equal(torch.cat(factors), dataset.factors(ROWS))
+
+
+def test_a_pickle_does_not_carry_the_images(any_set):
+    packed = pickle.dumps(any_set)
+    assert len(packed) < 5e6 and len(packed) < any_set.count * 64 * 64
+    assert torch.equal(pickle.loads(packed).images([3, 1]), any_set.images([3, 1]))
+
+
+def test_images_are_found_by_factors_in_any_order_of_the_set():
+    order = np.random.default_rng(0).permutation(20)
+    table = data.grid((4, 5))[order]
+    table_and_copy = np.concatenate([table, table[:1]])
+    dataset = dataset_of(images=noise(21), labels=table_and_copy)
+
+    assert same(dataset.find(table[::-1]), np.arange(20)[::-1])
+    assert dataset.find(torch.tensor(table[7])).tolist() == [7]
+
+
+@pytest.mark.parametrize("factors", [[3, 4], [4, 0], [-1, 5], [0, 5]])
+def test_a_combination_that_no_image_has_is_named(factors):
+    dataset = dataset_of(images=noise(19, 8, 8), labels=data.grid((4, 5))[:19])
+    refused(lambda: dataset.find([[0, 0], factors]), str(tuple(factors)))
+    refused(lambda: dataset.find([0, 0, 0]), "3 factors")
+
+
+def test_combinations_of_many_factors_are_found():
+    table = np.random.default_rng(0).integers(0, 10, (100, 25))  # of 10^25 combinations
+    dataset = dataset_of(images=noise(100, 8, 8), labels=table)
+    assert same(dataset.find(table), np.arange(100))
+
+
+def test_the_identity_follows_the_content():
+    identity = dataset_of(labels=ROWS % 3).identity
+    copy = dataset_of(labels=ROWS % 3)
+    relabelled = dataset_of(labels=ROWS // 4)
+    repainted = dataset_of(images=noise(seed=1), labels=ROWS % 3)
+
+    assert identity == json.loads(json.dumps(copy.identity))
+    assert identity != relabelled.identity
+    assert identity != repainted.identity
+
+
+# Pixels
+GREY = noise(channels=1)
+OPAQUE = np.concatenate([noise(), np.full((12, 64, 64, 1), 255, np.uint8)], 3)
+
+
+@pytest.mark.parametrize("ending", ["npz", "h5", "npy"])
+@pytest.mark.parametrize("array, images", [
+    (noise(), noise()),
+    (np.asfortranarray(noise()), noise()),
+    (noise().transpose(0, 3, 1, 2), noise()),
+    (GREY, GREY),
+    (GREY[..., 0], GREY),
+    (GREY.transpose(0, 3, 1, 2), GREY),
+    (OPAQUE, noise()),
+])
+def test_images_of_any_layout_are_read(ending, array, images, monkeypatch):
+    monkeypatch.setattr(data, "BLOCK", 64 * 64 * 3 * 5)  # several blocks, the last one short
+    assert same(shown(dataset_of(ending, images=array)), images)
+
+
+@pytest.mark.parametrize("names", [
+    ["images", "masks"],
+    ["X", "labels"],
+    ["train/images", "other"],
+])
+def test_the_images_of_a_file_are_told_by_name_or_shape(names):
+    arrays = {names[0]: noise(), names[1]: GREY}
+    if names[1] == "labels":
+        arrays["labels"] = ROWS % 3
+
+    for ending in ("npz", "h5"):
+        dataset = dataset_of(ending, **arrays)
+        assert same(shown(dataset), noise())
+
+
+@pytest.mark.parametrize("arrays", [
+    dict(train=noise(), test=noise()),
+    dict(images=noise()[0, :, :, 0], masks=noise()),
+    dict(images=noise().reshape(12, -1)),
+    dict(images=noise().transpose(1, 2, 3, 0)),
+    dict(images=GREY[..., 0].transpose(1, 2, 0)),
+    dict(images=noise()[None]),
+    dict(images=noise(0)),
+    dict(images=noise() * 1j),
+    dict(labels=ROWS, images=ROWS),
+])
+def test_a_file_of_unclear_images_is_refused_by_what_it_holds(arrays):
+    name, array = list(arrays.items())[-1]
+    refused(lambda: dataset_of(**arrays), f"{name} {array.dtype} {array.shape}", "(n, h, w)")
+
+
+@pytest.mark.parametrize("version", [(1, 0), (2, 0), (3, 0)])
+@pytest.mark.parametrize("array", [
+    noise(),
+    np.asfortranarray(noise()),
+    noise().astype(">u2") * 257,
+])
+def test_every_version_of_numpys_format_is_read(version, array):
+    content = io.BytesIO()
+    np.lib.format.write_array(content, array, version)
+    Path("a.npy").write_bytes(content.getvalue())
+    with zipfile.ZipFile("a.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.write("a.npy", "images.npy")
+
+    assert same(shown(data.open_dataset("a.npy")), noise())
+    assert same(shown(data.open_dataset("a.npz")), noise())
+
+
+UNIT = noise() / 255
+GAPS = np.where(UNIT == 0, np.nan, UNIT)
+MASK = noise() > 127
+
+
+@pytest.mark.parametrize("values, images", [
+    (UNIT, noise()),
+    (UNIT.astype("f2"), noise()),
+    (UNIT * 2 - 1, noise()),
+    (GAPS, noise()),
+    (UNIT * 0.5, np.rint(UNIT * 127.5)),
+    (noise() * 1.0, noise()),
+    (noise().astype(int) // 2, noise() // 2),
+    (noise().astype("u2") * 257, noise()),
+    (noise().astype("i2") * 9 - 800, noise()),
+    (UNIT * 1e9 - 1e8, noise()),
+    (noise().astype(int) + 10**12, noise()),
+    (MASK, MASK * 255),
+    (MASK.astype("u1"), MASK * 255),
+    (MASK * 2 - 1, MASK * 255),
+    (UNIT * 0 + 7.5, UNIT * 0),
+])
+def test_numbers_of_any_range_become_bytes(values, images):
+    for ending in ("npz", "h5"):
+        assert same(shown(dataset_of(ending, images=values)), images)
+
+
+@pytest.mark.parametrize("ending", ["tif", "npz", "h5", "npy"])
+@pytest.mark.parametrize("levels, shades", [
+    ([1000, 2000, 4000.5], [0, 85, 255]),
+    ([-100, 0, 100], [0, 128, 255]),
+    ([0.25, 0.5, 0.75], [64, 128, 191]),
+    ([1, 50, 200], [1, 50, 200]),
+    ([0, 20000, 60000], [0, 78, 233]),
+    ([-1, 0, 0.5], [0, 128, 191]),
+])
+def test_one_scale_holds_for_a_whole_set(ending, levels, shades, monkeypatch):
+    monkeypatch.setattr(data, "BLOCK", 1)  # an image a block
+    images = np.full((3, 64, 64), np.reshape(levels, (3, 1, 1)), np.float32)
+    if ending == "tif":
+        for k in range(3):
+            save_picture(f"set/{k}.tif", images[k])
+        dataset = data.open_dataset("set")
+    else:
+        dataset = dataset_of(ending, images=images)
+
+    corners = dataset.images(slice(3))[:, 0, 9, 9]
+    assert corners.tolist() == shades
+    assert ("black is" in dataset.note) == (levels != [1, 50, 200])
+
+
+def test_bytes_beside_deeper_pictures_stay_bytes():
+    save_picture("set/a.png", noise(1)[0])
+    save_picture("set/b.tif", np.full((64, 64), 1000, np.float32))
+    save_picture("set/c.tif", np.full((64, 64), 3000, np.float32))
+    images = shown(data.open_dataset("set"))
+
+    assert same(images[:1], noise(1))
+    assert images[1].max() == 0 and images[2].min() == 255
+
+
+RAMP = np.add.outer(np.arange(64), np.arange(64) * 3).astype(np.uint8)
+COLOUR = np.stack([RAMP, RAMP.T, 255 - RAMP], 2)
+CLEAR = np.where(RAMP > 99, 255, 0).astype(np.uint8)
+HOLE = np.where(RAMP == 50, 255, RAMP)
+TURNED = Image.Exif()
+TURNED[274] = 6  # the camera was on its side: turn the picture clockwise
+
+
+@pytest.mark.parametrize("name, picture, seen, options", [
+    ("16.png", Image.fromarray(RAMP.astype(np.uint16) * 257), RAMP, {}),
+    ("16.tif", Image.fromarray(RAMP.astype(">u2") * 257), RAMP, {}),
+    ("float.tif", Image.fromarray(RAMP / np.float32(255)), RAMP, {}),
+    ("one bit.png", Image.fromarray(CLEAR > 0), CLEAR, {}),
+    ("hole.gif", Image.fromarray(RAMP).convert("P"), HOLE, {"transparency": 50}),
+    ("opacity.png", Image.fromarray(np.dstack([RAMP, CLEAR])), np.where(CLEAR, RAMP, 255), {}),
+    ("print.tif", Image.fromarray(COLOUR).convert("CMYK"), COLOUR, {}),
+    ("turned.png", Image.fromarray(COLOUR), np.rot90(COLOUR, -1), {"exif": TURNED}),
+])
+def test_a_picture_is_what_a_viewer_shows(name, picture, seen, options):
+    Path("set").mkdir()
+    picture.save(Path("set", name), **options)
+    assert same(shown(data.open_dataset("set")), seen.reshape(1, 64, 64, -1))
+
+
+def test_of_a_wide_or_high_image_the_middle_is_used():
+    wide = noise(12, 64, 80)
+    assert same(shown(dataset_of(images=wide)), wide[:, :, 8:72])
+    high = wide.transpose(0, 2, 1, 3)
+    assert same(shown(dataset_of(images=high)), high[:, 8:72])
+
+
+# Labels
+@pytest.fixture
+def official(monkeypatch):
+    """A small set that we know: twelve images of 64 x 64."""
+    monkeypatch.setattr(data, "OFFICIAL", [(("mpi3d",), (64,), ("shape", "size"), (3, 4))])
+
+
+def test_a_known_set_without_labels_gets_them_by_name_and_size(official):
+    dataset = data.open_dataset(save("mpi3d_toy.npz", images=noise()))
+    assert (dataset.factor_names, dataset.factor_sizes) == (("shape", "size"), (3, 4))
+    assert same(dataset.factors(ROWS), data.grid((3, 4)))
+    assert "published order" in dataset.note
+
+
+@pytest.mark.parametrize("name, images", [
+    ("mine.npz", noise()),
+    ("mpi3d_toy.npz", noise(11)),
+    ("mpi3d_toy.npz", noise(12, 32, 32)),
+])
+def test_labels_are_never_invented(official, name, images):
+    dataset = data.open_dataset(save(name, images=images))
+    assert dataset.factor_names == () and "no labels" in dataset.note
+
+
+def test_a_set_as_large_as_cars3d_is_not_cars3d():
+    dataset = data.open_dataset(save("cars3d.npz", images=noise(17568, 4, 4)), size=32)
+    assert dataset.factor_names == () and dataset.factors([0]).shape == (1, 0)
+
+
+@pytest.mark.parametrize("labels", [
+    ROWS % 3 * 0.1 + ROWS * 1e-13,
+    np.float16(ROWS % 3 * 0.1),
+    ROWS % 3 - 1,
+    ROWS % 3 + 10**18,
+    (ROWS % 3).astype(np.uint64) + np.uint64(2**63),
+    np.array([0.0, 1, 1e7])[ROWS % 3],
+    (ROWS % 3).reshape(12, 1, 1),
+    (ROWS % 3).reshape(1, 12),
+    np.eye(4)[ROWS % 3],
+    np.eye(3, dtype=bool)[ROWS % 3].T,
+    np.array(["a", "b", "ç"])[ROWS % 3],
+    np.array([b"a", b"b", b"c"])[ROWS % 3],
+])
+def test_labels_of_any_kind_are_numbered(labels):
+    dataset = dataset_of(labels=labels)
+    assert dataset.factor_sizes == (3,) and dataset.note == ""
+    assert same(dataset.factors(ROWS)[:, 0], ROWS % 3)
+
+
+TABLE = np.stack([ROWS % 3, ROWS // 6], 1)
+FIELDS = np.array([*zip(ROWS % 3 * 0.5, "xy" * 6)], [("hue", "f4"), ("kind", "S1")])
+
+
+@pytest.mark.parametrize("labels", [
+    TABLE,
+    TABLE.T,
+    TABLE.astype(float),
+    np.eye(3)[TABLE],
+])
+def test_a_table_of_labels_is_read_in_any_layout(labels):
+    dataset = dataset_of(labels=labels, factor_names=np.array(["a", "b"]))
+    assert (dataset.factor_names, dataset.factor_sizes) == (("a", "b"), (3, 2))
+    assert same(dataset.factors(ROWS), TABLE)
+
+
+@pytest.mark.parametrize("ending, arrays", [
+    ("npz", {"labels": FIELDS}),
+    ("h5", {"labels": FIELDS}),
+    ("h5", {"labels/hue": ROWS % 3, "labels/kind": [*"xy"] * 6}),
+])
+def test_labels_with_names_keep_them(ending, arrays):
+    dataset = dataset_of(ending, images=noise(), **arrays)
+    assert dataset.factor_names == ("hue", "kind")
+    assert same(dataset.factors(ROWS), np.stack([ROWS % 3, ROWS % 2], 1))
+
+
+def test_columns_of_equal_name_are_both_kept():
+    dataset = dataset_of(labels=TABLE, factor_names=np.array(["hue", "hue"]))
+    assert dataset.factor_names == ("hue 0", "hue 1")
+
+
+def test_a_column_that_makes_no_factor_is_named_in_the_note():
+    measured = np.random.default_rng(0).random(12)
+    columns = [ROWS % 3, measured, np.where(ROWS, ROWS % 2, np.nan), ROWS * 0 + 5, ROWS // 6]
+    dataset = dataset_of(labels=np.stack(columns, 1), factor_names=np.array([*"abcde"]))
+
     assert (dataset.factor_names, dataset.factor_sizes) == (("a", "e"), (3, 2))
-    assert all(f"{name} (" in dataset.note for name in "bcd") and dataset.note in str(dataset)
-    fields = np.array([*zip(N % 3 * 0.5, "xy" * 6)], [("hue", "f4"), ("kind", "S1")])
-    for kind, arrays in [("npz", dict(labels=fields)), ("h5", dict(labels=fields)),
-                         ("h5", {"labels/hue": N % 3, "labels/kind": [*"xy"] * 6})]:
-        dataset = dataset_of(TWELVE, kind=kind, **arrays)
-        assert dataset.factor_names == ("hue", "kind")
-        assert (dataset.factors(N).numpy() == np.stack([N % 3, N % 2], 1)).all()
-    for labels in (real, N[:5], np.array([{}] * 12), np.zeros((12, 2, 2)), np.array(7)):
-        dataset = dataset_of(TWELVE, labels=labels)
-        assert shows(dataset, N, TWELVE) and dataset.factors(N).shape == (12, 0) and dataset.note
-    unnamed = dataset_of(TWELVE, labels=real, classes=N % 3, factor_names=np.array(["x"], object))
-    assert unnamed.factor_names == ("factor 0",) and "factor_names not used" in unnamed.note
+    for reason in ("b (nearly as many", "c (has gaps", "d (never varies"):
+        assert reason in str(dataset)
 
 
-def test_images_are_found_by_factors_and_sets_by_content():
-    table = all_combinations(4, 5)[np.random.default_rng(0).permutation(20)]
-    dataset, same = (dataset_of(noise(19), labels=table[:19]) for _ in range(2))
-    assert (dataset.find(table[18::-1]) == np.arange(19)[::-1]).all()
-    with pytest.raises(ValueError, match=re.escape(f"= {tuple(table[19].tolist())}")):
-        dataset.find(table)
-    assert dataset.identity == same.identity == json.loads(json.dumps(same.identity))
-    for images, labels in [(noise(19, seed=1), table[:19]), (noise(19), table[1:])]:
-        assert dataset_of(images, labels=labels).identity != same.identity
+def test_a_factor_of_thousands_of_values_is_left_out():
+    rows = np.arange(3000)
+    labels = np.stack([rows // 2 + 10**18, rows % 7], 1)
+    dataset = dataset_of(images=noise(3000, 4, 4), labels=labels)
+    assert dataset.factor_sizes == (7,) and "1,500 values" in dataset.note
 
 
-def mat5(im):
-    """A MATLAB level 5 file of a mask and of the uint8 array im, compressed."""
-    def element(kind, body):
-        if len(body) <= 4:  # the small form: data in the tag
-            return struct.pack("<I", len(body) << 16 | kind) + body.ljust(4, b"\0")
-        return struct.pack("<II", kind, len(body)) + body + bytes(-len(body) % 8 * (kind != 15))
+@pytest.mark.parametrize("labels", [
+    ROWS[:5],
+    np.array([{}] * 12),
+    np.zeros((12, 2, 2)),
+    np.array(7),
+    ROWS,
+    np.zeros((12, 0)),
+])
+def test_images_are_used_though_their_labels_cannot_be(labels):
+    dataset = dataset_of(labels=labels)
+    assert same(shown(dataset), noise())
+    assert dataset.factors(ROWS).shape == (12, 0) and dataset.note
 
-    out = b"MATLAB 5.0 MAT-file".ljust(124) + struct.pack("<HH", 0x0100, 0x4D49)
-    for name, array in [(b"mask_of_it", np.zeros((3, 1), np.uint8)), (b"im", im)]:
-        shape = element(5, np.array(array.shape, "<i4").tobytes())
-        part = element(14, element(6, struct.pack("<II", 9, 0)) + shape + element(1, name)
-                       + element(2, array.tobytes(order="F")))
-        out += element(15, zlib.compress(part))
-    return out
+
+def test_second_labels_serve_if_the_first_cannot():
+    dataset = dataset_of(labels=ROWS, classes=ROWS % 3, factor_names=np.array(["x", "y"]))
+    assert dataset.factor_sizes == (3,) and "factor_names not used" in dataset.note
+
+
+def test_dsprites_labels_have_their_names():
+    images = noise(90, channels=1) // 128
+    classes = np.concatenate([np.zeros((90, 3), int), data.grid((3, 6, 5))], 1)
+    dataset = dataset_of(imgs=images, latents_classes=classes, metadata=np.array({}, object))
+
+    assert dataset.factor_names == ("orientation", "x", "y")
+    assert same(shown(dataset), images * 255)
+
+
+# Folders
+def test_subfolders_are_a_class():
+    for k, name in enumerate(["cat/1", "cat/2", "dog/1", "dog/2", "bird/1"]):
+        save_picture(f"set/{name}.png", noise(1, seed=k)[0])
+
+    dataset = data.open_dataset("set")
+    assert (dataset.factor_names, dataset.factor_sizes) == (("class",), (3,))
+    assert dataset.factors(range(5)).flatten().tolist() == [0, 1, 1, 2, 2]
+    assert same(shown(dataset, 0), noise(1, seed=4))
+    assert "bird, cat, dog" in dataset.note
+
+
+def test_a_renamed_class_is_noticed():
+    for k, name in enumerate(["a/1", "a/2", "b/1", "b/2"]):
+        save_picture(f"set/{name}.png", noise(1, seed=k)[0])
+    assert same(shown(data.open_dataset("set"), 0), noise(1, seed=0))
+
+    os.rename("set/a", "set/c")
+    assert same(shown(data.open_dataset("set"), 0), noise(1, seed=2))
+
+
+def test_hidden_files_are_no_pictures():
+    names = ["a.png", ".hidden/a.png", "._a.png", "__MACOSX/a.png", "b/c.JPE", "b/readme.txt"]
+    for k, name in enumerate(names):
+        save_picture(f"set/{name}", noise(1, seed=k)[0], format="PNG")
+
+    dataset = data.open_dataset("set")
+    assert same(shown(dataset), np.concatenate([noise(1, seed=0), noise(1, seed=4)]))
+    assert "1 files are not used, such as readme.txt" in dataset.note
+
+
+def link(place, target):
+    try:
+        Path(place).symlink_to(target)
+    except OSError:
+        pytest.skip("this system lets nobody make links")
+
+
+def test_links_are_followed_but_not_in_circles(folder):
+    save_picture("set/a.png", noise(1)[0])
+    save_picture("away/z.png", noise(1, seed=1)[0])
+    link("set/linked", folder / "away")
+    link("set/up", folder / "set")
+    link("set/nowhere.png", "gone")
+
+    assert same(shown(data.open_dataset("set")), np.concatenate([noise(1), noise(1, seed=1)]))
+
+
+def test_a_link_is_what_it_is_called(folder, official):
+    save("blobs/0a1b2c.npz", images=noise())
+    Path("snapshot").mkdir()
+    os.rename("blobs/0a1b2c.npz", "blobs/0a1b2c")
+    link("snapshot/mpi3d_real.npz", folder / "blobs/0a1b2c")
+
+    assert data.open_dataset("snapshot/mpi3d_real.npz").factor_names == ("shape", "size")
+    assert len(listing("snapshot")) == 3 and len(listing("blobs")) == 1
+
+
+def test_damaged_pictures_are_left_out():
+    for k in range(3):
+        save_picture(f"set/{k}.png", noise(1, seed=k)[0])
+    Path("set/1.png").write_bytes(b"damaged")
+    dataset = data.open_dataset("set")
+
+    assert same(shown(dataset), np.concatenate([noise(1, seed=0), noise(1, seed=2)]))
+    assert "1 damaged" in dataset.note
+
+
+def save_celeba(ending, begin, mark):
+    """Four faces, the second of them damaged, with 40 attributes; returns faces and attributes."""
+    faces = noise(4, 218, 178)
+    values = np.where(noise(4, 40, 1, 1)[..., 0, 0] > 127, 1, -1)
+    rows = [mark.join(f"Attribute_{j}" for j in range(40))]
+    for k in range(4):
+        save_picture(f"faces/{k + 1:06d}.jpg", faces[k], format="PNG")  # so that it stays exact
+        rows.append(mark.join([f"{k + 1:06d}.jpg", *map(str, values[k])]))
+    Path("faces/000002.jpg").write_bytes(b"damaged")
+    Path(f"list_attr_celeba.{ending}").write_text(begin + "\n".join(rows))
+    return faces, values > 0
+
+
+@pytest.mark.parametrize("ending, begin, mark", [
+    ("txt", "4\n", "  "),
+    ("csv", "image_id,", ","),
+])
+def test_celeba_has_attributes_and_its_crop(ending, begin, mark):
+    faces, attributes = save_celeba(ending, begin, mark)
+    dataset = data.open_dataset("faces", size=128)
+
+    assert same(shown(dataset), faces[[0, 2, 3], 57:185, 25:153])
+    assert dataset.attribute_names[39] == "Attribute_39"
+    assert same(dataset.attributes([1, 0]), attributes[[2, 0]])
+
+
+def test_a_picture_beside_celebas_list_is_not_celeba():
+    save_celeba("txt", "4\n", " ")
+    save_picture("mine/holiday.png", noise(1)[0])
+    dataset = data.open_dataset("mine")
+    assert dataset.attribute_names == () and "lacks holiday.png" in dataset.note
+
+
+def mat_element(kind, content):
+    if len(content) <= 4:  # the small form: data in the tag
+        return struct.pack("<I", len(content) << 16 | kind) + content.ljust(4, b"\0")
+    padding = b"" if kind == 15 else bytes(-len(content) % 8)
+    return struct.pack("<II", kind, len(content)) + content + padding
+
+
+def mat_file(**arrays):
+    """A MATLAB file of level 5 with these uint8 arrays, compressed."""
+    content = b"MATLAB 5.0 MAT-file".ljust(124) + struct.pack("<HH", 0x0100, 0x4D49)
+    for name, array in arrays.items():
+        parts = [
+            mat_element(6, struct.pack("<II", 9, 0)),
+            mat_element(5, np.array(array.shape, "<i4").tobytes()),
+            mat_element(1, name.encode()),
+            mat_element(2, array.tobytes(order="F")),
+        ]
+        content += mat_element(15, zlib.compress(mat_element(14, b"".join(parts))))
+    return content
 
 
 def test_cars3d_is_read_in_the_order_of_its_list(folder):
     cars = {"car_009_mesh": noise(96), "car_001_mesh": noise(96, seed=1)}
     for name, views in cars.items():
         im = views.reshape(4, 24, 64, 64, 3).transpose(2, 3, 4, 1, 0)  # -> (h, w, 3, 24, 4)
-        write(f"{name}.mat", mat5(im))
-    write("list.txt", "\n".join(cars))
+        content = mat_file(mask_of_it=np.zeros((3, 1), np.uint8), im=im)
+        Path(f"{name}.mat").write_bytes(content)
+    Path("list.txt").write_text("\n".join(cars))
+
     dataset = data.open_dataset(folder)
     assert (dataset.name, dataset.factor_sizes) == ("Cars3D", (4, 24, 2))
-    assert shows(dataset, range(192), np.concatenate(list(cars.values())))
-    elevation, azimuth, model = dataset.factors(range(192)).T
-    assert (model * 96 + elevation * 24 + azimuth == torch.arange(192)).all()
+    assert same(shown(dataset), np.concatenate(list(cars.values())))
+    elevation, azimuth, car = dataset.factors(slice(None)).T
+    assert same(car * 96 + elevation * 24 + azimuth, np.arange(192))
 
 
-@pytest.mark.parametrize("kind, head, mark", [("txt", "4\n", "  "), ("csv", "image_id,", ",")])
-def test_celeba_attributes_and_crop(folder, kind, head, mark):
-    faces, names = noise(4, 218, 178), tuple(f"Attribute_{j}" for j in range(40))
-    values = np.where(noise(4, 40, 1, 1)[..., 0, 0] > 127, 1, -1)  # (4, 40)
-    for k in range(4):  # PNG inside, so that the crop can be compared exactly
-        write(f"img_align_celeba/{k + 1:06d}.jpg", faces[k] if k != 1 else b"damaged")
-    rows = [names, *([f"{k + 1:06d}.jpg", *map(str, values[k])] for k in range(4))]
-    write(f"list_attr_celeba.{kind}", head + "\n".join(map(mark.join, rows)))
-    dataset = data.open_dataset("img_align_celeba", size=128)
-    assert (dataset.name, len(dataset), dataset.attribute_names) == ("CelebA", 3, names)
-    assert (dataset.attributes([1, 0]).numpy() == (values[[2, 0]] > 0)).all()
-    assert shows(dataset, range(3), faces[[0, 2, 3], 57:185, 25:153])
-    for name, width in [("000003.png", 40), ("holiday.png", 0)]:  # a small copy; another picture
-        write(f"{name[:7]}/{name}", FOUR[0])
-        assert data.open_dataset(name[:7]).attributes([0]).shape == (1, width)
+# The cache
+def test_a_second_opening_reads_the_cache():
+    path = save("a.npz", images=noise())
+    data.open_dataset(path)
+    with mock.patch("data.write_cache", side_effect=AssertionError):
+        assert same(shown(data.open_dataset(path)), noise())
+
+    assert listing() == ["a.npz", "a.npz.64.cache.npy", "a.npz.64.cache.npz"]
 
 
-def test_which_files_of_a_folder_are_the_dataset(folder):
-    for k, name in enumerate(
-            ["a.png", "../away/z.png", ".ipynb_checkpoints/a.png", "._a.png", "__MACOSX/a.png",
-             "runs/1/samples.png", "runs/1/config.json", "runs/1/lock", "b/c.JPE", "readme.txt"]):
-        write(f"home/{name}", noise(1, 64, 80, seed=k)[0])  # wide: the middle is used
-    for link, to in [("linked", "../away"), ("b/up", folder / "home"), ("nowhere.png", "gone")]:
-        Path("home", link).symlink_to(to)
-    write("home/damaged.png", b"damaged")
-    dataset = data.open_dataset("home", cache="home/b")
-    pictures = np.concatenate([noise(1, 64, 80, seed=k)[:, :, 8:72] for k in (0, 8, 1)])
-    assert len(dataset) == 3 and shows(dataset, range(3), pictures)
-    left = ["hidden files or folders (3)", "runs (1)", "other files (2)", "damaged files (1)"]
-    assert all(words in dataset.note for words in left)
+def test_changed_data_are_converted_again(capsys):
+    data.open_dataset(save("a.npz", images=noise()))
+    dataset = data.open_dataset(save("a.npz", images=noise(4, seed=1)))
+    assert same(shown(dataset), noise(4, seed=1))
+    assert "other data" in capsys.readouterr().out
 
 
-def test_a_cache_is_whole_or_absent_and_replaces_no_other_file(capsys):
-    read = lambda: data.open_dataset("a.npz", cache="elsewhere")
-    write("a.npz", stored(images=TWELVE))
-    for place in ["shutil.disk_usage", "np.savez", "os.replace"]:
-        with mock.patch(f"data.{place}", side_effect=OSError(28, "disk full")):
-            refused(read, "disk full", "--cache DIR")
-        assert not os.listdir("elsewhere")
-    read(), (before := listing())
-    assert shows(read(), N, TWELVE) and listing() == before and len(before) == 4  # no leftovers
-    write("a.npz", NPZ)
-    assert shows(read(), range(4), FOUR) and "another version" in capsys.readouterr().out
-    images, labels = sorted(Path("elsewhere").iterdir())
-    for cache, end in itertools.product((images, labels), (-1, 9)):
-        whole = cache.read_bytes()
-        cache.write_bytes(whole[:end])
-        with pytest.raises(ValueError, match="in the way"):
-            read()
-        assert cache.read_bytes() == whole[:end]
-        cache.write_bytes(whole)
-    labels.unlink()  # as a process killed between its two renamings does
-    assert shows(read(), range(4), FOUR)
+def test_sets_of_equal_name_keep_caches_of_their_own():
+    for k in range(2):
+        save(f"{k}/a.npz", images=noise(seed=k))
+        os.utime(f"{k}/a.npz", (0, 0))
+    for k in (0, 1, 0):
+        assert same(shown(data.open_dataset(f"{k}/a.npz", cache="caches")), noise(seed=k))
+
+    assert len(listing("caches")) == 4
 
 
-@pytest.mark.parametrize("command, content, words", [
-    ("--size 63", {}, "expected 32, 64 or 128"), ("--data x", {}, "does not exist"),
-    ("--data x --cache x", NPZ, "cannot write x"), ("--data x", NPZ[:5000], "no complete HDF5"),
-    ("--data x", stored("h5", images=FOUR)[:5000], "expected a complete, closed file"),
-    ("--data x", NPZ[:9000] + bytes(9) + NPZ[9009:], "expected a complete, closed file"),
-    ("--data x", stored(images=FOUR[0, :, :, 0]), "images uint8 (64, 64); expected"),
-    ("--data x", stored(train=FOUR, test=FOUR), "expected 'images', numbers of shape"),
-    ("--data x", {"x/car_1_mesh.mat": b"x"}, "car_1_mesh.mat (no array im)"),
-    ("--data x", {"x/readme.txt": b"hello"}, "holds no pictures"),
-    ("--data x", {"x/a.png": b"damaged"}, "1 of 1 files cannot be read")])
-def test_wrong_data_is_one_line_and_leaves_nothing(command, content, words, monkeypatch):
-    for name, part in (content if isinstance(content, dict) else {"x": content}).items():
-        write(name, part)
-    before = listing()
-    monkeypatch.setattr("sys.argv", ["data.py", *command.split()])
-    refused(data.main, words)
-    assert listing() == before
+@pytest.mark.parametrize("step", [
+    "shutil.disk_usage",
+    "np.savez",
+    "os.replace",
+    "tempfile.mkdtemp",
+])
+def test_a_cache_that_cannot_be_written_leaves_nothing(step):
+    save("a.npz", images=noise())
+    with mock.patch(f"data.{step}", side_effect=OSError(30, "Read-only file system")):
+        refused(lambda: data.open_dataset("a.npz"), "Read-only", "cache= in Python", "--cache DIR")
+
+    assert listing() == ["a.npz"]
+    assert same(shown(data.open_dataset("a.npz", cache="elsewhere")), noise())
 
 
-# ---- The documents ------------------------------------------------------------------------------
+@pytest.mark.parametrize("ending", ["npy", "npz"])
+@pytest.mark.parametrize("end", [-1, 9])
+def test_a_file_that_is_no_whole_cache_is_not_replaced(ending, end):
+    data.open_dataset(save("a.npz", images=noise()))
+    cache = Path(f"a.npz.64.cache.{ending}")
+    part = cache.read_bytes()[:end]
+    cache.write_bytes(part)
+    refused(lambda: data.open_dataset("a.npz"), "in the way")
 
-README = (HERE / "README.md").read_text()
-HEADERS = {path.stem: path.read_text().split('"""')[1] for path in HERE.glob("*.py")}
-
-
-def test_modules_open_alike_and_every_command_has_its_flags(monkeypatch):
-    for module, header in HEADERS.items():
-        parts = re.findall(r"^(WHERE|PAPER|SHAPES|IDEA|DIFFERS|TRY) ", header, re.M)
-        assert parts == ["WHERE", "PAPER", "SHAPES", "IDEA", "DIFFERS", "TRY"], module
-        source = (HERE / f"{module}.py").read_text()
-        imported = re.findall(r"^(?:import|from) (\w+)", source, re.M)
-        assert module in ("train", "sample", "test_encdiff") or not HEADERS.keys() & imported
-    monkeypatch.setattr(train, "load_checkpoint", lambda folder: {"config": train.Config()})
-    parsers = {"train.py": train.parse, "sample.py": sample.parse}
-    commands = re.findall(r"^(?:TRY)? *python (\w+\.py)((?: \S+)*)",
-                          "\n".join([README, *HEADERS.values()]), re.M)
-    assert set(parsers) <= {script for script, _ in commands}
-    for script, words in commands:
-        assert (HERE / script).is_file(), script
-        parsers.get(script, list)(words.split())  # ValueError where a flag is unknown
+    assert cache.read_bytes() == part
 
 
-def test_readmes_equations_and_snippets_are_right(monkeypatch, capsys):
-    rows = re.findall(r"^\| \((\d+)\) \|.*\| `?(\w+)\.py`?,? `(\w+)` \|$", README, re.M)
-    assert len(rows) >= 5
-    for number, module, name in rows:
-        source = (HERE / f"{module}.py").read_text()
-        function = re.search(rf"def {name}\(.*?(\n *(def|class) |\Z)", source, re.S)[0]
-        assert f"Eq. ({number})" in function, name
-    monkeypatch.chdir(HERE)
-    monkeypatch.setattr(train, "ENCODER_WIDTH", 64)
-    monkeypatch.setattr(train, "TIMESTEPS", 1000)
-    for snippet in re.findall(r"```python\n(.*?)```", README, re.S):
-        exec(snippet, {})
-        assert capsys.readouterr().out == "".join(re.findall(r"^# (.*\n)", snippet, re.M)), snippet
+def test_images_whose_labels_are_lost_are_converted_again():
+    data.open_dataset(save("a.npz", images=noise()))
+    os.unlink("a.npz.64.cache.npz")  # as a process killed between its two renamings does
+    assert same(shown(data.open_dataset("a.npz")), noise())
 
-# ---- Pictures and tables of a trained run --------------------------------------------------------
 
-GOOD = {"source": 7, "target": 2, "noise": 1, "steps": 3, "tokens": "s,s,s,s,s,s"}  # for the page
+@pytest.mark.parametrize("ending", ["npz", "h5"])
+def test_an_interrupt_leaves_nothing(ending):
+    save(f"a.{ending}", images=noise())
+    with mock.patch("data.shrink", side_effect=KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt) as caught:
+            data.open_dataset(f"a.{ending}")
+    assert listing() == [f"a.{ending}"]
+
+    # As in a notebook, `caught` keeps all variables alive. The file is closed all the same:
+    os.rename(f"a.{ending}", "b")  # Windows lets nobody rename an open file,
+    if ending == "h5":
+        h5py.File("b", "a").close()  # nor does HDF5 open one anew for writing.
+    assert caught.tb is not None
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows does not say whether a process lives")
+def test_what_a_killed_process_left_is_removed(monkeypatch):
+    program = """if True:
+        import os, pathlib, data
+        scratch = data.scratch_folder(pathlib.Path("."))
+        scratch.__enter__()
+        os._exit(1)  # without tidying up
+    """
+    monkeypatch.setenv("PYTHONPATH", str(Path(data.__file__).parent))
+    subprocess.run([sys.executable, "-c", program])
+    assert len(listing()) == 1
+
+    with data.scratch_folder(Path(".")) as alive:
+        with data.scratch_folder(Path(".")):
+            assert alive.exists() and len(listing()) == 2
+    assert listing() == []
+
+
+IMAGES_OF_18_MB = np.full((1500, 64, 64, 3), 7, np.uint8)
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("ending", ["npz", "h5", "npy"])
+def test_a_conversion_takes_little_memory(order, ending, monkeypatch):
+    monkeypatch.setattr(data, "BLOCK", 1 << 19)
+    path = save(f"a.{ending}", images=np.asarray(IMAGES_OF_18_MB, order=order))
+    tracemalloc.start()
+    data.open_dataset(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+
+    assert peak < 6e6
+
+
+# What a user can type
+@pytest.mark.parametrize("cache", [None, "~/caches", Path("~/caches")])
+def test_a_tilde_is_the_home_folder(folder, cache, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.setenv("USERPROFILE", str(folder))
+    save("a.npz", images=noise())
+    for path in ("~/a.npz", Path("~/a.npz"), Path("a.npz"), folder / "a.npz"):
+        assert same(shown(data.open_dataset(path, cache=cache)), noise())
+
+    assert "~" not in listing() and len(listing()) in (3, 4)
+
+
+def test_the_command_line_takes_words_of_any_type(capsys):
+    save("a.npz", images=noise(), labels=ROWS % 3)
+    words = ["--data", Path("a.npz"), "--size", 32, "--cache", Path("c"), "--grid", Path("g.png")]
+    data.main(words)
+
+    assert "a: 12 images of 32x32, factors factor 0 3" in capsys.readouterr().out
+    assert Image.open("g.png").size == (320, 160)
+
+
+def test_the_command_line_starts_without_unix_signals(monkeypatch, capsys):
+    monkeypatch.delattr(signal, "SIGHUP", raising=False)
+    monkeypatch.setattr("sys.argv", ["data.py", "--help"])
+    usual = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(data.__file__, run_name="__main__")
+        assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGTERM, usual)
+
+    assert ended.value.code == 0
+    assert "--cache DIR" in capsys.readouterr().out
+
+
+def cut(path, start, stop=None):
+    """The bytes of a file of images, of which those from start on are missing or zero."""
+    save(path, images=noise(4))
+    content = Path(path).read_bytes()
+    if stop is None:
+        end = b""
+    else:
+        end = bytes(stop - start) + content[stop:]
+    Path(path).write_bytes(content[:start] + end)
+
+
+@pytest.mark.parametrize("make, words, reason", [
+    (None, "--size 63", "expected 32, 64 or 128"),
+    (None, "--data x", "does not exist"),
+    (lambda: cut("x.npz", 5000), "--data x.npz", "no complete HDF5"),
+    (lambda: cut("x.h5", 5000), "--data x.h5", "expected a complete, closed file"),
+    (lambda: cut("x.npz", 9000, 9009), "--data x.npz", "expected a complete, closed file"),
+    (lambda: cut("x.npy", 9000), "--data x.npy", "cannot be read"),
+    (lambda: save("x.npz", images=noise()), "--data x.npz --cache x.npz", "cannot write"),
+    (lambda: Path("car_1_mesh.mat").write_bytes(b"x"), "--data .", "car_1_mesh.mat cannot be"),
+    (lambda: Path("readme.txt").write_text("hello"), "--data .", "such as readme.txt"),
+    (lambda: Path("a.png").write_bytes(b"damaged"), "--data .", "1 of 1 pictures"),
+    (lambda: Path("x.txt").write_text("hello"), "--data x.txt", "begins with b'hello'"),
+])
+def test_wrong_data_is_a_single_line_of_error(make, words, reason, capsys):
+    if make is not None:
+        make()
+    files = listing()
+
+    with pytest.raises(SystemExit) as ended:
+        data.main(words.split())
+    line = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert line.count("\n") == 1 and reason in line
+    assert listing() == files
+
+
+# ---- Training -----------------------------------------------------------------------------------
+
+# Each part of the run gets a signal at one of its readings of images: one a step, and one more for
+# the codebook (at step 7 of the first stage) and for the latents' std. Then it has saved this much.
+PARTS = [
+    (3, INTERRUPT, "first stage", 3),  # nothing is rounded yet
+    (6, KILL, "first stage", 8),
+    (4, HANG_UP, "first stage", 12),  # the stage's last step
+    (8, INTERRUPT, "joint training", 6),  # in the quick look at pictures
+    (4, KILL, "joint training", 9),
+]
+
+
+def test_interruptions_leave_the_same_bits(whole_run, pictures):
+    for reading, number, stage, step in PARTS:
+        dataset = Interrupted(pictures, {reading: [number]})
+        with pytest.raises(KeyboardInterrupt, match="--resume parts"):
+            if Path("parts").exists():
+                go_on("parts", dataset)
+            else:
+                train_new("parts", dataset, data=str(pictures), score_every=6)
+        assert (saved("parts")["stage"], saved("parts")["step"]) == (stage, step)
+    go_on("parts", Interrupted(pictures, {}))
+
+    assert equal(weights("parts"), weights(whole_run))
+    columns = ("stage", "step", "lr", "grad_norm", "mse")
+    assert log("parts", *columns) == log(whole_run, *columns)
+
+
+@pytest.mark.parametrize("variant", ["anneal-vae", "factor-vae", "pixels"])
+def test_an_interrupted_variant_has_the_same_bits(variant, pictures):
+    options = dict(variant=variant, steps=4)
+    train_new("whole", pictures, **options)
+    with pytest.raises(KeyboardInterrupt):
+        train_new("parts", Interrupted(pictures, {3: [KILL]}), **options)
+
+    assert 0 < saved("parts")["step"] < 4
+    go_on("parts", data.open_dataset(pictures, 32))
+    assert equal(weights("parts"), weights("whole"))
+
+
+def test_a_run_gives_signals_back(pictures):
+    numbers = (INTERRUPT, KILL, HANG_UP)
+    before = [signal.getsignal(number) for number in numbers]
+    with pytest.raises(KeyboardInterrupt):
+        train_new("run", Interrupted(pictures, {1: [KILL]}), variant="beta-vae")
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_a_signal_during_the_scores_ends_a_finished_run(copied_run, pictures):
+    before = weights(copied_run)
+    with pytest.raises(KeyboardInterrupt, match="the weights are saved"):
+        go_on(copied_run, Interrupted(pictures, {1: [INTERRUPT]}))
+    assert equal(weights(copied_run), before)
+
+
+def test_a_second_signal_ends_at_once(pictures):
+    dataset = Interrupted(pictures, {3: [KILL, KILL]})
+    with pytest.raises(KeyboardInterrupt, match="stopped at once; go on with"):
+        train_new("run", dataset)
+    assert saved("run")["step"] == 0
+
+
+def test_a_moved_run_goes_on_with_moved_data(pictures, folder, monkeypatch):
+    shutil.copy(pictures, "pictures.npz")
+    options = dict(variant="beta-vae", steps=4, data=str(folder / "pictures.npz"))
+
+    train_new("whole", data.open_dataset(pictures, 32), **options)
+    with pytest.raises(KeyboardInterrupt):
+        train_new("run", Interrupted("pictures.npz", {3: [KILL]}), **options)
+
+    Path("there/deep").mkdir(parents=True)
+    Path("run").rename("there/moved")
+    Path("pictures.npz").rename("there/data.npz")
+    monkeypatch.chdir("there/deep")
+
+    refused(lambda: train.main(["--resume", "../moved"]), "pictures.npz", "--data")
+    train.main(["--resume", "../moved", "--data", "../data.npz"])
+
+    assert equal(weights("../moved"), weights(folder / "whole"))
+    assert train.load_run("../moved")[1].data == str(folder / "there/data.npz")
+
+
+def test_other_data_are_refused(copied_run):
+    images = np.zeros((300, 32, 32, 3), np.uint8)
+    np.savez("others.npz", images=images)
+    refused(lambda: train.main(["--resume", "run", "--data", "others.npz"]), "--data", "digest")
+
+
+def test_training_lowers_the_loss(pictures):
+    train_new("run", pictures, vq_steps=1, steps=24, optimizer="adamw", lr=3e-2)
+    rows = log("run", "stage", "loss")
+    losses = [float(loss) for stage, loss in rows if stage == "joint training"]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_a_loaded_run_has_the_averaged_weights(whole_run):
+    model, config, about = train.load_run(whole_run)
+    content = saved(whole_run)
+    assert equal(model.state_dict(), {**content["model"], **content["ema"]})
+    assert not equal(content["ema"], {name: content["model"][name] for name in content["ema"]})
+    assert config.steps == about["step"] == 12
+    assert about["scores"]["tflop"] > 0
+
+
+def test_the_average_moves_by_its_share_and_leaves_the_first_stage():
+    average = tiny_model()
+    model = tiny_model()
+    for value in average.state_dict().values():
+        value.fill_(0)
+    for value in model.state_dict().values():
+        value.fill_(1)
+
+    train.update_average(average, model, decay=0.9)
+    for name, value in average.state_dict().items():
+        expected = 0.0 if name.startswith("first_stage.") else 0.1
+        if value.is_floating_point():
+            assert value.mean().item() == approx(expected, abs=1e-6), name
+
+
+def test_a_borrowed_first_stage_stays_as_it_is(copied_run, whole_run, pictures):
+    train.main(["--out", "borrower", *flags(steps=2, data=pictures, first_stage=copied_run)])
+    shutil.rmtree(copied_run)  # what it lent is kept
+    lent = train.load_run(whole_run)[0]
+    got = train.load_run("borrower")[0]
+    assert equal(lent.first_stage.state_dict(), got.first_stage.state_dict())
+    assert not equal(lent.denoiser.state_dict(), got.denoiser.state_dict())
+
+
+@pytest.fixture(scope="session")
+def first_stage_early_and_late(pictures):
+    """Its weights after steps 7 and 12, of which only the first three change the encoder."""
+    folder = pictures.parent / "early"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(train.FIRST_STAGE["linear"], "encoder_steps", 3)
+        with pytest.raises(KeyboardInterrupt):
+            train_new(folder, Interrupted(pictures, {8: [KILL]}), steps=0)
+        early = saved(folder)["model"]
+        go_on(folder, data.open_dataset(pictures, 32))
+
+    late = saved(folder)["model"]
+    early = {name.replace("autoencoder", "first_stage"): value for name, value in early.items()}
+    return early, late
+
+
+def test_the_first_stages_encoder_stops_where_its_recipe_says(first_stage_early_and_late):
+    early, late = first_stage_early_and_late
+    for layer, stays in (("encoder.1.weight", True), ("decoder.0.weight", False)):
+        name = f"first_stage.{layer}"
+        assert torch.equal(early[name], late[name]) == stays
+
+
+def test_codebook_entries_that_nothing_uses_do_not_move(first_stage_early_and_late):
+    early, late = first_stage_early_and_late
+    name = "first_stage.quantizer.codebook"
+    moved = (late[name] - early[name]).abs().amax(1)  # (8192,), of which a few hundred are used
+    assert 0.5 < (moved < 1e-6).float().mean() < 1
+
+
+# What is drawn, and how fast weights change
+@pytest.mark.parametrize("order, step, power, above", [
+    ("uniform", 0, 1, False), ("weak-first", 0, 3, True), ("weak-first", 99, 3, True),
+    ("weak-first", 100, 3, False)], ids=str)
+def test_timesteps_have_their_distribution(order, step, power, above):
+    config = train.Config(batch=40_000, steps=300, timesteps=20, noise_order=order)
+    torch.manual_seed(0)
+    t = train.draw_timesteps(config, step)
+
+    k = torch.arange(21)
+    reached = (t[:, None] <= k).float().mean(0)  # share of timesteps up to k
+    if above:  # the lowest of three: one minus the chance that all are above k
+        expected = 1 - (1 - k / 20)**power
+    else:
+        expected = (k / 20)**power
+    assert_close(reached, expected, atol=0.01, rtol=0)
+
+
+def test_the_learning_rate_rises_stays_and_falls():
+    expected = {0: 0.02, 49: 1.0, 99: 2.0, 600: 2.0, 800: 1.0, 999: 0.005}
+    for step, rate in expected.items():
+        assert train.learning_rate(2.0, step, 1000, decay=0.4) == approx(rate)
+    assert train.learning_rate(2.0, 999, 1000, 0.0) == 2.0
+
+
+# The weights of layers at the ends of each network, which AdamW keeps.
+ENDS = {
+    "cnn": ["encoder.layers.15.weight"],
+    "cnn_bn": ["encoder.out.weight"],
+    "cnn_patch": ["encoder.out.weight"],
+    "transformer": ["encoder.out.weight"],
+    "deep": ["encoder.1.weight", "encoder.15.weight", "decoder.0.weight", "decoder.19.weight"],
+    "linear": ["encoder.1.weight", "decoder.0.weight", "decoder.12.weight"],
+}
+# Matrices that are no layer's weights: attention among positions aside, what is looked up or added.
+LEARNED_TABLES = ["quantizer.codebook", "encoder.positions", "encoder.queries"]
+
+
+def matrices_inside(model, ends):
+    """Names of all that has the form of a matrix or convolution, but for ends and tables."""
+    names = []
+    for name, parameter in model.named_parameters():
+        trained = parameter.requires_grad and parameter.ndim in (2, 4)
+        if trained and name not in ends + LEARNED_TABLES:
+            names.append(name)
+    return names
+
+
+@pytest.mark.parametrize("encoder", encdiff.ENCODERS)
+def test_muon_trains_the_matrices_inside_encoder_and_denoiser(encoder):
+    model = tiny_model(encoder=encoder)
+    ends = ENDS[encoder] + ["denoiser.conv_in.weight", "denoiser.conv_out.weight"]
+    for_muon, for_adamw = train.split_for_muon(model)
+    assert for_muon == matrices_inside(model, ends)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert sorted(for_muon + for_adamw) == sorted(trained)
+
+
+@pytest.mark.parametrize("kind", vq.KINDS)
+def test_muon_trains_the_matrices_inside_the_first_stage(kind):
+    autoencoder = vq.KINDS[kind]()
+    for_muon, for_adamw = train.split_for_muon(autoencoder)
+    assert for_muon == matrices_inside(autoencoder, ENDS[kind])
+    assert set(ENDS[kind] + ["quantizer.codebook"]) <= set(for_adamw)
+
+
+@pytest.mark.parametrize("variant", train.VARIANTS)
+def test_muon_takes_no_token_map_and_no_bias(variant):
+    model = tiny_model(variant=variant)
+    for_muon, for_adamw = train.split_for_muon(model)
+    assert len(for_muon) > 3
+    for name in for_muon:
+        assert name.endswith("weight") and not name.startswith("token_map"), name
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert sorted(for_muon + for_adamw) == sorted(trained)
+
+
+# torch's computes in bfloat16. How far ours may be away, relative to a step.
+APART = [(torch.bfloat16, 1e-3), (torch.float32, 0.05)]
+SHAPES = [(16, 16), (16, 48), (48, 16), (16, 8, 3, 3)]
+
+
+@pytest.mark.parametrize("dtype, apart", APART, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_muon_is_torchs(shape, dtype, apart):
+    torch.manual_seed(0)
+    ours = torch.nn.Parameter(torch.randn(shape))
+    theirs = torch.nn.Parameter(ours.detach().flatten(1).clone())
+    our_muon = train.Muon([ours], 0.01, weight_decay=0.1, dtype=dtype)
+    their_muon = torch.optim.Muon([theirs], 0.01, weight_decay=0.1)
+
+    for _ in range(3):
+        ours.grad = torch.randn(shape)
+        theirs.grad = ours.grad.flatten(1)
+        our_muon.step()
+        their_muon.step()
+
+    # Each step has the norm 0.01 times the root of the rank, and more for tall matrices.
+    step = 0.01 * theirs.shape[0]**0.5
+    assert (ours.flatten(1) - theirs).norm() <= apart * 2 * step
+
+
+def test_weight_decay_is_the_given_one_times_the_learning_rate():
+    model = tiny_model()
+    config = train.Config(**tiny_values())
+    optimizer = train.Optimizer(model, config, 1.0, weight_decay=0.01)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)  # nothing moves but by decay
+    optimizer.step(lr=2.0)
+
+    for_muon, _ = train.split_for_muon(model)
+    for name, parameter in model.named_parameters():
+        share = 1 - 0.01 * (20.0 if name in for_muon else 2.0)
+        if parameter.requires_grad:
+            assert_close(parameter.detach(), share * before[name])
+
+
+# Scores
+class SumsOfPixels(torch.nn.Module):
+    """An encoder: six random sums of an image's pixels."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.sums = torch.randn(3 * 32 * 32, 6, generator=generator)
+
+    def forward(self, images):
+        return images.flatten(1) @ self.sums
+
+
+class Lines(torch.nn.Module):
+    """A token map in which a token is its scalar along a direction of its own."""
+
+    def forward(self, codes):
+        directions = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+        return codes[:, :, None] * directions
+
+
+def test_tokens_along_a_line_score_as_their_scalars_do():
+    save_pictures("labelled.npz", labels=FACTORS)
+    dataset = data.open_dataset("labelled.npz", 32)
+    model = tiny_model()
+    model.encoder = SumsOfPixels()
+    model.token_map = Lines()
+    run = train.Run("run", train.Config(**tiny_values()), train.Backend("cpu"))
+
+    scores = train.score(run, dataset, model.eval(), 300, final=True)
+    of_codes = [scores[name] for name in train.Run.SCORES]
+    of_tokens = [scores[f"mapped_{name}"] for name in train.Run.SCORES]
+    assert of_tokens == approx(of_codes, abs=0.03)
+    assert len(scores["importance"]) == 6
+
+
+def test_a_run_with_labels_ends_with_scores():
+    dataset = data.open_dataset(save_pictures("labelled.npz", labels=FACTORS), 32)
+    train_new("run", dataset, variant="beta-vae", steps=2, score_every=1)
+    scores = json.loads(Path("run/metrics.json").read_text())
+    for name in (*train.Run.SCORES, "exchanges"):
+        assert 0 <= scores[name] <= 1
+    quick = [value for step, value in log("run", "step", "disentanglement") if value]
+    assert len(quick) == 1
+
+
+def test_two_processes_train_like_one(pictures):
+    # BatchNorm and dropout depend on the images that a process sees.
+    words = flags(encoder="cnn", dropout=0.0, steps=3, vq_steps=3, data=pictures)
+    words = [str(word) for word in words]
+    train.main(["--out", "one", *words])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    command = [*torchrun, str(HERE / "train.py"), "--out", "two", *words]
+    subprocess.run(command, check=True, capture_output=True)
+
+    for name in ("loss", "grad_norm"):
+        one = [float(value) for value, in log("one", name)]
+        two = [float(value) for value, in log("two", name)]
+        assert len(one) == 2
+        assert one == approx(two, rel=1e-3)
+
+
+# ---- What a user can get wrong ------------------------------------------------------------------
+
+
+def ended(capsys, run):
+    """run() within the command line's net -> status, the line on stderr."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end, train.one_line_errors():
+        run()
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1, line
+    return end.value.code, line
+
+
+BAD_FLAGS = [
+    "--batch 0", "--steps many", "--lr nan", "--ema 1", "--seed -1", f"--seed {2**64}",
+    "--channels 30", "--size 48", "--vq-steps 0", "--first-stage shallow", "--multipliers 0",
+    "--multipliers 1 2 2 2 2 2", "--learning-rate 1", "--device cuda", "--variant",
+]
+UNKNOWN_VARIANTS = [
+    "slots", "Vector", ",", "vector+", "vector+vector", "direct+adagn", "euler+sparse",
+    "vector+adagn+direct",
+]
+
+
+@pytest.mark.parametrize("words", BAD_FLAGS)
+def test_a_bad_flag_is_one_line_that_names_it(words, pictures, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    words = words.split()
+    refused(lambda: train.main(["--out", "run", *flags(data=pictures), *words]), words[0])
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize("name", UNKNOWN_VARIANTS)
+def test_a_variant_that_the_paper_has_not_is_one_line(name, pictures):
+    words = flags(data=pictures, variant=name)
+    refused(lambda: train.main(["--out", "run", *words]), "--variant is", "expected one")
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--data", "--first-stage"])
+def test_a_path_where_nothing_lies_is_one_line(flag):
+    refused(lambda: train.main([flag, "nowhere"]), "nowhere")
+    assert os.listdir() == []
+
+
+def test_more_orthogonal_tokens_than_directions_are_one_line(pictures):
+    words = flags(data=pictures, variant="orthogonal", num_tokens=40)
+    refused(lambda: train.main(["--out", "run", *words]), "40 tokens of width 8")
+
+
+CHANGES = [
+    ("--dropout 0.5", "dropout 0.1 -> 0.5"),
+    ("--out other", "no --out"),
+    ("--steps 5", "--steps is 5; expected 12 or more"),
+]
+
+
+@pytest.mark.parametrize("words, said", CHANGES)
+def test_what_may_not_change_is_refused(copied_run, words, said):
+    file = Path(copied_run, "checkpoint.pt")
+    before = file.read_bytes()
+    refused(lambda: train.main(["--resume", copied_run, *words.split()]), said)
+    assert file.read_bytes() == before
+
+
+def test_a_taken_folder_is_refused(copied_run, pictures):
+    file = Path(copied_run, "checkpoint.pt")
+    before = file.read_bytes()
+    refused(lambda: train.main(["--out", copied_run, *flags(data=pictures)]), "or --resume run")
+    assert file.read_bytes() == before
+
+
+def test_an_export_cannot_go_on(copied_run):
+    refused(lambda: train.main(["--resume", Path(copied_run, "checkpoint.pt")]), "a run's folder")
+
+
+def test_a_run_of_an_older_format_names_the_commit_that_reads_it(copied_run):
+    save_checkpoint({**saved(copied_run), "format": 6, "config": {"model": "encdiff"}}, copied_run)
+    refused(lambda: train.load_run(copied_run), "format 6", "git checkout efa1742")
+
+
+def foreign_contents(good):
+    """What a foreign or damaged checkpoint may hold, in place of this content."""
+    class Trap:
+        def __reduce__(self):
+            return os.mkdir, ("trapped",)
+
+
+    narrow = {**good["config"], "channels": 32}
+    wrong = {**good["config"], "channels": "wide"}
+    without = {name: value for name, value in good.items() if name != "ema"}
+    return [[1], {"format": 4}, Trap(), {**good, "format": 0}, {**good, "config": Trap()},
+            {**good, "model": [1]}, {**good, "config": narrow}, {**good, "config": wrong}, without]
+
+
+@pytest.mark.parametrize("number", range(9))
+def test_a_foreign_checkpoint_is_one_line_and_executes_nothing(number, copied_run):
+    save_checkpoint(foreign_contents(saved(copied_run))[number], copied_run)
+    refused(lambda: train.load_run(copied_run), "run")
+    assert not Path("trapped").exists()
+
+
+@pytest.mark.parametrize("size", [0, 10, 5000])
+def test_a_damaged_checkpoint_is_one_line(size, copied_run):
+    file = Path(copied_run, "checkpoint.pt")
+    content = file.read_bytes()
+    file.write_bytes(content[:size])
+    refused(lambda: train.main(["--resume", copied_run]), "checkpoint.pt")
+
+
+def test_paths_begin_at_home(whole_run, pictures, folder, monkeypatch):
+    home = folder / "home"
+    shutil.copytree(whole_run, home / "run")
+    shutil.copy(pictures, home)
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(home))
+
+    words = flags(steps=1, data="~/pictures.npz", first_stage="~/run")
+    train.main(["--out", "~/borrower", *words])
+    train.main(["--resume", "~/borrower", "--steps", 2])
+    assert saved(home / "borrower")["step"] == 2
+    assert os.listdir(folder) == ["home"]
+
+
+def test_main_takes_paths_and_numbers(pictures):
+    words = ["--out", Path("run"), "--data", pictures, "--variant", "beta-vae", "--size", 32]
+    train.main([*words, "--steps", 1, "--batch", 2, "--encoder", "cnn_bn"])
+    assert saved("run")["step"] == 1
+
+
+def test_a_signal_before_training_is_one_line(pictures, monkeypatch, capsys):
+    monkeypatch.setattr(data, "open_dataset", lambda *a: signal.raise_signal(KILL))
+    status, line = ended(capsys, lambda: train.main(["--out", "run", *flags(data=pictures)]))
+
+    assert status == 130
+    assert line == "interrupted; nothing half-written is left\n"
+    assert not Path("run").exists()
+
+
+def test_a_log_that_cannot_be_written_does_not_end_a_run(pictures):
+    Path("run/log.csv").mkdir(parents=True)  # a folder cannot be replaced by a file
+    train_new("run", pictures, variant="beta-vae", steps=2)
+    assert saved("run")["step"] == 2
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+def test_a_full_disk_keeps_the_last_good_checkpoint(copied_run, capsys):
+    before = weights(copied_run)
+    Path(copied_run, "checkpoint.pt.tmp").symlink_to("/dev/full")
+    status, line = ended(capsys, lambda: train.main(["--resume", copied_run, "--steps", 13]))
+
+    assert status == 2
+    assert "No space left" in line and "what was there is untouched" in line
+    assert equal(weights(copied_run), before)
+    assert not list(Path(copied_run).glob("*.tmp"))
+
+
+def test_advice_for_a_loss_that_is_not_finite_works(pictures):
+    with pytest.raises(KeyboardInterrupt):
+        train_new("run", Interrupted(pictures, {2: [KILL]}), variant="beta-vae", steps=4, lr=3e-3,
+                  data=str(pictures))
+
+    good = saved("run")
+    broken = saved("run")
+    broken["model"]["decoder.0.bias"][0] = math.nan
+    save_checkpoint(broken, "run")
+
+    line = refused(lambda: train.main(["--resume", "run"]), f"in step {good['step'] + 1} of the")
+    assert saved("run")["step"] == good["step"]
+
+    save_checkpoint(good, "run")
+    train.main(line.split("train.py ")[1].split())
+    assert train.load_run("run")[1].lr == 1e-3
+
+
+# Threads, memory, terminal
+def test_the_environments_number_of_threads_wins(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    torch.set_num_threads(3)
+    train.Backend("cpu")
+    try:
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="free cores are counted on Linux")
+def test_cores_that_others_use_get_no_threads(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    torch.set_num_threads(4)
+
+    busy = []
+    try:
+        for _ in range(2 * len(os.sched_getaffinity(0))):
+            busy.append(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
+        train.Backend("cpu")
+        assert torch.get_num_threads() == 1
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+        torch.set_num_threads(1)
+
+
+def test_a_run_that_had_another_number_of_threads_says_so(copied_run, capsys):
+    save_checkpoint({**saved(copied_run), "threads": 3}, copied_run)
+    train.main(["--resume", copied_run])
+    assert "had 3 threads until now" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("library", [torch, np], ids=["torch", "numpy"])
+def test_a_lack_of_memory_is_one_line(library, capsys):
+    status, line = ended(capsys, lambda: library.empty(2**58))
+    assert status == 2
+    assert line == "error: out of memory; try a smaller --batch\n"
+
+
+def test_a_mistake_of_ours_is_not_called_the_users():
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), train.one_line_errors():
+        torch.ones(2, 3) @ torch.ones(2, 3)
+
+
+def test_a_closed_pipe_does_not_end_a_run(pictures):
+    words = flags(variant="beta-vae", steps=2, data=pictures)
+    command = [sys.executable, str(HERE / "train.py"), "--out", "run", *map(str, words)]
+    with subprocess.Popen(command, stdout=-1, stderr=-1) as process:
+        process.stdout.close()
+        error = process.stderr.read()
+    assert process.returncode == 0, error
+    assert saved("run")["step"] == 2
+
+
+# ---- Pictures, tables and pages of a trained run ------------------------------------------------
+
+
+# What six tokens matter for the two factors of the pictures.
+IMPORTANCE = [[0.0, 0.1], [0.6, 0.0], [0.0, 0.0], [0.0, 0.8], [0.4, 0.0], [0.0, 0.1]]
+OF_FACTORS = [[1, 4], [3, 0, 5]]  # the tokens of each factor, the most important one first
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder of finished runs with scores as long ones would have, and of damaged ones. Their
+    dataset has 3 x 4 colours, of the upper and the lower half. Nothing in it is to be changed."""
+    folder = tmp_path_factory.mktemp("runs")
+    toy = save_pictures(folder / "toy.npz", labels=FACTORS)
+    with mock.patch("train.score", return_value={"importance": IMPORTANCE}):
+        train_new(folder / "run", toy, score_every=6)
+        train_new(folder / "vae", toy, variant="beta-vae")
+        for name in ("vector", "direct", "adagn"):
+            lender = str(folder / "run")
+            train_new(folder / name, toy, variant=name, first_stage_from=lender)
+    (folder / "direct/metrics.json").write_text('{"note": "no labels"}')
+
+    content = saved(folder / "run")
+    moved = {**content["config"], "data": "/no/such.npz"}
+    for name, change in [("unfinished", {"stage": "first stage"}), ("damaged", {}),
+                         ("moved", {"config": moved})]:
+        save_checkpoint({**content, **change}, folder / name)
+    (folder / "damaged/metrics.json").write_text("{")
+    (folder / "damaged/log.csv").write_text("a,b\n1,2\n")
+    return folder
 
 
 def show(*words):
-    sample.main([str(word) for word in words])
+    sample.main(words)
 
 
-def opened(run, *words):
-    return sample.Trained(sample.parse(["swap", str(run), *words]))
+def opened(path, *words):
+    """The run, opened as the command line does, and the command line."""
+    args = sample.parse(["swap", path, *words])
+    return sample.open_run(args), args
 
 
-def test_rows_are_one_a_factor_or_all_by_factor(runs):
-    names = dict(zip(ORDER, ["factor 0", "factor 0", "factor 1", "none", "none", "none"]))
-    for words, tokens in [
-            ("run", [1, 3]), ("run --tokens all", ORDER), ("run --tokens 2 4", [4, 2]),
-            ("direct --tokens 5 2", [2, 5]), ("direct", [*range(6)])]:  # has no scores
-        args = sample.parse(f"swap {runs}/{words}".split())
-        labels = [(names[i] + "\n") * (words[0] == "r") + f"token {i}" for i in tokens]
-        assert sample.token_rows(sample.Trained(args), args) == (tokens, labels)
+class Perfect:
+    """Stands in for a model of the toy dataset that disentangles: code 1 is the upper half's value,
+    code 3 the lower half's. It draws without an error. The others of its six codes do nothing."""
+
+    latent_shape = (1,)
+
+    def represent(self, images):
+        codes = torch.zeros(len(images), 6)
+        codes[:, 1] = (images[:, 0, 0, 0] + 1) * 127.5 / 100
+        codes[:, 3] = (images[:, 1, -1, -1] + 1) * 127.5 / 80
+        return codes
+
+    def tokens(self, codes):
+        return codes[..., None]
+
+    def sample(self, tokens, noise=None, **options):
+        pixels = torch.zeros(len(tokens), 3, 32, 32)
+        pixels[:, 0, :16] = 100 * tokens[:, 1, :, None]
+        pixels[:, 1, 16:] = 80 * tokens[:, 3, :, None]
+        return train.to_float(pixels)
 
 
-@pytest.mark.parametrize("run", ["run", "vector"])
-def test_pictures_exchange_and_sweep_codes_of_the_data(runs, run, monkeypatch):
-    drawn, run = [], runs / run  # (codes, noise), of which nothing is sampled
-    monkeypatch.setattr(sample.Trained, "draw", lambda self, codes, noise, *_, **__: (
-        drawn.append((codes, noise)) or torch.zeros(len(codes), 3, 32, 32)))
-    show("swap", run, *"--tokens all --count 2 --seed 5".split())
-    trained, (codes, noise) = opened(run, "--seed", "5"), drawn.pop()
-    source, target = (trained.codes(x) for x in trained.images(4).split(2))
-    assert torch.equal(codes[:2], source) and torch.equal(noise, noise[:2].repeat(7, 1, 1, 1))
-    for i, got in zip(ORDER, codes[2:].split(2), strict=True):
+class Entangled(Perfect):
+    """Turns the two factors into their sum and their difference."""
+
+    def represent(self, images):
+        codes = super().represent(images)
+        codes[:, [1, 3]] = torch.stack([codes[:, 1] + codes[:, 3], codes[:, 1] - codes[:, 3]], 1)
+        return codes
+
+    def sample(self, tokens, noise=None, **options):
+        tokens = tokens.clone()
+        total, difference = tokens[:, 1], tokens[:, 3]
+        tokens[:, [1, 3]] = torch.stack([total + difference, total - difference], 1) / 2
+        return super().sample(tokens, noise, **options)
+
+
+def values_in(images):
+    """The two factors of images of the toy dataset, as they were drawn (B, 2)."""
+    return Perfect().represent(images)[:, [1, 3]].round()
+
+
+@pytest.fixture
+def perfect(runs):
+    """A run whose model is Perfect."""
+    run, _ = opened(runs / "run")
+    run.model = Perfect()
+    return run
+
+
+@pytest.fixture
+def loud(runs):
+    """Copies of runs whose denoisers are changed at random, so that they do read their tokens."""
+    def copy(name):
+        shutil.copytree(runs / name, name)
+        content = saved(name)
+        for key, value in content["ema"].items():
+            if key.startswith("denoiser."):
+                value += 0.1 * torch.randn(value.shape)
+        save_checkpoint(content, name)
+        return name
+
+    return copy
+
+
+@pytest.fixture
+def drawn_rows(monkeypatch):
+    """{label: images} of the last picture of rows that was drawn."""
+    rows = {}
+    draw_grid = sample.grid
+
+    def note_and_draw(images, labels, headings=()):
+        rows.clear()
+        rows.update(zip(labels, images))
+        return draw_grid(images, labels, headings)
+
+    monkeypatch.setattr(sample, "grid", note_and_draw)
+    return rows
+
+
+def set_flags(run, *words):
+    """The command line of a verb, for a run that is opened already."""
+    return sample.parse([*words, "--out", "picture.png"])
+
+
+# Which token is whose
+def test_a_token_belongs_to_the_factor_that_it_matters_most_for():
+    assert metrics.tokens_of_factors(np.array(IMPORTANCE)) == OF_FACTORS
+
+
+@pytest.mark.parametrize("words, tokens", [
+    ("", OF_FACTORS),
+    ("--tokens all", [[1], [4], [3], [0], [5], [2]]),
+    ("--tokens 5 2 4", [[4], [5], [2]]),
+])
+def test_a_row_is_a_factor_unless_tokens_are_asked_for(runs, words, tokens):
+    run, args = opened(runs / "run", *words.split())
+    assert [group for _, group in sample.picture_rows(run, args.tokens)] == tokens
+
+
+def test_without_scores_a_row_is_a_token_without_a_name(runs):
+    run, args = opened(runs / "direct")
+    assert sample.picture_rows(run, args.tokens) == [("", [i]) for i in range(6)]
+
+
+def test_names_are_said_to_come_from_labels(runs, capsys):
+    show("swap", runs / "run", "--count", 1, "--steps", 1)
+    assert "the model never saw them" in capsys.readouterr().out
+
+
+# Exchanges that land
+def test_exchanges_of_a_perfect_model_land(perfect):
+    shares = metrics.exchanges_that_land(perfect.model, perfect.dataset, np.array(IMPORTANCE))
+    assert shares == {"factor 0": (1, 1), "factor 1": (1, 1)}
+
+
+def test_exchanges_of_entangled_codes_land_less_often_than_redrawn_images(perfect):
+    shares = metrics.exchanges_that_land(Entangled(), perfect.dataset, np.array(IMPORTANCE))
+    for share, control in shares.values():
+        assert share < 0.7
+        assert control == 1
+
+
+def test_an_exchange_of_no_token_never_lands(perfect):
+    nothing = np.zeros((6, 2))
+    shares = metrics.exchanges_that_land(perfect.model, perfect.dataset, nothing)
+    assert shares == {"factor 0": (0, 1), "factor 1": (0, 1)}
+
+
+def test_exchanges_need_an_image_of_every_combination(perfect):
+    three_of_four = np.array([[0, 0], [0, 1], [1, 0]])
+    np.savez("lacking.npz", images=np.zeros((3, 32, 32, 3), np.uint8), labels=three_of_four)
+    lacking = data.open_dataset("lacking.npz", 32)
+    with pytest.raises(ValueError, match="every combination"):
+        metrics.exchanges_that_land(perfect.model, lacking, np.array(IMPORTANCE))
+
+
+@pytest.mark.parametrize("labels", [FACTORS[:, :1], FACTORS[:, [0, 1, 1]], None])
+@pytest.mark.parametrize("verb", ["swap", "attention"])
+def test_a_dataset_of_other_factors_is_drawn_without_a_table(runs, capsys, labels, verb):
+    arrays = {"images": np.zeros((300, 32, 32, 3), np.uint8)}
+    if labels is not None:
+        arrays["labels"] = labels
+    np.savez("other.npz", **arrays)
+
+    show(verb, runs / "run", "--data", "other.npz", "--count", 1, "--steps", 1)
+    output = capsys.readouterr().out
+    assert "wrote " in output
+    assert "expected the 2 that the run was scored with" in output
+
+
+def test_swap_tells_the_share_of_exchanges_that_land(perfect, capsys):
+    sample.swap(perfect, set_flags(perfect, "swap"))
+    assert re.search(r"mean +1.00 +1.00", capsys.readouterr().out)
+
+
+# What the pictures show
+def test_swap_takes_one_factor_from_the_target_and_the_others_from_the_source(perfect, drawn_rows):
+    sample.swap(perfect, set_flags(perfect, "swap"))
+    source = values_in(drawn_rows["source"])
+    target = values_in(drawn_rows["target"])
+    assert not torch.equal(source, target)
+    for j, tokens in enumerate(OF_FACTORS):
         expected = source.clone()
-        expected[:, i] = target[:, i]
-        assert torch.equal(got, expected)
-    show("traverse", run, "--count", 3, "--tokens", 4, 0)
-    seen = trained.codes(trained.load(range(300)))  # (300, 6) or (300, 6, 8)
-    one_of = lambda rows, code: (rows - code).flatten(1).abs().amax(1).min() < 1e-5
-    for i, (codes, _) in zip([4, 0], drawn, strict=True):  # its own, three with one token swept
-        assert all(torch.equal(codes[0, j], codes[2, j]) for j in range(6) if j != i)
-        assert all(one_of(seen[:, i:i + 1], code) for code in codes[:, i])
-        if seen.ndim == 2:
-            _, low, middle, high = codes[:, i]
-            assert seen[:, i].quantile(0.02) >= low < middle < high >= seen[:, i].quantile(0.98)
-    show("generate", run, "--count", 16)
-    mixed = drawn[-1][0]
-    assert all(one_of(seen[:, j:j + 1], mixed[b, j]) for b in range(16) for j in range(6))
-    assert not all(one_of(seen, code) for code in mixed)  # combinations that are in no image
+        expected[:, j] = target[:, j]
+        label = sample.row_label(f"factor {j}", tokens)
+        assert torch.equal(values_in(drawn_rows[label]), expected)
 
 
-def test_attention_is_drawn_at_its_place_and_averaged():
+def test_traverse_sweeps_one_token_upwards_and_keeps_the_others(perfect, drawn_rows):
+    sample.traverse(perfect, set_flags(perfect, "traverse", "--count", 5))
+    for j, tokens in enumerate(OF_FACTORS):
+        label = sample.row_label(f"factor {j}", tokens[:1])
+        values = values_in(drawn_rows[label])  # the input, redrawn, then five values
+        swept, kept = values[2:, j], values[:, 1 - j]
+        assert torch.equal(swept, swept.sort().values)
+        assert swept[0] == 0
+        assert swept[-1] == FACTORS[:, j].max()
+        assert len(kept.unique()) == 1
+
+
+def test_traverse_takes_whole_vectors_of_the_data(runs):
+    run, _ = opened(runs / "vector")
+    args = set_flags(run, "traverse", runs / "vector", "--count", 3, "--tokens", 4)
+    with mock.patch.object(run, "draw_all", wraps=run.draw_all) as draw_all:
+        sample.traverse(run, args)
+    (redrawn, *swept), _ = draw_all.call_args[0]
+    in_data = run.codes(run.load(torch.arange(300)))  # (300, 6, 8)
+    for codes in swept:
+        distance = (in_data[:, 4] - codes[0, 4]).abs().amax(1).min()
+        assert distance < 1e-5
+        assert torch.equal(codes[:, :4], redrawn[:, :4])
+
+
+def test_generate_takes_every_token_from_another_image():
+    images = torch.arange(100)
+    codes = images[:, None].expand(100, 6)  # a code is the number of its image
+    mixed = sample.recombined(codes, 50)
+    assert mixed.shape == (50, 6)
+    assert mixed.min() >= 0 and mixed.max() < 100
+    assert (mixed != mixed[:, :1]).any(1).all()
+
+
+def test_attention_is_drawn_where_it_is():
     attention = torch.zeros(1, 16, 2)
-    attention[0, 1 * 4 + 3, 1] = 1.0  # row 1, column 3 of 4 x 4, second token
+    row, column = 1, 3  # of 4 x 4 positions
+    attention[0, 4 * row + column, 1] = 1.0
     maps = sample.attention_maps([[attention]], 64)
-    assert maps[0, 0].max() == 0 and maps[0, 1, 16:32, 48:].sum() > 0.5 * maps.sum()
-    records = [[torch.full((1, P, 1), value) for value in values]  # two layers, two calls
-               for P, values in [(16, (1., 2.)), (4, (3., 5.))]]
-    assert torch.equal(sample.attention_maps(records, 8), torch.full((1, 1, 8, 8), 2.75))
+    assert maps[0, 0].max() == 0
+    assert maps[0, 1, 16:32, 48:].sum() > 0.5 * maps.sum()
 
 
-@pytest.mark.parametrize("words, columns, rows, heading", [
-    ("reconstruct {0}/run --count 9 --sampler ddim --steps 3", 8, 3, 0),
-    ("traverse {0}/vector --count 3 --steps 2", 5, 2, 1),
-    ("attention {0}/direct --count 2 --tokens 0 2 4", 2, 4, 0),
-    ("traverse {0}/run --gif --count 3 --steps 2", 4, 1, 0),
-    ("generate {0}/adagn --count 10 --steps 2", 8, 2, 0)])
-def test_every_picture_has_its_rows_and_columns(runs, capsys, words, columns, rows, heading):
+def test_attention_is_the_mean_over_layers_and_calls():
+    fine = [torch.full((1, 16, 1), value) for value in (1.0, 2.0)]
+    coarse = [torch.full((1, 4, 1), value) for value in (3.0, 5.0)]
+    maps = sample.attention_maps([fine, coarse], 8)
+    assert torch.equal(maps, torch.full((1, 1, 8, 8), 2.75))
+
+
+def test_even_attention_lies_on_what_changes_as_much_as_that_is_of_the_image(runs, capsys):
+    run, _ = opened(runs / "run")
+    sample.print_attention_on_changes(run, torch.arange(5), torch.ones(5, 6, 32, 32))
+    lines = re.findall(r"factor \d +(\S+) +(\S+)", capsys.readouterr().out)
+    assert lines == [("0.50", "0.50")] * 2  # either factor changes one half of an image
+
+
+def test_the_area_of_a_square_is_its_importance(runs, drawn_rows):
+    show("importance", runs / "run")
+    order = [1, 4, 3, 0, 5, 2]
+    for j, squares in enumerate(drawn_rows.values()):
+        areas = (squares != 0.9).any(1).float().mean((1, 2))
+        assert areas.tolist() == approx([IMPORTANCE[i][j] for i in order], abs=0.05)
+
+
+@pytest.mark.parametrize("words", [
+    "reconstruct {}/run --count 9 --sampler ddim --eta 1 --steps 3",
+    "reconstruct {}/vae --count 9",
+    "traverse {}/vector --count 3 --steps 2",
+    "attention {}/direct --count 2 --tokens 0 2 4",
+    "generate {}/adagn --count 10 --steps 2",
+    "worth {}/run --count 4",
+])
+def test_every_verb_draws_every_kind_of_model(runs, words):
     show(*words.format(runs).split(), "--out", "picture.png")
-    picture = Image.open("picture.png")
-    assert picture.height == rows * 131 + (28 if heading else 3)  # 32 pixels four times, a gap of 3
-    assert columns * 131 < picture.width < columns * 131 + 200
-    assert picture.is_animated == ("--gif" in words)
-    if words[0] == "r":
-        table = re.findall(r"^[fsd][a-z0-9, ]+? {2,}(\S+) +(0\.\S+)", capsys.readouterr().out, re.M)
-        assert len(table) == rows - 1 and all(-1 <= float(ssim) <= 1 for ssim, mse in table)
+    assert Image.open("picture.png").width > 100
 
 
-def test_kl_and_worth_are_closed_forms_and_complexity_a_count(runs, capsys):
-    show("kl", "--out", "kl.png")
-    t, *rows = (line.split()[1:] for line in capsys.readouterr().out.splitlines()[:5])
-    for name, nats in zip(encdiff.SCHEDULES, rows, strict=True):
-        exact = encdiff.kl_bottleneck(encdiff.beta_schedule(name))[np.array(t, int) - 1]
-        assert np.array(nats, float) == approx(exact.numpy(), rel=1e-3)
+def test_an_animation_goes_up_and_down_for_each_token(perfect):
+    args = sample.parse("traverse --gif --count 3 --out moving.gif".split())
+    sample.traverse(perfect, args)
+    frames_of_a_token = 3 + 1
+    assert Image.open("moving.gif").n_frames == 2 * frames_of_a_token
+
+
+# Tables
+def test_kl_is_that_of_equation_5(capsys):
+    show("kl")
+    t, *rows = [line.split()[1:] for line in capsys.readouterr().out.splitlines()[:5]]
+    timesteps = torch.tensor([int(word) for word in t])
+    for name, words in zip(encdiff.SCHEDULES, rows, strict=True):
+        exact = encdiff.kl_bottleneck(encdiff.beta_schedule(name))[timesteps - 1]
+        assert [float(word) for word in words] == approx(exact.tolist(), rel=1e-3)
+
+
+def test_worth_is_the_rise_of_the_loss_of_an_exact_denoiser(runs, capsys):
+    """The latent is the first factor alone, one-hot, and the denoiser knows it from the tokens. A
+    wrong value changes two of three numbers by 1, so the error of the noise is known."""
+    run, _ = opened(runs / "run")
+    model = run.model
+
+    def one_hot(images):
+        return F.one_hot(values_in(images)[:, 0].long(), 3).float()[:, :, None, None]
+
+    def exact_noise(z_t, t, z0):
+        abar = model.alpha_bar[t][:, None, None, None]
+        return (z_t - abar.sqrt() * z0) / (1 - abar).sqrt()
+
+    def unchanged(codes):
+        return codes
+
+    model.latents = one_hot
+    model.represent = one_hot
+    model.tokens = unchanged
+    model.latent_shape = (3, 1, 1)
+    model.denoiser.forward = exact_noise
+    sample.worth(run, set_flags(run, "worth", "--count", 6))
+
+    t, of_factor_0, of_factor_1 = capsys.readouterr().out.splitlines()[:3]
+    abar = model.alpha_bar[[int(word) for word in t.split()[1:]]]
+    rise = 2 / 3 * abar / (1 - abar)
+    expected = {of_factor_0: rise.tolist(), of_factor_1: [0] * len(rise)}
+    for line, numbers in expected.items():
+        words = line.removeprefix("factor 0").removeprefix("factor 1").split()
+        assert [float(word) for word in words] == approx(numbers, rel=2e-3, abs=1e-4)
+
+
+def test_complexity_counts_the_parameters(runs, capsys):
     show("complexity", runs / "run", "--steps", 3)
-    count = sum(map(torch.numel, train.load_run(runs / "run")[0].denoiser.parameters()))
-    assert f"denoiser {count:,} " in re.sub(" +", " ", capsys.readouterr().out)
-    args = sample.parse(f"worth {runs}/run --count 6 --out worth.png".split())
-    run, level = sample.Trained(args), 100 / 127.5  # of the first factor, in grey levels
-    # For worth the latent is the first factor alone, one-hot, and the denoiser is exact.
-    one_hot = lambda x: F.one_hot(((x[:, 0, 0, 0] + 1) / level).round().long(), 3).float()
-    run.model.latents = run.codes = lambda images: one_hot(images)[:, :, None, None]
-    run.model.tokens, run.model.latent_shape = lambda codes: codes, (3, 1, 1)
-    abar = lambda t: run.model.alpha_bar[t][:, None, None, None]
-    run.model.denoiser.forward = lambda z, t, z0: (z - abar(t).sqrt() * z0) / (1 - abar(t)).sqrt()
-    sample.worth(run, args)
-    t, a, b = (line[14:].split() for line in capsys.readouterr().out.splitlines()[:3])
-    abar = run.model.alpha_bar[np.array(t, int)]  # two of three numbers are wrong, each by 1
-    assert np.array(a, float) == approx((2 / 3 * abar / (1 - abar)).numpy(), rel=2e-3, abs=1e-4)
-    assert np.array(b, float) == approx(0, abs=1e-4)
+    model = train.load_run(runs / "run")[0]
+    count = sum(parameter.numel() for parameter in model.denoiser.parameters())
+    assert re.search(f"denoiser +{count:,} ", capsys.readouterr().out)
 
 
-def test_curves_are_straight_squares_as_large_as_they_should(runs, capsys):
-    show("curves", runs / "run", runs / "adagn", "--out", "curves.png")
-    for logarithmic, ys in [(False, (0, 1, 2)), (True, (1, 10, 100)), (True, (-1, 0, 1))]:
-        picture = sample.plot("", "", {"name": [*zip((0, 1, 2), ys)]}, logarithmic=logarithmic)
-        red, _, blue = np.asarray(picture)[:, :800].transpose(2, 0, 1)  # without the legend
-        y, x = ((red < 100) & (blue > 130)).nonzero()  # -1 has no logarithm: a linear axis
-        assert np.ptp(x) > 500 and np.corrcoef(x, y)[0, 1] < -0.999
-    show("importance", runs / "run", "--out", "i.png")
-    pixels = np.asarray(Image.open("i.png"))
-    # The area of a square is its importance: 1.0 of either factor in all, of one 0.1 twice.
-    areas = [(pixels == colour).all(-1).sum() for colour in sample.PALETTE[:2]]
-    assert areas[0] == approx(areas[1], rel=0.05) and min(areas) > 38**2
-    for name, seed, *reached in [("a", 0, .8), ("b", 1, .6), ("c", 2)]:  # c is not finished
+def test_runs_that_find_the_same_codes_agree(runs, capsys):
+    shutil.copytree(runs / "run", "twin")
+    show("agree", runs / "run", "twin", runs / "vae")
+    values = [float(line.split()[0]) for line in capsys.readouterr().out.splitlines()[1:]]
+    assert values[0] == values[1] > values[2]
+
+
+def test_fid_compares_drawn_images_with_those_of_the_dataset(runs, capsys):
+    class Colours(torch.nn.Module):
+        """Stands in for FID's network: the mean of each channel."""
+
+        def forward(self, images, return_features: bool = True):
+            return images.float().mean((2, 3))
+
+    torch.jit.script(Colours()).save("colours.pt")
+    for words in ([], ["--redraw"]):
+        show("fid", runs / "run", "--inception", "colours.pt", "--steps", 2, *words)
+        distance, count = re.search(r"FID (\S+) of (\d+)", capsys.readouterr().out).groups()
+        assert float(distance) > 0
+        assert int(count) == 300
+
+
+def test_curves_keep_two_runs_of_one_name(runs, monkeypatch):
+    for name in ("a/run", "b/run"):
         shutil.copytree(runs / "run", name)
-        write(f"{name}/config.json", json.dumps({**saved(name)["config"], "seed": seed}))
-        write(f"{name}/metrics.json", json.dumps(dict(zip(["disentanglement"], reached))))
-    show("argument", "a", "b", "c", "nothing.pt")
-    assert re.search("(left out: .*){2} 2 +0.700 +0.600 +0.800 ", capsys.readouterr().out, re.S)
+    with mock.patch("sample.plot", wraps=sample.plot) as plot:
+        show("curves", "a/run", "b/run", "a/run")
+    for call in plot.call_args_list:
+        assert list(call.args[2]) == ["a/run", "b/run"]
 
 
-def test_codes_and_an_exported_file_are_used_like_the_run(runs, monkeypatch, capsys):
+@pytest.mark.parametrize("paths, names", [
+    (["runs/x", "runs/y"], ["x", "y"]),
+    (["a/x", "b/x", "c"], ["a/x", "b/x", "c"]),
+    (["a/b/x", "c/b/x"], ["a/b/x", "c/b/x"]),
+    (["x"], ["x"]),
+])
+def test_runs_have_the_shortest_names_that_differ(paths, names):
+    assert sample.short_names(paths) == names
+
+
+def test_argument_takes_the_mean_of_the_seeds_of_a_method(runs, capsys):
+    for seed, disentanglement in enumerate([0.8, 0.6]):
+        shutil.copytree(runs / "run", f"seed{seed}")
+        scores = json.dumps({"disentanglement": disentanglement})
+        Path(f"seed{seed}/metrics.json").write_text(scores)
+    show("argument", "seed*")
+
+    assert re.search(r" 2 +0.700 +0.600 +0.800 ", capsys.readouterr().out)
+
+
+def test_argument_leaves_out_what_is_not_finished(runs, capsys):
+    shutil.copytree(runs / "run", "finished")
+    Path("finished/metrics.json").write_text('{"disentanglement": 0.5}')
+    show("argument", "finished", runs / "unfinished", runs / "run")
+    output = capsys.readouterr().out
+    assert output.count("left out: ") == 2
+    assert re.search(r" 1 +0.500 ", output)
+
+
+@pytest.mark.parametrize("words", ["argument", "argument runs/*", "curves", "agree nowhere"])
+def test_without_any_run_it_is_said_how_to_get_one(words):
+    refused(lambda: show(*words.split()), "no run", "python train.py")
+
+
+# Axes
+def test_equal_steps_are_equally_long_on_an_axis():
+    axis = sample.Axis([1, 4], 100, 500)
+    assert [axis.pixel(value) for value in (0, 1, 2, 4)] == approx([100, 200, 300, 500])
+
+
+def test_equal_ratios_are_equally_long_on_a_logarithmic_axis():
+    axis = sample.Axis([0.1, 10], 100, 500, logarithmic=True)
+    assert [axis.pixel(value) for value in (0.1, 1, 10)] == approx([100, 300, 500])
+
+
+@pytest.mark.parametrize("values, logarithmic", [
+    ([0], False),
+    ([3], False),
+    ([-1, 1], False),
+    ([1e-4, 2e-4], False),
+    ([0, 123456], False),
+    ([3.3, 4.6], True),
+    ([1e-3, 1], True),
+])
+def test_an_axis_has_a_few_ticks_within_its_range(values, logarithmic):
+    axis = sample.Axis(values, 0, 100, logarithmic)
+    assert 1 <= len(axis.ticks) <= 10
+    for tick in axis.ticks:
+        assert -1e-6 <= axis.pixel(tick) <= 100 + 1e-6
+
+
+@pytest.mark.parametrize("name", ["\u5f62", "gr\u00f6\u00dfe", "very long " * 20, "two\nlines"])
+def test_a_name_that_cannot_be_drawn_is_replaced_by_a_number(name, capsys):
+    assert sample.drawable(["hue", name], "factor") == ["hue", "factor 1"]
+    assert "factor 1 is " in capsys.readouterr().out
+
+
+# Files
+def test_encode_writes_the_codes_of_the_dataset(runs):
+    show("encode", runs / "run", "--out", "codes.npz")
+    run, _ = opened(runs / "run")
+    with np.load("codes.npz") as arrays:
+        codes = run.codes(run.load(torch.arange(300)))
+        assert_close(torch.from_numpy(arrays["codes"]), codes)
+        assert (arrays["indices"] == np.arange(300)).all()
+        assert (arrays["factors"] == FACTORS).all()
+
+
+def test_what_encode_writes_is_scored_by_metrics(runs, capsys):
     show("encode", runs / "run", "--out", "codes.npz")
     metrics.main("codes.npz --train 200 --test 100".split())
     assert "disentanglement" in capsys.readouterr().out
+
+
+def test_encode_takes_other_images_of_any_size_and_without_labels(runs):
     np.savez("others.npz", images=np.zeros((3, 40, 30, 3), np.uint8))
-    show("encode", runs / "vector", "--data", "others.npz", "--out", "others' codes.npz")
-    trained = opened(runs / "run")
-    with np.load("codes.npz") as arrays, np.load("others' codes.npz") as others:
-        assert_close(torch.from_numpy(arrays["codes"]), trained.codes(trained.load(range(300))))
-        assert (arrays["indices"] == np.arange(300)).all() and (arrays["factors"] == FACTORS).all()
-        assert others["codes"].shape == (3, 6, 8) and "factors" not in others
+    show("encode", runs / "vector", "--data", "others.npz", "--out", "codes.npz")
+    with np.load("codes.npz") as arrays:
+        assert arrays["codes"].shape == (3, 6, 8)
+        assert "factors" not in arrays
+
+
+def test_an_exported_file_is_the_run_in_half_precision(runs):
+    show("export", runs / "run", "small.pt")
+    half, half_config, half_about = train.load_run("small.pt")
+    model, config, about = train.load_run(runs / "run")
+    assert half_config == config
+    assert half_about["scores"] == about["scores"]
+    assert_close(half.state_dict(), model.state_dict(), rtol=1e-3, atol=1e-4)
+
+
+def test_without_a_run_the_model_of_the_code_is_used(runs, monkeypatch, capsys):
     show("export", runs / "run", "small.pt")
     monkeypatch.setattr(sample, "SHIPPED", Path("small.pt"))
     show("swap", "--count", 2, "--steps", 3)
-    assert "no RUN given" in capsys.readouterr().out and Path("swap.png").exists()
-    (half, *about), (whole, *of_run) = map(train.load_run, ("small.pt", runs / "run"))
-    assert about[0] == of_run[0] and about[1]["scores"] == of_run[1]["scores"]
-    assert_close(half.state_dict(), whole.state_dict(), rtol=1e-3, atol=1e-4)
+    assert "no RUN given" in capsys.readouterr().out
+    assert Path("swap.png").exists()
 
 
-def serve(run):
+@pytest.mark.parametrize("name, kind", [
+    ("a.png", "PNG"), ("a.jpg", "JPEG"), ("A.JPEG", "JPEG"), ("a.webp", "WEBP"), ("a.gif", "GIF")])
+def test_the_ending_of_a_picture_is_its_format(runs, name, kind):
+    show("generate", runs / "run", "--count", 2, "--steps", 1, "--out", name)
+    assert Image.open(name).format == kind
+
+
+@pytest.mark.parametrize("words", [
+    "swap {}/run --out a.tiff", "swap {}/run --out a", "encode {}/run --out a.csv",
+    "export {}/run a.png", "page {}/run a.png", "traverse {}/run --gif --out a.png"])
+def test_an_ending_that_does_not_fit_is_refused(runs, words):
+    refused(lambda: show(*words.format(runs).split()), "a name that ends in ")
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(runs, folder, monkeypatch):
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(folder))
+    shutil.copytree(runs / "run", "run")
+    shutil.copy(runs / "toy.npz", "toy.npz")
+    words = "generate ~/run --count 1 --steps 1 --data ~/toy.npz --cache ~/cache --out ~/a.png"
+    show(*words.split())
+
+    assert Path("a.png").exists()
+    assert Path("cache").is_dir()
+    show("export", "~/run", "~/small.pt")
+    assert Path("small.pt").exists()
+
+
+def test_every_verb_with_data_has_a_folder_for_its_cache():
+    verbs = sample.make_parser()._subparsers._group_actions[0].choices
+    for name, verb in verbs.items():
+        flags = verb._option_string_actions
+        assert ("--data" in flags) == ("--cache" in flags), name
+
+
+# What a user can ask for
+def test_a_usual_count_that_a_small_set_lacks_is_what_there_is(runs, drawn_rows):
+    np.savez("three.npz", images=np.zeros((3, 32, 32, 3), np.uint8))
+    show("reconstruct", runs / "run", "--data", "three.npz", "--steps", 1)
+    assert len(drawn_rows["input"]) == 3
+    show("swap", runs / "run", "--data", "three.npz", "--steps", 1)
+    assert len(drawn_rows["source"]) == 1
+
+
+@pytest.mark.parametrize("seed", [0, 2**63, 2**64, 2**70, -1])
+def test_any_whole_number_is_a_seed(runs, seed):
+    show("swap", runs / "run", "--count", 1, "--steps", 1, "--seed", seed)
+
+
+def test_eta_adds_noise_to_ddim(runs):
+    run, _ = opened(runs / "run", "--sampler", "ddim", "--steps", 3)
+    noisy, _ = opened(runs / "run", "--sampler", "ddim", "--steps", 3, "--eta", 1)
+    codes = run.codes(run.load(torch.arange(2)))
+    noise = run.noise(2)
+    assert torch.equal(run.draw(codes, noise), run.draw(codes, noise))
+    assert not torch.equal(noisy.draw(codes, noise), noisy.draw(codes, noise))
+
+
+@pytest.mark.parametrize("words, said", [
+    ("swap {}/moved --count 1", "say where it is with --data"),
+    ("importance {}/direct", "has no importance matrix (no labels)"),
+    ("page {}/direct page.html", "no token has a name"),
+    ("explore {}/run --port 70000", "--port 70000 cannot be used"),
+    ("swap {}/unfinished", "has not finished its first stage"),
+    ("swap {}/damaged", "metrics.json cannot be read"),
+    ("swap {}/run --tokens 1 6", "--tokens is 6; expected 0 to 5"),
+    ("swap {}/run --tokens x", "--tokens"),
+    ("swap {}/run --count 151", "--count is 151; expected at most 150"),
+    ("swap {}/run --count 0", "--count"),
+    ("swap {}/run --steps 21", "21"),
+    ("swap {}/run --eta 1", "--eta is 1.0; expected --sampler ddim"),
+    ("swap {}/vae --sampler ddim --eta 1", "--eta is 1.0"),
+    ("swap {}/run --sampler ddim --eta nan", "expected 0 to 1"),
+    ("attention {}/adagn --count 1 --steps 1", "no cross-attention"),
+    ("worth {}/vae", "draws without noise"),
+    ("curves {}/damaged", "no log of this version"),
+    ("agree {}/run", "two runs or more"),
+])
+def test_what_cannot_be_is_one_line(runs, words, said):
+    before = sorted(runs.rglob("*"))
+    refused(lambda: show(*words.format(runs).split()), said)
+    assert sorted(runs.rglob("*")) == before
+
+
+# The pages
+ASKED = {"source": 7, "target": 2, "noise": 1, "steps": 3, "tokens": "s,s,s,s,s,s"}
+
+
+def serve(path):
     """The page of a run -> ask, where ask(path, fields, **headers) -> (status, text)."""
-    shown, words = Queue(), ["explore", str(run), "--seed", "3"]
+    shown = Queue()
+    words = ["explore", path, "--seed", 3]
     with mock.patch("webbrowser.open", shown.put):
         threading.Thread(target=sample.main, args=(words,), daemon=True).start()
         address = shown.get(timeout=60).strip("/").partition("//")[2]
@@ -979,372 +4008,254 @@ def serve(run):
     return ask
 
 
-@pytest.mark.parametrize("run", ["run", "vector", "direct", "adagn"])
-def test_the_page_draws_what_its_sliders_say(runs, run):
-    shutil.copytree(runs / run, "copy")
-    content = saved("copy")
-    for value in [v for name, v in content["ema"].items() if name.startswith("denoiser.")]:
-        value += 0.1 * torch.randn(value.shape)  # so that it reads its tokens
-    torch.save(content, "copy/checkpoint.pt")
-    ask, trained = serve("copy"), opened("copy")
-    status, page = ask("/")
-    setup = json.loads(re.search(r"const setup = (.*), \$ = ", page)[1])
-    assert status == 200 and not re.search(r"(src|href)=.?(http|//)", page)
-    assert run == "direct" or [token["i"] for token in setup["tokens"]] == ORDER
-    drawn = lambda tokens: json.loads(ask("/draw", {**GOOD, "tokens": tokens})[1])
-    own, code = drawn("s,s,s,s,s,s"), trained.codes(trained.load([7, 2]))
-    z = torch.randn(1, *trained.model.latent_shape, generator=torch.Generator().manual_seed(1))
-    half = torch.cat([code[1:, :3], code[:1, 3:]], 1)
-    for codes, tokens in [(code[:1], "s,s,s,s,s,s"), (half, "t,t,t,s,s,s"),
-                          (code[:1], ",".join(map(str, own["places"][0])))]:
-        picture = Image.open(urllib.request.urlopen(drawn(tokens)["images"][2]))
-        image = train.to_bytes(trained.draw(codes, z, steps=3)[0]).permute(1, 2, 0)
-        assert_close(torch.from_numpy(np.array(picture)), image, rtol=0, atol=1)
-    moved = f"{own['places'][0][0] + 300},s,s,s,s,s"
-    with ThreadPoolExecutor(4) as pool:  # requests of others at the same time change nothing
-        first, other, *more = pool.map(drawn, ["s,s,s,s,s,s", moved] * 4)
-    assert first == own and other["images"][2] != own["images"][2] and more == [first, other] * 3
-    assert len(own["maps"]) == (0 if run == "adagn" else 6)
+def setup_of(page):
+    return json.loads(re.search(r"const setup = (.*)\n", page)[1])
 
 
-def test_the_page_refuses_strangers_and_nonsense(runs):
+@pytest.mark.parametrize("name", ["run", "vector", "direct", "adagn"])
+def test_the_page_draws_the_tokens_that_it_asks_for(loud, name):
+    ask = serve(loud(name))
+    run, _ = opened(name)
+    codes = run.codes(run.load(torch.tensor([7, 2])))
+    noise = torch.randn(1, *run.model.latent_shape, generator=torch.Generator().manual_seed(1))
+
+    def asked(tokens):
+        return json.loads(ask("/draw", {**ASKED, "tokens": tokens})[1])
+
+    source = codes[:1]
+    half = torch.cat([codes[1:, :3], codes[:1, 3:]], dim=1)
+    positions = ",".join(map(str, asked("s,s,s,s,s,s")["positions"][0]))
+    for tokens, expected in [("s,s,s,s,s,s", source), ("t,t,t,s,s,s", half), (positions, source)]:
+        url = asked(tokens)["images"][2]
+        picture = torch.from_numpy(np.array(Image.open(urllib.request.urlopen(url))))
+        image = train.to_bytes(run.draw(expected, noise, steps=3)[0]).permute(1, 2, 0)
+        assert_close(picture, image, rtol=0, atol=1)
+
+
+def test_a_slider_that_moves_changes_the_image(loud):
+    ask = serve(loud("run"))
+    before = json.loads(ask("/draw", ASKED)[1])
+    position = before["positions"][0][0] + 300
+    after = json.loads(ask("/draw", {**ASKED, "tokens": f"{position},s,s,s,s,s"})[1])
+    assert after["images"][:2] == before["images"][:2]
+    assert after["images"][2] != before["images"][2]
+
+
+def test_requests_at_the_same_time_do_not_mix(loud):
+    ask = serve(loud("run"))
+    asked = [{**ASKED, "tokens": tokens} for tokens in ("s,s,s,s,s,s", "300,s,s,s,s,s")]
+    alone = [ask("/draw", fields) for fields in asked]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(functools.partial(ask, "/draw"), asked * 4))
+    assert together == alone * 4
+
+
+def test_the_page_has_a_map_for_each_token_that_is_attended_to(runs):
+    assert len(json.loads(serve(runs / "run")("/draw", ASKED)[1])["maps"]) == 6
+    assert json.loads(serve(runs / "adagn")("/draw", ASKED)[1])["maps"] == []
+
+
+def test_the_strip_goes_from_noise_to_the_image_that_is_drawn(loud):
+    ask = serve(loud("run"))
+
+    def drawn(**changes):
+        return json.loads(ask("/draw", {**ASKED, **changes})[1])
+
+    answer = drawn()
+    assert answer["strip"][-1] == {"t": 0, "image": answer["images"][2]}
+    start = answer["strip"][0]
+    assert start["t"] == drawn(steps=1)["strip"][0]["t"] == 20
+    assert drawn(tokens="t,t,t,t,t,t")["strip"][0] == start
+    assert drawn(noise=2)["strip"][0]["image"] != start["image"]
+
+
+@pytest.mark.parametrize("steps, timesteps", [
+    (1, [20, 0]), (4, [20, 15, 10, 5, 0]), (20, [20, 17, 13, 10, 7, 3, 0])])
+def test_the_strip_has_at_most_seven_images_evenly_spaced(runs, steps, timesteps):
+    answer = json.loads(serve(runs / "run")("/draw", {**ASKED, "steps": steps})[1])
+    assert [image["t"] for image in answer["strip"]] == timesteps
+
+
+@pytest.mark.parametrize("name", ["direct", "vae"])
+def test_a_model_that_draws_in_one_pass_has_no_strip(runs, name):
+    ask = serve(runs / name)
+    assert json.loads(ask("/draw", {**ASKED, "steps": 1})[1])["strip"] == []
+    assert not setup_of(ask("/")[1])["removesNoise"]
+
+
+def test_the_page_names_its_run_from_the_working_directory(loud):
+    run, _ = opened(Path(loud("run")).absolute())
+    assert setup_of(sample.Explorer(run).page)["run"] == "run"
+
+
+def test_the_page_puts_the_tokens_of_a_factor_together(runs):
+    groups = setup_of(serve(runs / "run")("/")[1])["groups"]
+    tokens = [[token["i"] for token in group["tokens"]] for group in groups]
+    assert tokens == [*OF_FACTORS, [2]]
+
+
+def test_the_page_tells_which_factors_a_token_mixes(runs):
+    run, _ = opened(runs / "run")
+    run.importance[1] = [0.6, 0.1]
+    groups = setup_of(sample.Explorer(run).page)["groups"]
+    mixes = {token["i"]: token["mixes"] for group in groups for token in group["tokens"]}
+    assert mixes[1] == ["factor 0", "factor 1"]
+    assert not any(mixes[i] for i in (0, 2, 3, 4, 5))
+
+
+@pytest.mark.parametrize("name, value", [
+    ("Host", "evil.example"), ("Origin", "http://evil.example"), ("Origin", "null"),
+    ("Origin", "http://127.0.0.1:1")])
+def test_another_site_may_not_ask_the_server(runs, name, value):
     ask = serve(runs / "run")
-    for name, value in [("Host", "evil.example"), ("Origin", "http://evil.example"),
-                        ("Origin", "null"), ("Origin", "http://127.0.0.1:1")]:
-        assert ask("/draw", GOOD, **{name: value})[0] == 403 == ask("/", **{name: value})[0]
-    for wrong in [{"source": -1}, {"source": 300}, {"target": "x"}, {"noise": 2**70}, {"steps": 0},
-                  {"steps": 10**6}, *({"tokens": first + ",s" * 5} for first in
-                                      ("s,s", "nan", "1e30", "u"))]:
-        assert ask("/draw", {**GOOD, **wrong})[0] == 400, wrong
-    assert [ask("/draw")[0], ask("/../train.py")[0], ask("/draw", GOOD)[0]] == [400, 404, 200]
+    assert ask("/", **{name: value})[0] == 403
+    assert ask("/draw", ASKED, **{name: value})[0] == 403
 
 
-@pytest.mark.parametrize("words, said", [
-    ("swap {0}/moved --count 1", "say where it is with --data"),
-    ("importance {0}/direct", "has no importance matrix (no labels)"),
-    ("explore {0}/run --port 70000", "--port 70000 cannot be used"),
-    ("swap {0}/unfinished", "has not finished its first stage"),
-    ("swap {0}/damaged", "metrics.json cannot be read"),
-    ("swap {0}/run --tokens 1 6", "--tokens is 6; expected 0 to 5"),
-    ("swap {0}/run --count 151", "302 images are needed; expected at most 300"),
-    ("swap {0}/run --steps 1 --count 1 --out {0}/run", "cannot write"),
-    ("attention {0}/adagn --count 1 --steps 1", "no cross-attention"),
-    ("curves {0}/damaged", "no log of this version")])
-def test_what_is_wrong_is_said_in_one_line_and_nothing_written(runs, words, said):
-    before = listing(runs)
-    refused(lambda: show(*words.format(runs).split()), said)
-    assert listing(runs) == before
+def test_a_malformed_request_is_refused(runs):
+    ask = serve(runs / "run")
+    wrong = [{"source": -1}, {"source": 300}, {"target": "x"}, {"noise": 2**70}, {"steps": 0},
+             {"steps": 10**6}]
+    wrong += [{"tokens": word + ",s" * 5} for word in ("s,s", "nan", "1e30", "u")]
+    for change in wrong:
+        assert ask("/draw", {**ASKED, **change})[0] == 400, change
+    assert ask("/draw")[0] == 400
+    assert ask("/../train.py")[0] == 404
+    assert ask("/draw", ASKED)[0] == 200
 
 
-# ---- Training -----------------------------------------------------------------------------------
-
-# 300 images of two factors; six tokens' importance for these; the order in which rows come.
-FACTORS = all_combinations(3, 4)[np.arange(300) % 12]
-IMPORTANCE = [[.0, .1], [.6, .0], [.0, .0], [.0, .8], [.4, .0], [.0, .1]]
-ORDER = [1, 4, 3, 0, 2, 5]
-INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+def test_the_server_looks_up_no_name(runs):
+    with mock.patch("socket.getfqdn", side_effect=UnicodeDecodeError("utf-8", b"\xe9", 0, 1, "x")):
+        assert serve(runs / "run")("/")[0] == 200
 
 
-def flags(**options):
-    """A config as command-line arguments; where one is repeated, the last one counts."""
-    values = {k: v if isinstance(v, tuple) else (v,) for k, v in options.items()}
-    return [str(word) for k, v in values.items() for word in ("--" + k.replace("_", "-"), *v)]
+def test_a_page_to_pass_on_is_one_small_file(runs):
+    show("page", runs / "run", "page.html", "--steps", 2)
+    text = Path("page.html").read_text("utf-8")
+    assert len(text) < 2e6
+    assert not re.search(r"(src|href)=.?(http|//)", text)
+    assert [factor["name"] for factor in setup_of(text)["factors"]] == ["factor 0", "factor 1"]
 
 
-def make_run(folder, **changes):
-    train.main(["--out", folder, *flags(**{**TINY, **changes})])
-    return folder
+def read_tiles(url, columns, rows):
+    """The images (rows, columns, 3, S, S) of a picture without gaps."""
+    picture = torch.from_numpy(np.array(Image.open(urllib.request.urlopen(url))))
+    S = picture.shape[0] // rows
+    tiles = picture.unflatten(0, (rows, S)).unflatten(2, (columns, S))
+    return train.to_float(tiles.permute(0, 2, 4, 1, 3))
 
 
-def resume(folder, **changes):
-    train.main(["--resume", folder, *flags(**changes)])
+def test_a_page_to_pass_on_has_every_set_of_factors_of_the_target(perfect):
+    args = sample.parse(["page", "page.html"])
+    sample.page(perfect, args)
+    setup = setup_of(Path("page.html").read_text("utf-8"))
+    images = setup["sources"][0]
+    source, target = [values_in(read_tiles(images[name], 1, 1)[0])[0]
+                      for name in ("source", "target")]
+    sets = values_in(read_tiles(images["exchanges"], setup["columns"], 1)[0])
+    for number, values in enumerate(sets):
+        taken = torch.tensor([number % 2 == 1, number // 2 == 1])
+        assert torch.equal(values, torch.where(taken, target, source))
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """A folder of finished runs, never interrupted, with scores as long ones would have, and their
-    dataset: 3 x 4 colours of two halves; and of damaged runs. Nothing there is to be changed."""
-    folder = tmp_path_factory.mktemp("runs")
-    images = np.zeros((300, 32, 32, 3), np.uint8)
-    images[:, :16, :, 0] = (FACTORS[:, :1] * 100)[:, :, None]
-    images[:, 16:, :, 1] = (FACTORS[:, 1:] * 80)[:, :, None]
-    np.savez(folder / "toy.npz", images=images, labels=FACTORS)
-    with mock.patch("train.score", return_value={"importance": IMPORTANCE}):
-        TINY["data"] = folder / "toy.npz"
-        for name, variant in [("run", {"score_every": 6}), ("adagn", {"conditioning": "adagn"}),
-                              ("vector", {"tokens": "vector"}), ("direct", {"decoder": "direct"})]:
-            make_run(folder / name, **variant)
-    good = saved(folder / "run")
-    for name, change in [("unfinished", {"stage": "first stage"}), ("damaged", {}),
-                         ("moved", {"config": {**good["config"], "data": "/no/such.npz"}})]:
-        write(folder / name / "checkpoint.pt", "")
-        torch.save({**good, **change}, folder / name / "checkpoint.pt")
-    write(folder / "damaged/metrics.json", "{"), write(folder / "damaged/log.csv", "a,b\n1,2\n")
-    write(folder / "direct/metrics.json", '{"note": "no labels"}')
-    return folder
+def test_a_page_to_pass_on_sweeps_each_factor_over_its_values(perfect):
+    args = sample.parse(["page", "page.html"])
+    sample.page(perfect, args)
+    setup = setup_of(Path("page.html").read_text("utf-8"))
+    rows = read_tiles(setup["sources"][0]["sweeps"], setup["widest"], 2)
+    assert values_in(rows[0])[:3, 0].tolist() == [0, 1, 2]
+    assert values_in(rows[1])[:4, 1].tolist() == [0, 1, 2, 3]
 
 
-@pytest.fixture
-def whole(runs, monkeypatch):
-    """The run that others are compared with; training goes without scores."""
-    monkeypatch.setattr(train, "score", lambda *a, **k: {})
-    return runs / "run"
+# ---- The documents ------------------------------------------------------------------------------
+
+MODULES = sorted(path.stem for path in HERE.glob("*.py"))
 
 
-def saved(folder):
-    return torch.load(Path(folder, "checkpoint.pt"), weights_only=True)
+def text_of(name):
+    return (HERE / name).read_text(encoding="utf-8")
 
 
-def weights(folder):
-    return {**saved(folder)["model"], **{"ema." + k: v for k, v in saved(folder)["ema"].items()}}
+def code_blocks(language):
+    """The fenced blocks of the README in this language; "" is none."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", text_of("README.md"), re.M | re.S)
+    return [block for name, block in blocks if name == language]
 
 
-def log(folder, *columns):
-    with open(Path(folder, "log.csv"), newline="") as file:
-        return [[row[column] for column in columns] for row in csv.DictReader(file)]
+def words_of_commands():
+    """(script, its words) of every `python script.py ...` in the README's blocks and in headers."""
+    texts = code_blocks("") + code_blocks("bash") + code_blocks("sh") + code_blocks("console")
+    texts += [text_of(f"{module}.py").split('"""')[1] for module in MODULES]
+    commands = []
+    for text in texts:
+        for line in re.findall(r"^(?:TRY)?[ $]*python (\w+\.py.*)$", text, re.M):
+            command = re.split(r" {2,}|->|#|\(", line)[0]
+            script, *words = shlex.split(command)
+            commands.append((script, words))
+    return commands
 
 
-def signals(patch, numbers):
-    """Send the process these signals, {step: number}; returns the count of all runs' steps."""
-    note, steps = train.Run.note, itertools.count(1)
-
-    def note_and_signal(*arguments):
-        signal.raise_signal(numbers.get(next(steps), 0))  # 0: none
-        note(*arguments)
-
-    patch.setattr(train.Run, "note", note_and_signal)
-    return steps
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_begins_with_its_six_parts(module):
+    header = text_of(f"{module}.py").split('"""')[1]
+    parts = re.findall(r"^(WHERE|PAPER|SHAPES|IDEA|DIFFERS|TRY) ", header, re.M)
+    assert parts == ["WHERE", "PAPER", "SHAPES", "IDEA", "DIFFERS", "TRY"]
 
 
-@pytest.mark.parametrize("options, steps, stops", [  # in warm-up, rounding, at stage 1's end, later
-    (dict(score_every=6), 24, {3: INT, 7: TERM, 12: HUP, 17: INT, 23: HUP}),
-    (dict(model="vae", vae_loss="annealed"), 12, {5: TERM}),
-    (dict(first_stage="pixels"), 12, {5: TERM})], ids=["encdiff", "vae", "pixels"])
-def test_interruptions_leave_the_same_bits(options, steps, stops, whole, monkeypatch):
-    unbroken = whole if steps == 24 else make_run("unbroken", **options)
-    done, handlers = signals(monkeypatch, stops), [*map(signal.getsignal, (INT, TERM, HUP))]
-    for k in range(len(stops)):
-        with pytest.raises(KeyboardInterrupt, match="--resume parts"):
-            resume("parts") if k else make_run("parts", **options)
-    resume("parts")
-    assert next(done) == steps + 1 and equal(weights("parts"), weights(unbroken))
-    columns = ("stage", "step", "lr", "mse")
-    assert log("parts", *columns) == log(unbroken, *columns)
-    assert handlers == [*map(signal.getsignal, (INT, TERM, HUP))]
+def our_imports(module, indent):
+    """Which of our files a module imports, on lines that begin with this pattern."""
+    source = text_of(f"{module}.py")
+    imported = re.findall(rf"^{indent}(?:import|from) (\w+)", source, re.M)
+    return set(imported) & set(MODULES)
 
 
-def test_a_moved_run_goes_on_with_moved_data(whole, folder, monkeypatch):
-    shutil.copy(TINY["data"], "toy.npz")
-    np.savez("other.npz", images=noise(300, 32, 32), labels=FACTORS)
-    signals(monkeypatch, {17: INT})
-    with pytest.raises(KeyboardInterrupt):
-        make_run("run", data="toy.npz")
-    Path("there/deep").mkdir(parents=True)
-    Path("run").rename("there/moved"), Path("toy.npz").rename("there/data.npz")
-    monkeypatch.chdir("there/deep")
-    refused(lambda: resume("../moved"), "toy.npz", "--data")
-    refused(lambda: resume("../moved", data="../../other.npz"), "--data is", "digest")
-    resume("../moved", data="../data.npz")
-    assert equal(weights("../moved"), weights(whole))
-    assert train.load_run("../moved")[1].data == str(folder / "there/data.npz")
+@pytest.mark.parametrize("module", ["data", "vq", "unet", "metrics"])
+def test_a_module_to_copy_imports_none_of_ours(module):
+    assert our_imports(module, " *") == set()
 
 
-def test_a_first_stage_is_borrowed_its_encoder_stops(whole, monkeypatch):
-    shutil.copytree(whole, "lender")
-    make_run("borrower", first_stage="lender", seed=7)
-    shutil.rmtree("lender")  # what it lent is known
-    lent, got = train.load_run(whole)[0], train.load_run("borrower")[0]
-    assert equal(lent.first_stage.state_dict(), got.first_stage.state_dict())
-    ends = [json.loads(Path(run, "metrics.json").read_text()) for run in (whole, "borrower")]
-    assert ends[0]["tflop"] == ends[1]["tflop"]  # what was borrowed counts
-    assert not equal(lent.encoder.state_dict(), got.encoder.state_dict())
-    monkeypatch.setitem(train.FIRST_STAGE["tiny"], "encoder_steps", 6)
-    short, long = (train.load_run(make_run(f"{steps}", vq_steps=steps, steps=0))[0].first_stage
-                   for steps in (20, 40))  # whose learning rates part after step 8
-    assert equal(short.encoder.state_dict(), long.encoder.state_dict())
-    assert not equal(short.decoder.state_dict(), long.decoder.state_dict())
+def test_the_method_imports_only_the_scores_and_only_in_a_function():
+    assert our_imports("encdiff", "") == set()
+    assert our_imports("encdiff", " +") == {"metrics"}
 
 
-def test_threads_leave_the_cores_that_others_use(monkeypatch):
-    monkeypatch.delenv("OMP_NUM_THREADS")
-    monkeypatch.setattr(train.time, "process_time", lambda: 1.0)
-    monkeypatch.setattr(Path, "read_text", lambda path: "cpu  200 100 200 700 80 6 4 90")
-    machine = train.Machine("cpu")
-    assert machine.others == (510 - 100 * (os.nice(0) < 1)) / os.sysconf("SC_CLK_TCK") - 1
-    machine.threads = 3
-    with mock.patch("torch.set_num_threads") as chosen, mock.patch("os.cpu_count", lambda: 4):
-        for load in (0.3, 1.3, 1.7, 9, 0):  # cores that others used in ten seconds
-            machine.looked, machine.others = machine.looked - 10, machine.others - 10 * load
-            machine.leave_busy_cores()
-    assert chosen.call_args_list == [((n,),) for n in (3, 3, 2, 1, 3)]
+def test_every_command_of_the_documents_exists():
+    parsers = {"train.py": train.make_parser().parse_args, "sample.py": sample.parse}
+    commands = words_of_commands()
+    assert {"train.py", "sample.py", "encdiff.py"} <= {script for script, _ in commands}
+    for script, words in commands:
+        if script in parsers and "--help" not in words:
+            parsers[script](words)  # ValueError where a flag or a verb is unknown
+        for word in words:
+            if script not in parsers and word.startswith("--"):
+                assert f'"{word}"' in text_of(script), (script, word)
 
 
-def test_noise_is_weak_at_first_learning_rates_at_both_ends(whole, monkeypatch):
-    drawn, loss = [], encdiff.EncDiff.loss
-    monkeypatch.setattr(encdiff.EncDiff, "forward",
-                        lambda *inputs: drawn.append(inputs[2:3]) or loss(*inputs))
-    make_run("run", noise_order="weak-first", batch=64)
-    early, late = torch.stack([t for t, in filter(None, drawn)]).double().split((4, 8))
-    lowest = 210**2 / 20**3  # the mean of the lowest of three numbers in 1 to 20
-    assert early.mean().item() == approx(lowest, abs=1.2) and early.min() == 1
-    assert late.mean().item() == approx(21 - lowest, abs=1.2) and late.max() == 20
-    rates = [train.learning_rate(2.0, step, 1000, 0.4) for step in (0, 49, 99, 600, 800, 999)]
-    assert rates == approx([0.02, 1.0, 2.0, 2.0, 1.0, 0.005])
+@pytest.mark.parametrize("snippet", code_blocks("python"))
+def test_a_snippet_of_the_readme_prints_what_it_says(snippet, monkeypatch, capsys):
+    if not snippet.startswith(("import", "from")):
+        pytest.skip("a piece of a file")
+    monkeypatch.chdir(HERE)
+    exec(snippet, {})
+    said = re.findall(r"^# (.*\n)", snippet, re.M)
+    assert capsys.readouterr().out.endswith("".join(said))
 
 
-@pytest.mark.parametrize("precision, apart", [("bf16", 1e-3), ("fp32", 0.05)])
-def test_muon_is_torchs_and_adamw_takes_the_rest(precision, apart):
-    model = tiny_model()
-    optimizer = train.Optimizer(model, train.Config(**{**TINY, "precision": precision}), 1.0)
-    inner, last = optimizer.parts[1].param_groups[0]["params"], model.denoiser.conv_out.weight
-    assert len(inner) > 20 and model.denoiser.middle[0].conv1.weight in set(inner) - {last}
-    twins = [torch.nn.Parameter(w.detach().flatten(1).clone()) for w in inner]
-    theirs = torch.optim.Muon(twins, 1e-2, train.WEIGHT_DECAY)  # bf16, with ten times AdamW's rate
-    for _ in range(3):
-        last.grad = torch.ones_like(last)
-        for w, twin in zip(inner, twins):
-            w.grad, twin.grad = (noise := torch.randn_like(w)), noise.flatten(1)
-        optimizer.step(1e-3), theirs.step()
-    for w, twin in zip(inner, twins):  # each step has the norm 1e-2 times the root of its rank
-        assert (w.flatten(1) - twin).norm() <= apart * 2e-2 * min(twin.shape)**0.5
-    assert last.sum().item() == approx(-3e-3 * last.numel(), rel=0.01)
+def test_the_readme_shows_the_method_as_it_stands_in_the_code():
+    lines = {line.strip() for line in text_of("encdiff.py").splitlines()}
+    shown = [line.strip() for line in text_of("README.md").splitlines()
+             if re.match(r" *(codes = self|z_t = self|predicted = self|return F.mse_loss)", line)]
+    assert len(shown) >= 3
+    assert set(shown) <= lines
 
 
-def test_training_lowers_the_loss_and_gives_the_average(whole, capsys):
-    make_run("run", steps=60, lr=3e-2)
-    losses = [float(loss) for stage, loss in log("run", "stage", "loss") if stage[0] == "j"]
-    assert losses[-1] < 0.9 * losses[0] and "training 20/60  loss" in capsys.readouterr().out
-    kept, (model, _, about) = weights("run"), train.load_run("run")
-    state = model.state_dict()
-    assert equal(state, {name: kept.get("ema." + name, kept[name]) for name in state})
-    assert about["step"] == 60 and about["data"]["count"] == 300 and about["scores"]["tflop"] > 0
-    other = train.load_run("run")[0]
-    for v, new in zip(state.values(), other.state_dict().values()):
-        v.fill_(0), new.fill_(1)
-    train.update_average(model, other, 0.9)  # a tenth of the way, but not in stage 1
-    means = {name: v.mean().item() for name, v in state.items() if v.is_floating_point()}
-    assert means == approx({k: 0.1 * (k[:12] != "first_stage.") for k in means}, abs=1e-4)
-
-
-def test_scores_of_scalars_are_those_of_tokens_along_a_line(rendered):
-    model, axes = tiny_model(size=64).eval(), torch.randn(6, 8)
-    run = mock.Mock(config=train.Config(**TINY), machine=train.Machine("cpu"))
-    model.encoder.out.weight.data *= 1000  # or untrained codes count as not active
-    # A token that is its scalar along some direction must score as the scalar does.
-    model.token_map.forward = lambda codes: codes[..., None] * axes
-    scores = train.score(run, rendered, model, 2000, mapped=True)
-    assert [scores[f"mapped_{k}"] for k in train.Run.SCORES] == approx(
-        [scores[k] for k in train.Run.SCORES], abs=0.02)
-    assert 0 < scores["disentanglement"] < 0.5 and len(scores["importance"]) == 6
-
-
-def launch(*words, launcher=(), run=subprocess.run, **options):
-    code = ("import sys; sys.path.insert(0, sys.argv.pop(1)); import test_encdiff, train\n"
-            "train.score = lambda *a, **k: {}\n"
-            "with train.one_line_errors(): train.main(sys.argv[1:])")
-    return run([*launcher, sys.executable, "-c", code, str(HERE), *words], **options)
-
-
-def test_two_processes_train_like_one(whole):
-    options = dict(TINY, encoder="cnn", dropout=0.0, steps=8)  # BatchNorm and dropout differ
-    make_run("one", **options)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--no-python"]
-    launch("--out", "two", *flags(**options), launcher=torchrun, check=True, capture_output=True)
-    one, two = np.array(log("one", "loss"), float), np.array(log("two", "loss"), float)
-    assert len(one) == 5 and one == approx(two, abs=1e-3)
-
-
-# ---- What a user can get wrong ------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("words", [
-    "--batch 0", "--steps many", "--lr nan", "--ema 1", "--seed -1", "--channels 30", "--size 48",
-    "--vq-steps 0", "--first-stage shallow", "--multipliers 0", "--multipliers 1 2 2 2 2 2",
-    "--learning-rate 1", "--tokens", "--resume nowhere", "--data nowhere", "--first-stage nowhere",
-    "--decoder direct --conditioning adagn", "--regularizer sparse --tokens vector",
-    "--num-tokens 40 --regularizer orthogonal", "--device cuda"])
-def test_a_bad_flag_is_one_line_that_names_it(words, runs, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    flag, others = words.split()[0], [*flags(**TINY), "--out", "run"] * ("--resume" not in words)
-    said = "nowhere" if "nowhere" in words else flag
-    refused(lambda: train.main([*others, *words.split()]), said)
-    assert not Path("run").exists()
-
-
-def test_what_may_not_change_and_other_runs_are_refused(whole):
-    kept = (whole / "checkpoint.pt").read_bytes()
-    for change, said in [({"dropout": 0.5}, "dropout 0.1 -> 0.5"), ({"out": "other"}, "no --out"),
-                         ({"steps": 5}, "--steps is 5; expected 12 or more")]:
-        refused(lambda: resume(whole, **change), said)
-    refused(lambda: resume(whole / "checkpoint.pt"), "folder")
-    refused(lambda: make_run(whole), "or --resume")
-    with train.RUNNING:  # as in a notebook's thread
-        refused(lambda: make_run("new"), "another thread")
-    with train.Run("busy", train.Config(), train.Machine()):
-        refused(lambda: make_run("busy"), "in use by another process")
-    make_run("busy", steps=0, first_stage=whole)  # the failed start holds no lock
-    assert (whole / "checkpoint.pt").read_bytes() == kept
-
-
-def test_a_foreign_checkpoint_executes_nothing(whole):
-    good, begin = saved(whole), (whole / "checkpoint.pt").read_bytes()[:5000]
-    trap = type("Trap", (), {"__reduce__": lambda self: (os.mkdir, ("trapped",))})()
-    configs = [{**good["config"], "channels": 32}, {**good["config"], "channels": "wide"}, trap]
-    changed = [{**good, "config": config} for config in configs]  # shapes, type, code
-    export = {k: v for k, v in good.items() if k not in ("optimizer", "log")}
-    for k, content in enumerate([b"", b"hello", begin, [1], {"format": 4}, {**good, "format": 0},
-                                 {**good, "model": [1]}, *changed, export]):
-        write(f"run{k}/checkpoint.pt", content if isinstance(content, bytes) else b"")
-        if not isinstance(content, bytes):
-            torch.save(content, f"run{k}/checkpoint.pt")
-        refused(lambda: resume(f"run{k}"), f"run{k}")
-    assert not Path("trapped").exists()
-
-
-@pytest.mark.parametrize("moment, ending", [("data.open_dataset", TERM), ("train.score", INT)])
-def test_a_signal_before_and_after_training_is_one_line(moment, ending, whole, capsys):
-    with mock.patch(moment, lambda *a, **k: signal.raise_signal(ending)):
-        with pytest.raises(SystemExit) as ended, train.one_line_errors():
-            make_run("run")
-    assert ended.value.code == 130 and capsys.readouterr().err.count("\n") == 1
-    assert Path("run/checkpoint.pt").exists() == (moment == "train.score")
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
-def test_a_full_disk_keeps_the_last_good_checkpoint(whole):
-    write("run/checkpoint.pt", (whole / "checkpoint.pt").read_bytes())
-    Path("run/checkpoint.pt.tmp").symlink_to("/dev/full")
-    refused(lambda: resume("run", steps=20), "No space left")
-    assert equal(weights("run"), weights(whole)) and not list(Path("run").glob("*.tmp"))
-
-
-def test_a_loss_that_is_not_finite_ends_with_advice_that_works(whole, monkeypatch):
-    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 0)
-    scales = iter([1.0] * 14 + [math.nan] + [1.0] * 10)  # in the third joint step; then ten more
-    clip = train.clip_grad_norm_
-    monkeypatch.setattr(train, "clip_grad_norm_", lambda *given: clip(*given) * next(scales))
-    line = refused(lambda: make_run("run", lr=3e-3), "step 3 of the joint training")
-    assert saved("run")["step"] == 2
-    train.main(line.split("train.py ")[1].split())
-    assert train.load_run("run")[1].lr == 1e-3 and not [*scales]
-
-
-def test_a_closed_pipe_does_not_end_a_run(runs):
-    with launch("--out", "run", *flags(**TINY), run=subprocess.Popen, stdout=-1,
-                stderr=-1) as process:
-        process.stdout.close()
-        error = process.stderr.read()
-    assert process.returncode == 0 and b"Error" not in error and saved("run")["step"] == 12
-
-
-def test_an_odd_folder_is_used_or_the_reason_said(whole, monkeypatch):
-    write("\u7d75.npz", NPZ)
-    terminal = io.TextIOWrapper(io.BytesIO(), "cp1252")
-    monkeypatch.setattr(sys, "stdout", terminal)
-    assert len(data.open_dataset("\u7d75.npz")) == 4
-    make_run("\u7d75", steps=0, first_stage=whole)
-    locks = train.sqlite3.OperationalError("locking protocol")  # on a network's file system
-    with mock.patch("sqlite3.connect", side_effect=locks):
-        make_run("net", steps=0, first_stage=whole)
-    for said in ["converting \\u7d75", "are in \\u7d75", "net cannot be locked (locking protocol)"]:
-        assert said in terminal.buffer.getvalue().decode()
+def test_every_equation_is_marked_where_the_table_says():
+    rows = re.findall(r"^\|([^|]*\(\d\)[^|]*)\|(.*)$", text_of("assets/paper.md"), re.M)
+    seen = set()
+    for equation, text in rows:
+        for number in re.findall(r"\((\d)\)", equation):
+            seen.add(number)
+            for name in re.findall(r"\w+\.py", text):
+                tag = rf"\b[Ee]q\. \({number}\)"
+                assert re.search(tag, text_of(name)), (number, name)
+    assert seen >= set("123456")
