@@ -241,7 +241,6 @@ def train_first_stage(run, dataset, model):
     optimizer = Optimizer(autoencoder, config, recipe["lr"], weight_decay=1e-4, betas=(0.9, 0.99))
     start = run.start_stage("first stage", steps, recipe["batch"], criterion, optimizer)
     network = backend.parallel(criterion)
-    counts = 0  # how often each codebook entry was the nearest, since the last report
 
     for step in range(start, steps):
         # A batch of images. Each process takes its share of it.
@@ -265,13 +264,13 @@ def train_first_stage(run, dataset, model):
         criterion.zero_grad()  # now: the memory is needed in the next forward pass
 
         # Report and save.
-        counts += torch.bincount(entries.flatten(), minlength=len(quantizer.codebook))
+        chosen = torch.bincount(entries.flatten(), minlength=len(quantizer.codebook))
+        run.counts = run.counts + chosen.cpu()
         if run.due(step + 1):
             numbers = {"mse": (reconstruction - images).square().mean().item()}
             if step >= warmup:
-                numbers["entries_used"], numbers["perplexity"] = vq.codebook_usage(counts)
+                numbers["entries_used"], numbers["perplexity"] = vq.codebook_usage(run.counts)
             run.report(step + 1, lr=lr, **numbers)
-            counts = 0
         run.checkpoint(step + 1)
     autoencoder.requires_grad_(False).eval()
 
@@ -1019,10 +1018,14 @@ class Run:
         self.steps = steps
         self.batch = batch
         self.state = (module, optimizer, average)
-        self.losses = []  # of the steps since the last report
-        self.since = time.monotonic()
         old = self.resumed
         self.resumed = {}
+        # Since the last report: the losses, how often each codebook entry was the nearest.
+        self.losses = old.get("losses", [])
+        self.counts = old.get("counts", 0)
+        # Since the last report or the start of this process, for the speed: the time, the step.
+        self.since = time.monotonic()
+        self.since_step = old.get("step", 0)
         if not old:
             self.save(0)
             return 0
@@ -1065,9 +1068,11 @@ class Run:
         module = self.state[0]
         row.update(getattr(module, "terms", {}))  # parts of the loss, of a model that has some
         loss = self.backend.mean(sum(self.losses) / len(self.losses))
-        seconds = (time.monotonic() - self.since) / len(self.losses)  # a step
+        seconds = (time.monotonic() - self.since) / (step - self.since_step)  # a step
         self.losses = []
+        self.counts = 0
         self.since = time.monotonic()
+        self.since_step = step
         speed = self.batch / seconds
         self.log(stage=self.stage, step=step, loss=loss, grad_norm=self.norm,
                  images_per_second=speed, **row)
@@ -1105,6 +1110,8 @@ class Run:
             "threads": torch.get_num_threads(),
             "data": self.identity,
             "log": self.rows,
+            "losses": self.losses,
+            "counts": self.counts,
             "model": module.state_dict(),
             "optimizer": {"parts": [part.state_dict() for part in optimizer.parts]},
             "ema": trained_state(average) if average is not None else {},
