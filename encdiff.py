@@ -113,29 +113,30 @@ def beta_schedule(name, steps=1000, start=0.0015, end=0.0155):
                   odd: "linear" is linear in sqrt(beta), "sqrt_linear" is the straight line.
     steps         T
     start, end    beta_1 and beta_T of "linear" and "sqrt_linear" with T = 1000; "sqrt" has their
-                  roots. For another T all betas are scaled by 1000 / T, so that as little of the
-                  signal is left at the end.
+                  roots. For another T a step takes as much of the signal as 1000 / T steps of
+                  these, so that as little of it is left at the end.
 
     Returns a float64 tensor (steps,).
     """
-    scale = 1000 / steps
     line = torch.linspace(start, end, steps, dtype=torch.float64)
     if name == "cosine":  # Nichol & Dhariwal 2021: abar_t falls as a squared cosine
         t = torch.arange(steps + 1, dtype=torch.float64) / steps
         angle = (t + 0.008) / 1.008 * math.pi / 2
         abar = torch.cos(angle) ** 2
         betas = 1 - abar[1:] / abar[:-1]
-    elif name == "linear":
+        return betas.clamp(max=0.999)  # a beta of 1 would leave no signal at all
+
+    if name == "linear":
         roots = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64)
-        betas = scale * roots**2
+        betas = roots**2
     elif name == "sqrt_linear":
-        betas = scale * line
+        betas = line
     elif name == "sqrt":
-        betas = scale * line.sqrt()
+        betas = line.sqrt()
     else:
         names = ", ".join(SCHEDULES)
         raise ValueError(f"schedule is {name!r}; expected one of {names}")
-    return betas.clamp(max=0.999)  # a beta of 1 would leave no signal at all
+    return 1 - (1 - betas) ** (1000 / steps)
 
 
 def alpha_bars(betas):
