@@ -175,7 +175,7 @@ class EncDiff(nn.Module):
         self.latent_shape = latent_shape
 
         alpha_bar = alpha_bars(beta_schedule(schedule, timesteps))
-        self.register_buffer("alpha_bar", alpha_bar.float())
+        self.register_buffer("alpha_bar", alpha_bar.to(torch.get_default_dtype()))
         self.register_buffer("latent_std", torch.ones(()))  # set by `set_latent_scale`
         self.register_buffer("largest_rms", torch.tensor(math.inf))  # used by `estimate_z0`
 
@@ -195,7 +195,7 @@ class EncDiff(nn.Module):
         parts = [self.first_stage.encode(part) for part in images.split(64)]
         latents = torch.cat(parts).float()
         std = latents.std()
-        rms = latents.square().mean((1, 2, 3)).sqrt()  # (B,): root mean square of each
+        rms = latents.flatten(1).square().mean(1).sqrt()  # (B,): root mean square of each
         self.latent_std.copy_(std)
         self.largest_rms.copy_(rms.max() / std)
 
@@ -280,6 +280,7 @@ class EncDiff(nn.Module):
             raise ValueError(f"eta is {eta} with sampler {sampler!r}; expected sampler 'ddim'")
         if noise is None:
             noise = torch.randn(len(tokens), *self.latent_shape, device=tokens.device)
+        noise = noise.to(self.alpha_bar.dtype)  # of a model in double precision, double
 
         predict = functools.partial(self.estimate_z0, tokens=tokens)
         z0 = SAMPLERS[sampler](predict, self.alpha_bar, noise, steps, **options)
