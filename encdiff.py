@@ -220,7 +220,13 @@ class EncDiff(nn.Module):
         return self.alpha_bar[t]
 
     def add_noise(self, z0, t, noise):
-        """Eq. (2): z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) eps; t (B,) int64 in 1..T."""
+        """Eq. (2): z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) eps; t (B,) int64 in 1..T.
+
+        z0 and noise (B, C, h, w), or any other shape that both have, else ValueError.
+        """
+        if noise.shape != z0.shape:
+            raise ValueError(f"noise has shape {tuple(noise.shape)}; expected that of the latents, "
+                             f"{tuple(z0.shape)}")
         abar = expand(self.abar(t), z0)
         return abar.sqrt() * z0 + (1 - abar).sqrt() * noise
 
@@ -257,7 +263,7 @@ class EncDiff(nn.Module):
         abar = self.abar(t)
 
         signal = z_t - (1 - abar).sqrt() * noise  # Eq. (2): sqrt(abar_t) z_0
-        rms = signal.flatten(1).square().mean(1).sqrt()  # (B,): root mean square of each
+        rms = signal.flatten(1).square().mean(1).sqrt().clamp(min=1e-20)  # (B,)
         factor = torch.minimum(1 / abar.sqrt(), self.largest_rms / rms)
         return signal * expand(factor, z_t)
 

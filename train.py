@@ -929,11 +929,11 @@ def load_run(path, device="cpu"):
                          f"go on with: python train.py --resume {path}")
 
     model = build_model(config)
-    state = {**checkpoint["model"], **checkpoint["ema"]}
-    if hasattr(model, "alpha_bar"):
-        # abar_T is too small for the half precision that a file may have: it comes from the config.
-        state["alpha_bar"] = model.alpha_bar
     with reading(path):
+        state = {**checkpoint["model"], **checkpoint["ema"]}
+        if hasattr(model, "alpha_bar"):
+            # abar_T is too small for the half precision of an export: it comes from the config.
+            state["alpha_bar"] = model.alpha_bar
         model.load_state_dict(state)
 
     about = {name: checkpoint.get(name, {}) for name in ("step", "commit", "data", "scores")}
