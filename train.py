@@ -939,9 +939,11 @@ def load_run(path, device="cpu"):
     about = {name: checkpoint.get(name, {}) for name in ("step", "commit", "data", "scores")}
     about["folder"] = path if path.is_dir() else Path()
     scores = path / "metrics.json"
-    if scores.is_file() and checkpoint["step"] == config.steps:  # not of fewer steps
+    if scores.is_file():
         with reading(scores, f"JSON; for a new one: train.py --resume {path}"):
-            about["scores"] = json.loads(scores.read_text(encoding="utf-8"))
+            content = json.loads(scores.read_text(encoding="utf-8"))
+            if content["config"]["steps"] == checkpoint["step"]:  # not the scores of fewer steps
+                about["scores"] = content
     return model.to(device).eval().requires_grad_(False), config, about
 
 
