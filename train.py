@@ -32,6 +32,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -902,9 +903,13 @@ def load_checkpoint(path):
     path = Path(path).expanduser()
     file = path / "checkpoint.pt" if path.is_dir() else path
     with reading(file):
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # torch's advice is for other programs
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        ours = isinstance(checkpoint, dict) and isinstance(checkpoint.get("format"), int)
+        if not ours or "commit" not in checkpoint:
+            raise ValueError("it has no number of a format and no commit")
         if checkpoint["format"] != FORMAT:
-            commit = LAST_COMMIT.get(checkpoint["format"], checkpoint.get("commit"))
+            commit = LAST_COMMIT.get(checkpoint["format"], checkpoint["commit"])
             raise OutdatedRun(f"{file} has format {checkpoint['format']}, and this version reads "
                               f"{FORMAT}; use the code that reads it: git checkout {commit}")
         checkpoint["config"] = Config(**checkpoint["config"])
