@@ -1332,6 +1332,8 @@ def make_parser():
 def parse(arguments):
     """-> (Config, run's folder, checkpoint to go on from or None, device or None)."""
     given = vars(make_parser().parse_args(arguments))
+    for name in ("data", "out", "resume", "first_stage"):  # as of a shell's variable that is not set
+        require(given.get(name) != "", name, "empty", "a path, or no such flag")
     preset = given.pop("preset", None)
     out = given.pop("out", None)
     resume = given.pop("resume", None)
