@@ -903,7 +903,8 @@ def load_checkpoint(path):
     path = Path(path).expanduser()
     file = path / "checkpoint.pt" if path.is_dir() else path
     with reading(file):
-        with warnings.catch_warnings(action="ignore"):  # torch's advice is for other programs
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's advice is for other programs
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         ours = isinstance(checkpoint, dict) and isinstance(checkpoint.get("format"), int)
         if not ours or "commit" not in checkpoint:
