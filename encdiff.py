@@ -114,7 +114,7 @@ def beta_schedule(name, steps=1000, start=0.0015, end=0.0155):
     steps         T
     start, end    beta_1 and beta_T of "linear" and "sqrt_linear" with T = 1000; "sqrt" has their
                   roots. For another T a step takes as much of the signal as 1000 / T steps of
-                  these, so that as little of it is left at the end.
+                  these, so that abar_T is about the same for every T.
 
     Returns a float64 tensor (steps,).
     """
@@ -185,8 +185,8 @@ class EncDiff(nn.Module):
         return self
 
     def ends(self):
-        """The layers where the networks begin and end, and the token map: AdamW trains these, and
-        train.py's Muon the matrices inside."""
+        """The denoiser's first and last layer, the encoder's last one, and the token map: AdamW
+        trains these, and train.py's Muon the matrices inside."""
         return [*self.encoder.ends(), self.token_map, *self.denoiser.ends()]
 
     @torch.no_grad()
@@ -301,7 +301,7 @@ class EncDiff(nn.Module):
 # ---- Samplers, each a short function, and noise as a bottleneck, eq. (4)-(5) --------------------
 # predict(z_t, t) estimates z_0 from z_t (B, C, h, w) at timestep t, an int. All start at z_T = z
 # (B, C, h, w), include t = T, add no noise in their last step, and return z_0 (B, C, h, w). The
-# one that `sample` takes by default, dpm_solver, needs fewer steps and stands further down.
+# one that `sample` takes by default, dpm_solver, needs fewer steps; it is defined further down.
 
 
 def timesteps_down(T, steps):
@@ -355,12 +355,13 @@ def ddim(predict, alpha_bar, z, steps, eta=0.0):
 
 
 def kl_bottleneck(betas, second_moment=1.0):
-    """Eq. (5) for each number of the latent: KL(q(z_{t-1} | z_t, z_0) || N(0, I)) / n, in nats.
+    """Eq. (5), C_t / n: KL(q(z_{t-1} | z_t, z_0) || N(0, I)), for each number of a latent, in nats.
 
     betas float64 (T,), second_moment E[z_0^2] of one number -> float64 (T,), entry t - 1 for t.
+    Only `python sample.py kl` needs it, to draw Figure 2(b).
 
-    The paper calls this a bottleneck that opens as t falls. No loss contains it. It counts all that
-    step t adds, also what z_t shows without any token.
+    The paper calls this a bottleneck that opens as t falls. No loss contains it. It includes
+    information that z_t shows already, without any token.
 
     Eq. (5): C_t / n = 1/2 [beta~_t - 1 - log beta~_t + E|mu~_t|^2 / n]. (The paper prints -beta~_t
     in the place of the first beta~_t; the KL of two Gaussians has a plus.) With z_t from eq. (2),
@@ -439,7 +440,7 @@ class ToyDenoiser(nn.Module):
         pixels = z_t.flatten(2).mT  # (B, 3, 8, 8) -> (B, 64, 3)
         x = self.pixel(pixels) + self.position + time[:, None]  # (B, 64, width)
 
-        # It asks the tokens. They compete: the weights of a position sum to 1.
+        # Cross-attention: the weights of a position, one for each token, sum to 1.
         q = self.q(self.norm(x))  # (B, 64, width)
         k = self.k(tokens)  # (B, N, width)
         v = self.v(tokens)
@@ -526,7 +527,7 @@ def toy(num_factors=3, attention=True, noise_kind="uniform", steps=700, num_code
 def print_movements(encoder, num_factors):
     """A line a factor, a character a code: how far the code moves if only that factor changes.
 
-    " " is not at all, "@" is about as far as between two random pictures, ".:+*#" lie between.
+    "@" is about as far as between two random pictures; " .:+*#" are less, in steps of a sixth.
     """
     names = ("wall", "floor", "block", "place")
     before, after = torch.randint(5, (2, 500, num_factors))
@@ -546,11 +547,11 @@ def print_movements(encoder, num_factors):
 def bayes_rise(t, pictures=1500):
     """By how much the loss of eq. (3) must rise at timestep t if one factor is not known: (4,).
 
-    Whoever knows all factors knows z_0, and by eq. (2) the noise: then the loss is 0. Here one
-    factor is unknown, and the loss that is left is the rise. The best denoiser possible weighs the
-    five pictures that the known factors allow by how well each explains z_t (Bayes), and takes
-    their mean for z_0. No network is trained. A rise of 0 says that z_t shows the factor anyway, or
-    that the noise can be read off z_t without it: then no token is needed for it at this t.
+    Given all factors, z_0 and so the noise are known exactly: the loss is 0. Here one factor is
+    unknown, and the loss that is left is the rise. The best denoiser that sees the whole picture
+    weighs the five pictures that the known factors allow by how well each explains z_t (Bayes), and
+    takes their mean for z_0. No network is trained. A rise of 0 says that z_t shows the factor
+    anyway, or that the noise can be read off z_t without it: then it needs no token at this t.
     """
     abar = alpha_bars(beta_schedule("cosine"))[t]
     factors = torch.randint(5, (pictures, 4))

@@ -15,7 +15,7 @@ IDEA      Every score first finds out which code knows which factor. Then it ask
           `agreement` needs no factors: it ranks several runs by how far their codes are the same.
 DIFFERS   From disentanglement_lib 1.5: FactorVAE votes are drawn from images encoded once; a code
           is dead beside other codes and not below a fixed std, as codes have no unit; DCI never
-          tests on its training samples; the trees are ours. README compares the two.
+          tests on its training samples; the trees are ours. assets/compare_scores.py compares.
           From the public TAD script: AUROC is exact, not summed over a grid of thresholds.
 TRY       python metrics.py              the trees, worked step by step on six numbers
           python metrics.py codes.npz    all factor scores of your own `codes` and `factors`

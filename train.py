@@ -9,10 +9,11 @@ IDEA      Two stages. (1) The autoencoder of vq.py learns to compress images; it
           random in a step is seeded with (seed, stage, step), so a run that was interrupted goes on
           bit for bit, with the same number of threads. N processes train like one, except for
           dropout, for the statistics of BatchNorm, and for rounding.
-DIFFERS   The moving average starts fast and slows down: that of a short run would still contain
-          its first weights. The last weights are scored, never the best: choosing the best would
-          use the labels. In every preset joint training has weight decay 0.01, gradients are
-          clipped to norm 1, and the learning rate rises over 100 steps: the paper mentions none.
+DIFFERS   The moving average starts fast and slows down: with a constant decay the average of a
+          short run would still contain the first weights. The last average is scored, never the
+          best one: choosing it would use the labels. In every preset joint training has weight
+          decay 0.01, gradients are clipped to norm 1, and the learning rate rises over 100 steps:
+          the paper mentions none of these.
 TRY       python train.py --steps 50 --vq-steps 250 --out runs/try   ->   a run in two minutes
 """
 import argparse
@@ -136,7 +137,9 @@ LARGE = dict(OUR_RECIPE, score_every=500)
 PRESETS = {"small": SMALL, "large": LARGE, "paper": {}}
 
 # How each kind of vq.KINDS is trained: images a step, learning rate, weight of the squared error
-# beside L1, and the step from which the encoder stays as it is (0: never).
+# beside L1, and the step from which the encoder stays as it is (0: never). "deep" is the paper's,
+# with latents of 16x16x3. "linear" has one convolution for an encoder, and latents of 8x8x4; in an
+# early run the codes came apart sooner on latents that had been trained briefly (assets/log.md).
 FIRST_STAGE = {
     "deep": dict(batch=64, lr=1e-3, squared=0.0, encoder_steps=0),
     "linear": dict(batch=16, lr=2e-3, squared=4.0, encoder_steps=1_500),
@@ -191,11 +194,12 @@ def make_denoiser(config, first_stage, kind=unet.UNet, **options):
 
 
 # ---- The two stages -----------------------------------------------------------------------------
-# Three helpers stand below the rule. `Optimizer` is AdamW or Muon. `run.backend` is the device; if
-# several processes train together, `backend.share` cuts out the part of a batch that this one
-# takes. `run` is the run's folder:
+# Of the helpers below the rule, three matter here. `Optimizer` is AdamW or Muon. `run.backend` is
+# the device; if several processes train together, `backend.share` cuts out the part of a batch that
+# this one takes. `run` is the run's folder:
+#   run.resumed       the checkpoint to go on from, or {}; `start_stage` restores and empties it
 #   run.start_stage   restores or begins a stage, and returns the first step to do
-#   run.track         remembers a step's loss, and ends the run if it is not finite
+#   run.track         remembers a step's loss, and ends the run if its gradient is not finite
 #   run.due, report   say whether it is time for a line of the log, and write it
 #   run.checkpoint    saves if it is time to, or if the run is to stop
 
@@ -235,7 +239,8 @@ def train_first_stage(run, dataset, model):
     quantizer = autoencoder.quantizer
     steps = config.vq_steps
     recipe = FIRST_STAGE[config.first_stage]
-    warmup = min(200, steps // 2)  # steps without rounding, as there is no codebook yet
+    # Until `initialise` sets the codebook, the quantizer passes latents on without rounding.
+    warmup = min(200, steps // 2)
 
     criterion = vq.FirstStageLoss(autoencoder, recipe["squared"]).to(backend.device)
     criterion.requires_grad_(True).train()
@@ -262,7 +267,7 @@ def train_first_stage(run, dataset, model):
         lr = learning_rate(recipe["lr"], step, steps, decay=0.6)
         run.track(step, loss.item(), norm.item())
         optimizer.step(lr)
-        criterion.zero_grad()  # now: the memory is needed in the next forward pass
+        criterion.zero_grad()  # frees the memory before the next forward pass
 
         # Report and save.
         chosen = torch.bincount(entries.flatten(), minlength=len(quantizer.codebook))
@@ -1333,7 +1338,7 @@ def make_parser():
 def parse(arguments):
     """-> (Config, run's folder, checkpoint to go on from or None, device or None)."""
     given = vars(make_parser().parse_args(arguments))
-    for name in ("data", "out", "resume", "first_stage"):  # as of a shell's variable that is not set
+    for name in ("data", "out", "resume", "first_stage"):  # a shell's variable may be empty
         require(given.get(name) != "", name, "empty", "a path, or no such flag")
     preset = given.pop("preset", None)
     out = given.pop("out", None)

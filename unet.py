@@ -7,13 +7,13 @@ SHAPES    B batch, N concept tokens, d width of a token, c channels, h x w laten
           positions, H heads, e = c/H channels of a head, E width of the timestep embedding.
 IDEA      A query is a position of the latent image; keys and values are the N concept tokens.
           At each position the softmax over the tokens makes the concepts compete. So a token gains
-          by telling what is drawn in one region, and by staying out of the others.
+          by telling what is drawn in one region, and by getting little attention elsewhere.
           The denoiser also sees z_t, but the image in z_t is noisy. The tokens are the only clean
           view of the image.
           The last layer of each block starts at zero, so a block adds nothing at first. The last
           layer of all, `conv_out`, starts at zero too, so the untrained network predicts 0, the
-          mean of the noise. Step 1 of training moves `conv_out` alone, step 2 the last layers of
-          the blocks; the tokens get a gradient from step 3 on.
+          mean of the noise. So step 1 of training moves `conv_out` alone, step 2 also the last
+          layers of the blocks, and the tokens get a gradient from step 3 on.
 DIFFERS   The layers are the paper's: 37,549,507 parameters with the defaults, 37,469,635 at token
           width 16, which the authors' code has. Attention is written out, as torch's fused
           one has a slow backward pass on CPUs. Two options are ours: `positions` puts a learned
@@ -44,7 +44,8 @@ def timestep_embedding(t, width):
 
 def group_norm(channels, eps=1e-5):
     """GroupNorm with as many groups as divide both 32 and half the channels: 8 for 48 channels."""
-    # The norm subtracts the mean of each group. A group of one channel would always become 0.
+    # The norm takes the mean and the scale of each group away: a channel that is a group by itself
+    # could carry neither.
     groups = math.gcd(32, channels // 2, channels)
     return nn.GroupNorm(groups, channels, eps=eps)
 
@@ -248,7 +249,8 @@ class UNet(nn.Module):
         self.conv_out = zero(nn.Conv2d(self.widths[0], self.latent_channels, 3, padding=1))
 
     # The way down keeps each of its outputs, and each stack of the way up takes one of them, the
-    # latest first. With the default arguments the outputs have these channels:
+    # latest first. With the default arguments the outputs have these channels (a bar separates the
+    # resolutions, "halved" is the stack that goes to the next one, "doubled" the way back):
     #   conv_in 64 | 64, 64, halved 64 | 128, 128, halved 128 | 256, 256, halved 256 | 256, 256
     # So the stacks of the way up take these channels, each from the stack before and from its skip:
     #   256 + 256, 256 + 256, 256 + 256, doubled | 256 + 256, 256 + 256, 256 + 128, doubled

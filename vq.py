@@ -15,8 +15,9 @@ IDEA      Each of the (S/f)^2 latent vectors is replaced by the nearest of K cod
           Diffusion works on the latent before rounding. `decode` rounds first, which removes small
           errors of sampling. In joint training the first stage is frozen: otherwise the encoder
           could make noise easy to predict by shrinking the latent.
-DIFFERS   From the authors' code: reconstructions are judged by L1 alone, without LPIPS (its weights
-          cannot be shipped) and without a patch discriminator. Two options are ours: `patch` saves
+DIFFERS   From the authors' code: reconstructions are judged by L1 (the preset `small` adds a
+          squared error), without LPIPS, whose weights cannot be shipped, and without a patch
+          discriminator. Two options are ours: `patch` saves
           the expensive layers at full resolution; `linear` makes the encoder one convolution, which
           costs joint training next to nothing.
 TRY       python vq.py   ->   shapes, and a gradient that passes through the rounding unchanged
@@ -293,8 +294,8 @@ class FirstStageLoss(nn.Module):
 def codebook_usage(counts):
     """How often each entry was chosen in many batches, counts (K,) -> two numbers.
 
-    The share of entries that are used, in [0, 1]; and the perplexity, in [1, K]: so many entries
-    would have the same entropy if all were used equally.
+    The share of entries that are used, in [0, 1]; and the perplexity, in [1, K]: the number of
+    equally used entries that would have the same entropy.
     """
     share_used = (counts > 0).double().mean()
     p = counts.double() / counts.sum().clamp(min=1)
