@@ -1237,8 +1237,14 @@ def validate(config):
     validate_variant(config)
     unit = math.lcm(4, config.heads)
     require(config.channels % unit == 0, "channels", config.channels, f"a multiple of {unit}")
-    with torch.device("meta"):  # without memory: what the parts refuse, they refuse here
-        model = build_model(config)
+    try:
+        with torch.device("meta"):  # without memory: what the parts refuse, they refuse here
+            model = build_model(config)
+        torch.empty(config.batch, *model.latent_shape, device="meta")
+    except (RuntimeError, TypeError):  # what torch says of a size that it cannot count
+        raise ValueError("the sizes of the model or its batch are beyond any memory; expected "
+                         "smaller ones of --batch, --channels, --multipliers, --num-tokens or "
+                         "--token-dim") from None
     side = model.latent_shape[-1]
     halvings = 2 ** (len(config.multipliers) - 1)
     if len(model.latent_shape) == 3:
