@@ -738,8 +738,8 @@ class Backend:
         self.kind = device or kinds[0]
         self.device = torch.device(self.kind)
 
-        self.world = int(os.environ.get("WORLD_SIZE", 1))
-        self.rank = int(os.environ.get("RANK", 0))
+        self.world = int(os.environ.get("WORLD_SIZE") or 1)
+        self.rank = int(os.environ["RANK"]) if self.world > 1 and "RANK" in os.environ else 0
         self.main = self.rank == 0  # the one that writes, logs and scores
         if self.kind == "cpu":
             keep_freed_memory()
