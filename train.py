@@ -619,11 +619,13 @@ class Muon(torch.optim.Optimizer):
 
 def quick_look(run, dataset, average, step):
     """Pictures, and scores from fewer samples, hence lower than those at the end."""
+    with run.silence(f"  quick score after step {step}: half a minute"):
+        if run.backend.main:
+            scores = score(run, dataset, average, 6_000)
+            draw_samples(run, dataset, average)
+        run.backend.mean(0.0)  # the others wait here, where a signal may end them, too
     if not run.backend.main:
         return
-    with run.silence(f"  quick score after step {step}: half a minute"):
-        scores = score(run, dataset, average, 6_000)
-        draw_samples(run, dataset, average)
 
     known = {name: scores[name] for name in Run.SCORES if name in scores}
     words = "  ".join(f"{name} {value:.3f}" for name, value in known.items())
