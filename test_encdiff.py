@@ -889,18 +889,17 @@ def test_the_denoiser_has_the_papers_size():
     assert sum(p.numel() for p in network.parameters()) == 37_469_635
 
 
-@pytest.mark.parametrize("context_width", [32, 12], ids=["self", "cross"])
-def test_attention_is_torchs(context_width):
-    layer = unet.Attention(32, context_width, heads=4)
+def test_attention_is_torchs():
+    layer = unet.Attention(32, 12, heads=4)
     x = torch.randn(2, 7, 32)
-    context = x if context_width == 32 else torch.randn(2, 5, context_width)
+    tokens = torch.randn(2, 5, 12)
 
-    projected = [layer.to_q(x), layer.to_k(context), layer.to_v(context)]
+    projected = [layer.to_q(x), layer.to_k(tokens), layer.to_v(tokens)]
     q, k, v = [y.view(2, -1, 4, 8).transpose(1, 2) for y in projected]  # (2, heads, P or M, 8)
-    mixed = F.scaled_dot_product_attention(q, k, v)
+    mixed = F.scaled_dot_product_attention(q, k, v)  # (2, heads, P, 8)
     expected = layer.to_out(mixed.transpose(1, 2).reshape(2, 7, 32))
 
-    assert_close(layer(x, context), expected)
+    assert_close(layer(x, tokens), expected)
 
 
 def test_recorded_maps_are_the_weights_of_each_call_inside():
@@ -954,33 +953,30 @@ def test_a_denoiser_works_in_other_precisions(name, dtype):
     assert_close(out.float(), expected, atol=tolerance, rtol=0)
 
 
-@every_denoiser
-def test_an_empty_batch_gives_an_empty_batch(name):
-    assert small_denoiser(name)(*denoiser_inputs(name, batch=0)).shape == (0, 5, 8, 8)
-
-
-@pytest.mark.parametrize("t", [7, torch.tensor(7), torch.tensor([7])], ids=["int", "0-d", "1"])
+@pytest.mark.parametrize("t", [7, torch.tensor([7])], ids=["int", "tensor"])
 def test_one_timestep_serves_all_images(t):
     network = small_denoiser()
     z_t, _, tokens = denoiser_inputs()
     assert_close(network(z_t, t, tokens), network(z_t, torch.full((3,), 7), tokens))
 
 
-@pytest.mark.parametrize("width", [1, 16, 17])
-def test_a_timestep_is_embedded_in_any_width(width):
-    embedding = unet.timestep_embedding(torch.tensor([0, 1, 1000]), width)
-    assert embedding.shape == (3, width)
-    assert embedding[:, 0].tolist() == approx([1.0, math.cos(1), math.cos(1000)])
+def test_a_timestep_is_embedded_in_waves_of_rising_length():
+    embedding = unet.timestep_embedding(torch.tensor([0, 3, 1000]), 5)
+    waves = [1, 10_000 ** (1 / 3), 10_000 ** (2 / 3)]
+    for row, t in zip(embedding.tolist(), [0, 3, 1000]):
+        cosines = [math.cos(t / wave) for wave in waves]
+        sines = [math.sin(t / wave) for wave in waves[:2]]
+        assert row == approx(cosines + sines, abs=1e-5)
 
 
-@pytest.mark.parametrize("channels, groups", [(64, 32), (48, 8), (16, 8), (17, 1), (2, 1), (1, 1)])
+@pytest.mark.parametrize("channels, groups", [(64, 32), (48, 8), (17, 1)])
 def test_a_norm_has_groups_of_two_channels_or_more(channels, groups):
     norm = unet.group_norm(channels)
     assert norm.num_groups == groups
     assert norm(torch.randn(2, channels, 4, 4)).shape == (2, channels, 4, 4)
 
 
-@pytest.mark.parametrize("heads, channels", [(8, 20), (3, 16), (32, 16)])
+@pytest.mark.parametrize("heads, channels", [(8, 20), (32, 16)])
 def test_heads_that_do_not_divide_the_channels_are_refused(heads, channels):
     with pytest.raises(ValueError, match=f"{channels} channels.* {heads} heads"):
         unet.UNet(channels=channels, heads=heads)
@@ -990,14 +986,10 @@ WRONG_SHAPES = [
     ("z_t", (5, 8, 8)),
     ("z_t", (3, 4, 8, 8)),
     ("z_t", (3, 5, 7, 8)),
-    ("z_t", (3, 5, 8, 7)),
     ("t", (2,)),
     ("t", (3, 1)),
-    ("t", (0,)),
-    ("tokens", (6, 12)),
     ("tokens", (3, 6, 11)),
     ("tokens", (1, 6, 12)),
-    ("tokens", (3, 6, 12, 1)),
     ("tokens", (3,)),
 ]
 
@@ -1010,11 +1002,10 @@ def test_shapes_that_do_not_fit_are_refused(argument, shape):
         small_denoiser()(**inputs)
 
 
-@pytest.mark.parametrize("shape", [(3, 5, 4, 16), (3, 5, 16, 16)])
-def test_learned_positions_refuse_another_grid(shape):
+def test_learned_positions_refuse_another_grid_of_as_many_positions():
     _, t, tokens = denoiser_inputs()
     with pytest.raises(ValueError, match="expected .3, 5, 8, 8"):
-        small_denoiser("positions")(torch.randn(shape), t, tokens)
+        small_denoiser("positions")(torch.randn(3, 5, 4, 16), t, tokens)
 
 
 @every_denoiser
@@ -1161,38 +1152,29 @@ def test_processes_that_train_together_have_one_codebook(tmp_path):
 
 
 @every_precision
-def test_the_quantiser_works_in_other_precisions(dtype):
-    quantizer, z = ready_quantizer()
-    z_q, loss, indices = quantizer(z)
-
-    quantizer.to(dtype)
-    z_half, loss_half, indices_half = quantizer(z.to(dtype))
-    assert z_half.dtype == dtype
-    assert (indices_half == indices).float().mean() > 0.8  # near ties may fall to the other entry
-    tolerance = 8 * max(torch.finfo(dtype).eps, 1e-6)
-    assert_close(z_half.float(), z_q, atol=0.1 if dtype == torch.bfloat16 else tolerance, rtol=0)
-    assert_close(loss_half.float(), loss, atol=tolerance, rtol=0)
-
-
-@every_precision
 def test_the_autoencoder_trains_in_other_precisions(dtype):
-    autoencoder = small_autoencoder(warmup=0).to(dtype)
-    images = (2 * torch.rand(2, 3, 16, 16) - 1).to(dtype)
-    loss, reconstruction, _ = vq.FirstStageLoss(autoencoder, squared=1.0)(images)
+    autoencoder = small_autoencoder(warmup=0)
+    first_stage_loss = vq.FirstStageLoss(autoencoder, squared=1.0)
+    images = random_images(2, 16)
+    expected, _, _ = first_stage_loss(images)
+
+    autoencoder.to(dtype)
+    images = images.to(dtype)
+    loss, _, _ = first_stage_loss(images)
     loss.backward()
+    assert loss.item() == approx(expected.item(), rel=0.02)
     assert autoencoder.encoder[1].weight.grad.isfinite().all()
-    assert reconstruction.shape == images.shape
     assert autoencoder.decode(autoencoder.encode(images)).dtype == dtype
 
 
-@pytest.mark.parametrize("shape", [(3, 4, 4), (2, 4, 4, 4), (2, 3, 4), (2, 3, 4, 4, 4)])
+@pytest.mark.parametrize("shape", [(3, 4, 4), (2, 4, 4, 4)])
 @pytest.mark.parametrize("method", ["forward", "initialise"])
 def test_what_is_no_latent_is_refused_by_the_quantiser(shape, method):
     with pytest.raises(ValueError, match="z has shape .*; expected .B, 3, h, w"):
         getattr(vq.Quantizer(50, 3), method)(torch.randn(shape))
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 15, 16), (2, 3, 16, 18), (2, 1, 16, 16), (3, 16, 16)])
+@pytest.mark.parametrize("shape", [(2, 3, 16, 18), (2, 1, 16, 16), (3, 16, 16)])
 def test_images_that_do_not_fit_the_autoencoder_are_refused(shape):
     with pytest.raises(ValueError, match="^images ha.*expected"):
         small_autoencoder()(torch.randn(shape))
@@ -1205,13 +1187,6 @@ def test_decoding_rounds_the_latent():
     z_q, _, _ = autoencoder.quantize(z + 0.01)
     assert not torch.equal(z_q, z + 0.01)
     assert_close(autoencoder.decode(z + 0.01), autoencoder.decoder(z_q))
-
-
-def test_a_trained_quantiser_is_compiled_without_a_break():
-    quantizer, z = ready_quantizer()
-    quantizer.eval()
-    compiled = torch.compile(quantizer, fullgraph=True, backend="eager")
-    assert_close(compiled(z), quantizer(z))
 
 
 def test_the_linear_encoder_is_linear():
@@ -1241,8 +1216,9 @@ def test_the_first_stages_loss_adds_l2_to_l1():
 
 
 @pytest.mark.parametrize("counts, used, perplexity", [
-    ([5, 5, 5, 5], 1.0, 4.0), ([9, 0, 0, 0], 0.25, 1.0),
-    ([2, 1, 1, 0], 0.75, 2**1.5), ([0, 0, 0, 0], 0.0, 1.0),
+    ([9, 0, 0, 0], 0.25, 1.0),
+    ([2, 1, 1, 0], 0.75, 2**1.5),
+    ([0, 0, 0, 0], 0.0, 1.0),
 ])
 def test_perplexity_is_two_to_the_entropy_in_bits(counts, used, perplexity):
     assert vq.codebook_usage(torch.tensor(counts)) == approx((used, perplexity))
@@ -1311,7 +1287,7 @@ def test_a_beta_vae_counts_its_kl_beta_times():
     assert_close(model.loss(images, None, noise), expected / (3 * 16 * 16))
 
 
-@pytest.mark.parametrize("step", [1, 3, 6, 12])
+@pytest.mark.parametrize("step", [3, 12])
 def test_eq_6_draws_the_kl_to_a_capacity_that_rises(step):
     model, images, noise = small_vae("annealed")
     q, _, error = posterior_and_error(model, images, noise)
@@ -1350,16 +1326,15 @@ def test_a_factor_vae_adds_what_its_discriminator_estimates():
     assert model.terms["kl"] == approx(kl.item())
 
 
-@pytest.mark.parametrize("correlation", [0.0, 0.8])
-def test_the_discriminator_estimates_the_total_correlation(correlation):
+def test_the_discriminator_estimates_the_total_correlation():
     torch.manual_seed(0)
     discriminator = vq.Discriminator(3, width=64)
     optimizer = torch.optim.Adam(discriminator.parameters(), 2e-3)
 
     def draw(count):
-        """Three standard normal codes, of which the first two are correlated."""
+        """Three standard normal codes, of which the first two have a correlation of 0.8."""
         z = torch.randn(count, 3)
-        z[:, 1] = correlation * z[:, 0] + math.sqrt(1 - correlation**2) * z[:, 1]
+        z[:, 1] = 0.8 * z[:, 0] + 0.6 * z[:, 1]
         return z
 
     for _ in range(400):
@@ -1367,50 +1342,31 @@ def test_the_discriminator_estimates_the_total_correlation(correlation):
         discriminator.loss(draw(256)).backward()
         optimizer.step()
 
-    exact = -math.log(1 - correlation**2) / 2
+    exact = -math.log(1 - 0.8**2) / 2
     estimate = discriminator.total_correlation(draw(20_000)).item()
-    assert estimate == approx(exact, abs=0.05 + 0.1 * exact)
+    assert estimate == approx(exact, abs=0.1)
 
 
-def test_the_gradients_of_vae_and_discriminator_are_kept_apart():
+def test_the_discriminator_learns_from_its_own_loss_alone():
     model, images, noise = small_vae("factor")
     _, z, _ = posterior_and_error(model, images, noise)
-    discriminator = list(model.discriminator.parameters())
-    networks = [*model.encoder.parameters(), *model.decoder.parameters()]
+    parameters = list(model.discriminator.parameters())
 
     torch.manual_seed(1)
-    together = torch.autograd.grad(model.loss(images, None, noise), networks + discriminator)
+    together = torch.autograd.grad(model.loss(images, None, noise), parameters)
     torch.manual_seed(1)
-    discriminator_loss = model.discriminator.loss(z)
-    alone = torch.autograd.grad(discriminator_loss, discriminator, retain_graph=True)
-    assert_close(together[len(networks):], alone)
-
-    # The discriminator's loss reaches no other network, and its estimate not the discriminator.
-    of_networks = torch.autograd.grad(discriminator_loss, networks, allow_unused=True)
-    assert of_networks == (None,) * len(networks)
-    estimate = model.discriminator.total_correlation(z)
-    of_discriminator = torch.autograd.grad(
-        estimate, discriminator, allow_unused=True, retain_graph=True)
-    assert of_discriminator == (None,) * len(discriminator)
-    of_encoder, = torch.autograd.grad(estimate, model.encoder.out.weight)
-    assert of_encoder.any()
+    alone = torch.autograd.grad(model.discriminator.loss(z), parameters)
+    assert_close(together, alone)
 
 
-def test_permuted_codes_keep_each_dimensions_values():
-    seen = []
-
-    class Witness(vq.Discriminator):
-        def forward(self, z):
-            seen.append(z)
-            return super().forward(z)
-
-    z = torch.randn(200, 4)
-    z[:, 1] = z[:, 0]
-    Witness(4).loss(z)
-    codes, permuted = seen
-    assert torch.equal(codes, z)
-    assert torch.equal(permuted.sort(dim=0).values, z.sort(dim=0).values)
-    assert (permuted[:, 1] == permuted[:, 0]).float().mean() < 0.1
+def test_the_discriminators_loss_leaves_the_encoder_alone():
+    model, images, noise = small_vae("factor")
+    _, z, _ = posterior_and_error(model, images, noise)
+    weight = model.encoder.out.weight
+    of_loss = torch.autograd.grad(model.discriminator.loss(z), weight, allow_unused=True)
+    of_estimate = torch.autograd.grad(model.discriminator.total_correlation(z), weight)
+    assert of_loss == (None,)
+    assert of_estimate[0].any()
 
 
 @pytest.mark.parametrize("objective", vq.VAE_WEIGHTS)
@@ -1483,27 +1439,21 @@ def test_the_trees_agree_with_scikit_learn():
     assert scores["informativeness_test"] == approx(0.9667, abs=0.01)
 
 
-def test_the_trees_do_not_mind_a_rising_function_of_a_code():
-    codes, factors = mixed_codes()
-    importance = metrics.fit_trees(codes, factors[:, 0], rounds=20).importance
-    risen = metrics.fit_trees(np.exp(codes), factors[:, 0], rounds=20).importance
-    assert risen == approx(importance)
-
-
-BITS = PERFECT > 0
 PAIRS = PERFECT[:, [0, 0, 1, 1]]
 SHARED = 1 - math.log(2) / math.log(4)
-
-
-@pytest.mark.parametrize("codes, factors, d, c, gap", [
-    (BITS, BITS, 1, 1, 1),  # a code a factor
-    (0 * PERFECT, PERFECT, 0, 0, 0),  # constant codes
+KNOWN_DCI = [  # codes, factors, disentanglement, completeness, MIG
+    (PERFECT, PERFECT, 1, 1, 1),
+    (0 * PERFECT, PERFECT, 0, 0, 0),
     (PERFECT, PAIRS, SHARED, 1, 1),  # factors that are equal in pairs
-    (PAIRS, PERFECT, 1, SHARED, 0)])  # codes that are
+    (PAIRS, PERFECT, 1, SHARED, 0),  # codes that are
+]
+
+
+@pytest.mark.parametrize("codes, factors, d, c, gap", KNOWN_DCI)
 def test_dci_and_mig_of_codes_for_which_they_are_known(codes, factors, d, c, gap):
     scores = metrics.dci(codes, factors, codes, factors)
 
-    assert scores["disentanglement"] == approx(d)
+    assert scores["disentanglement"] == approx(d, abs=0.02)
     assert scores["completeness"] == approx(c, abs=0.02)
     assert metrics.mig(codes, factors) == approx(gap)
 
@@ -1562,7 +1512,7 @@ def test_fresh_votes_are_needed_where_codes_know_nothing():
     assert scores["factor_vae_train"] > scores["factor_vae"] == approx(1 / 4, abs=0.06)
 
 
-@pytest.mark.parametrize("unit", [1e-6, 0.05, 1e6, [1, 1000]])
+@pytest.mark.parametrize("unit", [0.05, 1e6, [1, 1000]])
 def test_factor_vae_score_does_not_depend_on_the_unit_of_the_codes(unit):
     blurred = PERFECT + 0.01 * NOISE
 
@@ -1572,12 +1522,10 @@ def test_factor_vae_score_does_not_depend_on_the_unit_of_the_codes(unit):
     assert scores["factor_vae"] == 1
 
 
-@pytest.mark.parametrize("dead", [
-    0 * NOISE,
-    3 + 0 * NOISE,
-    3 + 1e-9 * NOISE,
-    1e-8 * NOISE.round(),
-    (5 + 3e-7 * NOISE).astype(np.float32)])
+DEAD_CODES = [3 + 0 * NOISE, 1e-8 * NOISE.round(), (5 + 3e-7 * NOISE).astype(np.float32)]
+
+
+@pytest.mark.parametrize("dead", DEAD_CODES, ids=["constant", "tiny", "last digits"])
 def test_a_dead_code_wins_no_vote(dead):
     codes = np.append(dead, PERFECT, axis=1)
 
@@ -1587,28 +1535,27 @@ def test_a_dead_code_wins_no_vote(dead):
     assert scores["note"] == "FactorVAE votes leave out dead codes: 0"
 
 
-def test_votes_of_a_thousand_codes_fit_in_memory():
+def test_votes_of_very_many_codes_fit_in_memory():
     codes = np.random.default_rng(0).normal(size=(720, 1024))
 
     tracemalloc.start()
-    metrics.factor_vae_votes(codes, PERFECT, 1000, 1000)
+    metrics.factor_vae_votes(codes, PERFECT, 400, 10)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
 
-    assert peak < 100e6  # bytes; all votes at once would take 500e6
+    assert peak < 100e6  # bytes; all votes at once would take 210e6
 
 
-@pytest.mark.parametrize("codes, factors", [
-    (PERFECT.T, PERFECT.T),
-    (NOISY.T, PERFECT.T),
-    (NOISY.T, PERFECT),
-    (NOISY, PERFECT.T),
-    (NOISY[:710], PERFECT)])
-def test_tables_that_do_not_belong_together_are_named_with_both_shapes(codes, factors):
-    words = rf"codes has shape \({len(codes)}, .* factors \({len(factors)}, .*transpose"
-    for score in (metrics.evaluate, metrics.mig, metrics.infomec, metrics.factor_vae_votes):
-        line = refused(lambda: score(codes, factors))
-        assert re.search(words, line)
+MISFITS = [(NOISY.T, PERFECT.T), (NOISY.T, PERFECT), (NOISY[:710], PERFECT)]
+
+
+@pytest.mark.parametrize("codes, factors", MISFITS, ids=["both turned", "turned", "shorter"])
+@pytest.mark.parametrize("name", ["evaluate", "mig", "infomec", "factor_vae_votes"])
+def test_tables_that_do_not_belong_together_are_named_with_both_shapes(name, codes, factors):
+    score = getattr(metrics, name)
+    line = refused(lambda: score(codes, factors), "transpose")
+    assert f"codes has shape ({len(codes)}, " in line
+    assert f"factors ({len(factors)}, " in line
 
 
 def test_a_factor_of_very_many_values_is_left_out_of_all_scores():
@@ -1620,7 +1567,6 @@ def test_a_factor_of_very_many_values_is_left_out_of_all_scores():
     for name in SCORES:
         assert scores[name] == approx(1, abs=0.001)
     assert scores["note"].startswith("factor 0 is left out: it has more than 200 values")
-    assert scores["note"].count("factor 0") == 1
 
 
 def test_slow_trees_are_announced():
@@ -1632,14 +1578,12 @@ def test_slow_trees_are_announced():
 
 LARGE = [-1, 2**63, 2**63 + 1, 2**63 + 2]  # the last three are one float
 LABELS = {
-    "int64": PERFECT + 2**60,
-    "uint64": PERFECT.astype(np.uint64) + np.uint64(2**63),
+    "int": PERFECT + 2**60,
     "object": PERFECT.astype(object) + 2**70,
-    "float": PERFECT * 1e30,
     "fraction": PERFECT / 7,
-    "str": PERFECT.astype(str),
     "tensor": torch.tensor(PERFECT).bfloat16(),
-    "list": [[LARGE[a], "xyz"[b]] for a, b in PERFECT.tolist()]}
+    "list": [[LARGE[a], "xyz"[b]] for a, b in PERFECT.tolist()],
+}
 
 
 @pytest.mark.parametrize("kind", LABELS)
@@ -1655,8 +1599,8 @@ def test_labels_may_be_of_any_kind(kind):
 
 @pytest.mark.parametrize("label, words", [
     (np.nan, r"factors has NaN in column 1"),
-    ("red", r"column 1 .* compared \(int, str\)"),
-    (None, r"column 1 .* compared \(NoneType, int\)")])
+    (None, r"column 1 .* compared \(NoneType, int\)"),
+])
 def test_labels_that_cannot_be_compared_are_refused(label, words):
     factors = PERFECT.astype(object)
     factors[5, 1] = label
@@ -1665,11 +1609,10 @@ def test_labels_that_cannot_be_compared_are_refused(label, words):
 
 
 @pytest.mark.parametrize("codes", [
-    PERFECT.tolist(),
-    torch.tensor(PERFECT).half(),
     torch.tensor(PERFECT).bfloat16(),
     torch.tensor(PERFECT * 1.0, requires_grad=True),
-    list(torch.tensor(PERFECT))])
+    list(torch.tensor(PERFECT)),
+])
 def test_codes_may_be_tensors_and_lists(codes):
     assert metrics.mig(codes, PERFECT) == approx(1)
 
@@ -1690,15 +1633,14 @@ def test_infomec_agrees_with_the_file_of_its_authors():
     assert discrete["infoe"] == approx(0.9650, abs=0.002)
 
 
-COPY = PERFECT[:, [0, 0, 1]]
-NAMES = PERFECT @ [[3, 3], [1, 1]]
-
-
-@pytest.mark.parametrize("codes, m, c", [
+KNOWN_INFOMEC = [  # codes, InfoM, InfoC
     (PERFECT, 1, 1),
-    (PERFECT + 1e-3 * NOISE, 1, 1),
-    (COPY, 1, (3 / 4 - 1 / 3) / (2 / 3)),  # the largest shares are 1/2 and 1, chance 1/3
-    (NAMES, 0, 0)])  # each code names all twelve combinations
+    (PERFECT[:, [0, 0, 1]], 1, (3 / 4 - 1 / 3) / (2 / 3)),  # largest shares 1/2, 1; chance 1/3
+    (PERFECT @ [[3, 3], [1, 1]], 0, 0),  # each code names all twelve combinations
+]
+
+
+@pytest.mark.parametrize("codes, m, c", KNOWN_INFOMEC, ids=["perfect", "copied", "mixed"])
 def test_infomec_of_codes_for_which_it_is_known(codes, m, c):
     scores = metrics.infomec(codes, PERFECT)
 
@@ -1743,10 +1685,6 @@ def test_runs_agree_if_their_codes_are_equal_up_to_order_sign_and_unit():
     assert equal[:3] == approx([1, 1, 1], abs=0.1)
     assert max(other[:3]) < 0.7
     assert min(scores["udr"]) == scores["udr"][3]
-
-
-def test_runs_of_different_images_are_refused():
-    refused(lambda: metrics.agreement([PERFECT, PERFECT[:9]]), "the same images")
 
 
 def test_udr_equals_its_equation():
@@ -1803,11 +1741,9 @@ def test_ssim_and_mse_equal_their_definitions():
 
 def test_images_may_be_arrays_and_of_two_dtypes():
     x = torch.rand(1, 3, 16, 16)
-    y = x.numpy()
-    assert metrics.ssim(x, x.double()).item() == approx(1)
-    assert metrics.ssim(y, x).item() == approx(1)
+    assert metrics.ssim(x.numpy(), x.double()).item() == approx(1)
     assert metrics.ssim(x.half(), x.half()).item() == approx(1)
-    assert metrics.mse(y.astype(np.float64), y).item() == 0
+    assert metrics.mse(x.double().numpy(), x).item() == 0
 
 
 def wave(step, scale, *shape):
@@ -1848,12 +1784,6 @@ def test_the_frechet_distance_equals_its_definition():
     assert metrics.frechet_distance(a, b) == approx(known)
 
 
-def test_the_frechet_distance_of_a_single_feature():
-    x = np.random.default_rng(0).normal(size=(500, 1))
-    known = (2 * x.mean())**2 + 2**2 * x.var(ddof=1)
-    assert metrics.frechet_distance(x, 3 * x) == approx(known)
-
-
 @pytest.mark.parametrize("samples, features", [(500, 4), (5, 30), (100, 1)])
 def test_the_frechet_distance_of_a_set_from_itself_is_0_and_never_less(samples, features):
     for seed in range(5):
@@ -1883,16 +1813,17 @@ def test_the_table_of_scores_is_one_that_json_accepts():
     assert scores["informativeness_test"] < 0.6
 
 
-def test_the_command_line_prints_what_evaluate_returns(folder, monkeypatch, capsys):
-    monkeypatch.setenv("HOME", str(folder))
-    monkeypatch.setenv("USERPROFILE", str(folder))
+def test_the_command_line_prints_what_evaluate_returns(capsys):
     np.savez("codes.npz", codes=NOISY, factors=PERFECT)
-
-    metrics.main(["~/codes.npz", "--train", 300, "--test", "200", "--seed", "3"])
-
-    lines = capsys.readouterr().out.splitlines()
-    printed = [line.split() for line in lines]
     scores = metrics.evaluate(NOISY, PERFECT, 3, 300, 200)
+    with mock.patch("metrics.evaluate", return_value=dict(scores)) as evaluate:
+        metrics.main([Path("codes.npz"), "--train", 300, "--test", "200", "--seed", "3"])
+
+    codes, factors, *numbers = evaluate.call_args.args
+    assert np.array_equal(codes, NOISY) and np.array_equal(factors, PERFECT)
+    assert numbers == [3, 300, 200]
+
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert printed[-1] == ["2"] + [f"{x:.2f}" for x in scores["importance"][2]]
     for name in SCORES:
         assert [name, str(round(scores[name], 4))] in printed
@@ -1902,11 +1833,10 @@ def test_files_without_a_table_are_refused_in_one_line(capsys):
     np.savez("codes.npz", codes=NOISY, factors=PERFECT)
     np.savez("names.npz", z=NOISY)
     np.savez("objects.npz", codes=np.array([{}]), factors=PERFECT)
-    np.save("array.npy", NOISY)
     whole = Path("codes.npz").read_bytes()
     Path("cut.npz").write_bytes(whole[:300])
 
-    for name in ("names.npz", "objects.npz", "array.npy", "cut.npz", "absent.npz"):
+    for name in ("names.npz", "objects.npz", "cut.npz", "absent.npz"):
         with pytest.raises(SystemExit):
             metrics.main([Path(name)])
         error = capsys.readouterr().err
@@ -1914,24 +1844,27 @@ def test_files_without_a_table_are_refused_in_one_line(capsys):
         assert error.count("\n") == 1
 
 
-RARE = PERFECT.copy()
-RARE[0, 1] = 9
-OBJECTS = np.arange(720)[:, None] // 5 % 12  # 60 rows each, and it takes 64
-WITH_OBJECTS = np.append(PERFECT, OBJECTS, axis=1)
-WITH_CONSTANT = np.insert(PERFECT, 1, 7, axis=1)
+def test_a_factor_that_is_left_out_leaves_the_scores_of_the_others():
+    factors = np.insert(PERFECT, 1, 7, axis=1)
+    factors[0, 2] = 9  # a value that a single row has
 
-
-@pytest.mark.parametrize("codes, factors, reason", [
-    (NOISY, RARE, "leave out rare values of factor 1"),
-    (WITH_OBJECTS, WITH_OBJECTS, "factor 2, whose values are all rare"),
-    (NOISY, WITH_CONSTANT, "factor 1 is left out: it has one value")])
-def test_a_factor_that_is_left_out_leaves_the_scores_of_the_others(codes, factors, reason):
-    scores = metrics.evaluate(codes, factors)
+    scores = metrics.evaluate(NOISY, factors)
 
     assert (scores["dci_train"], scores["dci_test"]) == (480, 240)  # of 10,000 + 5,000
-    assert reason in scores["note"]
+    assert "factor 1 is left out: it has one value" in scores["note"]
+    assert "leave out rare values of factor 2" in scores["note"]
     for name in SCORES[:5]:
         assert scores[name] == approx(1, abs=0.08)
+
+
+def test_no_vote_is_about_a_factor_whose_values_are_all_rare():
+    objects = np.arange(720)[:, None] // 5 % 12  # 60 rows each, and a vote takes 64
+    table = np.append(PERFECT, objects, axis=1)
+
+    scores = metrics.factor_vae_votes(table, table, 500, 500)
+
+    assert "factor 2, whose values are all rare" in scores["note"]
+    assert scores["factor_vae"] == 1
 
 
 def test_one_code_of_one_factor_has_an_informativeness_and_little_else():
@@ -1953,20 +1886,22 @@ def test_factors_that_do_not_vary_have_no_scores_but_a_note():
 GREY_IMAGE = torch.full((1, 3, 8, 8), 0.5)
 
 
-@pytest.mark.parametrize("name, arguments, words", [
+UNSCORABLE = [
     ("evaluate", (NOISY * np.nan, PERFECT), r"codes\[0, 0\] is nan.*drop"),
-    ("evaluate", (NOISY[:, :0], PERFECT), r"codes has shape \(720, 0\)"),
     ("evaluate", (NOISY.astype(str), PERFECT), "codes has dtype <U.*expected numbers"),
     ("evaluate", ([[1, 2], [3]], PERFECT), "rows of unequal length"),
     ("dci", (NOISY, PERFECT * 0, NOISY, PERFECT), "one value"),
     ("dci", (NOISY, PERFECT, NOISY[:, :2], PERFECT), "as many codes"),
     ("factor_vae_votes", (NOISY * 0, PERFECT), "no code varies"),
+    ("agreement", ([PERFECT, PERFECT[:9]],), "the same images"),
     ("tad", (NOISY, PERFECT * 2), "attributes has the values"),
-    ("frechet_distance", (NOISY[:1], NOISY), "feats_a has shape"),
-    ("mse", (GREY_IMAGE, GREY_IMAGE[0]), "one shape"),
     ("ssim", (-GREY_IMAGE, GREY_IMAGE), r"from -0.5 to -0.5; .*\[0, 1\]"),
     ("fid", (GREY_IMAGE, GREY_IMAGE, ""), "expected uint8"),
-    ("load_lpips", (HERE / "README.md", "alex.pth"), "README.md has no .*, a git-lfs pointer")])
+    ("load_lpips", (HERE / "README.md", "alex.pth"), "README.md has no .*, a git-lfs pointer"),
+]
+
+
+@pytest.mark.parametrize("name, arguments, words", UNSCORABLE)
 def test_what_cannot_be_scored_is_refused(name, arguments, words):
     function = getattr(metrics, name)
     line = refused(lambda: function(*arguments))
@@ -2044,42 +1979,22 @@ def surface_distance(shape, scale, p):
     return np.hypot(side, p[1] - axis) - radius
 
 
-def rays_at_the_object(shape):
-    """Of 64 x 64 rays: the eye, their directions, and the t at which each meets the object."""
-    scale = data.LEVELS[3][1]  # a small one, of which one sees the lid
-    eye, rays = data.camera_rays(data.LEVELS[5][11], 64)
-    with np.errstate(all="ignore"):  # rays that miss
-        t = data.meet_object(shape, scale, eye[:, None], rays)
-    return scale, eye[:, None], rays, t
-
-
 @pytest.mark.parametrize("shape", range(4))
 def test_a_ray_ends_where_the_objects_surface_is(shape):
-    scale, eye, rays, t = rays_at_the_object(shape)
+    scale = data.LEVELS[3][1]  # a small one, of which one sees the lid
+    eye, rays = data.camera_rays(data.LEVELS[5][11], 64)
+    eye = eye[:, None]
+    with np.errstate(all="ignore"):  # rays that miss
+        t = data.meet_object(shape, scale, eye, rays)
+
     hit = np.isfinite(t)
-    assert hit.mean() > 0.02
     end = eye + t[hit] * rays[:, hit]
+    assert hit.mean() > 0.02
     assert np.abs(surface_distance(shape, scale, end)).max() < 1e-9
 
     for part in np.linspace(0, 0.99, 100):  # nothing was in the way
         point = eye + part * np.minimum(t, 8) * rays
         assert surface_distance(shape, scale, point).min() > 0
-
-
-@pytest.mark.parametrize("shape", range(4))
-def test_the_normal_points_where_the_distance_rises(shape):
-    scale, eye, rays, t = rays_at_the_object(shape)
-    hit = np.isfinite(t)
-    end = eye + t[hit] * rays[:, hit]
-
-    slope = np.empty_like(end)
-    for axis, step in enumerate(1e-5 * np.eye(3)[:, :, None]):
-        after = surface_distance(shape, scale, end + step)
-        before = surface_distance(shape, scale, end - step)
-        slope[axis] = (after - before) / 2e-5
-
-    agree = np.isclose(slope, data.object_normal(shape, scale, end), atol=1e-3)
-    assert agree.all(0).mean() > 0.97  # edges have no normal
 
 
 def test_an_index_counts_through_the_factors(rendered):
@@ -2135,66 +2050,46 @@ def any_set(request, rendered):
     return dataset_of(labels=ROWS % 3)
 
 
-@pytest.mark.parametrize("indices, rows", [
-    (5, [5]),
-    (-1, [-1]),
-    ([2, 0, 2], [2, 0, 2]),
-    (slice(1, 7, 2), [1, 3, 5]),
-    ([], []),
-    (torch.tensor([3, 1]), [3, 1]),
-    (np.uint8(7), [7]),
-    (range(2), [0, 1]),
-    ((4, 1), [4, 1]),
-])
-def test_images_take_any_index(any_set, indices, rows):
-    rows = np.array(rows, int) % len(any_set)
-    images = shown(any_set, indices)
-    factors = any_set.factors(indices)
-
-    assert len(images) == len(factors) == len(rows)
-    for k, row in enumerate(rows):
-        image, levels = any_set[row]
-        assert same(images[k], image.permute(1, 2, 0))
-        assert same(factors[k], levels)
+MASK_OF_ROWS = np.isin(ROWS, [1, 4])
+INDICES = {  # what is asked for, and the rows that it stands for
+    "number": (-1, [11]),
+    "list": ([2, 0, 2], [2, 0, 2]),
+    "empty": ([], []),
+    "slice": (slice(1, 7, 2), [1, 3, 5]),
+    "tensor": (torch.tensor([3, 1]), [3, 1]),
+    "mask": (torch.tensor(MASK_OF_ROWS), [1, 4]),
+    "list of bools": (MASK_OF_ROWS.tolist(), [1, 4]),
+}
 
 
-def test_a_mask_is_an_index(any_set):
-    mask = np.zeros(len(any_set), bool)
-    mask[[1, 4]] = True
-    for kind in (mask, torch.tensor(mask), mask.tolist()):
-        assert same(shown(any_set, kind), shown(any_set, [1, 4]))
+@pytest.mark.parametrize("kind", INDICES)
+def test_images_take_any_index(kind):
+    indices, rows = INDICES[kind]
+    dataset = dataset_of(labels=ROWS % 3)
+    assert same(shown(dataset, indices), noise()[rows])
+    assert dataset.factors(indices).flatten().tolist() == [row % 3 for row in rows]
 
 
-@pytest.mark.parametrize("indices", [
-    10**6,
-    -(10**6),
-    [0, 10**6],
-    0.5,
-    [[1]],
-    "a",
-    np.ones(3, bool),
-])
+@pytest.mark.parametrize("indices", [[0, 10**6], -(10**6), 0.5, [[1]], np.ones(3, bool)])
 def test_what_is_no_index_is_an_index_error(any_set, indices):
     with pytest.raises(IndexError):
         any_set.images(indices)
 
 
-def test_a_loop_over_a_dataset_ends():
-    images, factors = zip(*dataset_of(labels=ROWS % 3))
-    assert same(torch.stack(images).permute(0, 2, 3, 1).numpy(), noise())
+def test_a_dataset_is_a_sequence_of_images_with_their_factors():
+    dataset = dataset_of(labels=ROWS % 3)
+    images, factors = zip(*dataset)  # the loop ends
+    assert torch.equal(torch.stack(images), dataset.images(ROWS))
     assert torch.stack(factors).flatten().tolist() == [0, 1, 2] * 4
 
-
-def test_a_slice_is_a_batch(any_set):
-    images, factors = any_set[2:4]
-    assert torch.equal(images[1], any_set[3][0])
-    assert torch.equal(factors[1], any_set[3][1])
+    images, factors = dataset[2:4]  # a batch
+    assert same(images.permute(0, 2, 3, 1), noise()[2:4])
+    assert factors.flatten().tolist() == [2, 0]
 
 
-@pytest.mark.parametrize("workers, start", [(0, None), (1, "spawn")])
-def test_a_data_loader_gets_the_same_batches(workers, start):
+def test_a_spawned_worker_loads_the_same_batches():
     dataset = dataset_of(labels=ROWS % 3)
-    loader = DataLoader(dataset, batch_size=5, num_workers=workers, multiprocessing_context=start)
+    loader = DataLoader(dataset, batch_size=5, num_workers=1, multiprocessing_context="spawn")
     images, factors = zip(*loader)
 
     assert torch.equal(torch.cat(images), dataset.images(ROWS))
@@ -2217,7 +2112,7 @@ def test_images_are_found_by_factors_in_any_order_of_the_set():
     assert dataset.find(torch.tensor(table[7])).tolist() == [7]
 
 
-@pytest.mark.parametrize("factors", [[3, 4], [4, 0], [-1, 5], [0, 5]])
+@pytest.mark.parametrize("factors", [[3, 4], [-1, 5]])
 def test_a_combination_that_no_image_has_is_named(factors):
     dataset = dataset_of(images=noise(19, 8, 8), labels=data.grid((4, 5))[:19])
     refused(lambda: dataset.find([[0, 0], factors]), str(tuple(factors)))
@@ -2246,45 +2141,36 @@ GREY = noise(channels=1)
 OPAQUE = np.concatenate([noise(), np.full((12, 64, 64, 1), 255, np.uint8)], 3)
 
 
+LAYOUTS = {
+    "fortran": (np.asfortranarray(noise()), noise()),
+    "channels before": (noise().transpose(0, 3, 1, 2), noise()),
+    "grey": (GREY, GREY),
+    "no channels": (GREY[..., 0], GREY),
+    "opaque": (OPAQUE, noise()),
+}
+
+
 @pytest.mark.parametrize("ending", ["npz", "h5", "npy"])
-@pytest.mark.parametrize("array, images", [
-    (noise(), noise()),
-    (np.asfortranarray(noise()), noise()),
-    (noise().transpose(0, 3, 1, 2), noise()),
-    (GREY, GREY),
-    (GREY[..., 0], GREY),
-    (GREY.transpose(0, 3, 1, 2), GREY),
-    (OPAQUE, noise()),
-])
-def test_images_of_any_layout_are_read(ending, array, images, monkeypatch):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_images_of_any_layout_are_read(ending, layout, monkeypatch):
     monkeypatch.setattr(data, "BLOCK", 64 * 64 * 3 * 5)  # several blocks, the last one short
+    array, images = LAYOUTS[layout]
     assert same(shown(dataset_of(ending, images=array)), images)
 
 
-@pytest.mark.parametrize("names", [
-    ["images", "masks"],
-    ["X", "labels"],
-    ["train/images", "other"],
-])
-def test_the_images_of_a_file_are_told_by_name_or_shape(names):
-    arrays = {names[0]: noise(), names[1]: GREY}
-    if names[1] == "labels":
-        arrays["labels"] = ROWS % 3
-
-    for ending in ("npz", "h5"):
-        dataset = dataset_of(ending, **arrays)
-        assert same(shown(dataset), noise())
+@pytest.mark.parametrize("ending", ["npz", "h5"])
+@pytest.mark.parametrize("image_name, mask_name", [("images", "masks"), ("train/images", "other")])
+def test_the_images_of_a_file_are_told_by_their_name(ending, image_name, mask_name):
+    dataset = dataset_of(ending, **{image_name: noise(), mask_name: GREY})
+    assert same(shown(dataset), noise())
 
 
 @pytest.mark.parametrize("arrays", [
     dict(train=noise(), test=noise()),
-    dict(images=noise()[0, :, :, 0], masks=noise()),
     dict(images=noise().reshape(12, -1)),
     dict(images=noise().transpose(1, 2, 3, 0)),
-    dict(images=GREY[..., 0].transpose(1, 2, 0)),
     dict(images=noise()[None]),
     dict(images=noise(0)),
-    dict(images=noise() * 1j),
     dict(labels=ROWS, images=ROWS),
 ])
 def test_a_file_of_unclear_images_is_refused_by_what_it_holds(arrays):
@@ -2292,13 +2178,10 @@ def test_a_file_of_unclear_images_is_refused_by_what_it_holds(arrays):
     refused(lambda: dataset_of(**arrays), f"{name} {array.dtype} {array.shape}", "(n, h, w)")
 
 
-@pytest.mark.parametrize("version", [(1, 0), (2, 0), (3, 0)])
-@pytest.mark.parametrize("array", [
-    noise(),
-    np.asfortranarray(noise()),
-    noise().astype(">u2") * 257,
-])
-def test_every_version_of_numpys_format_is_read(version, array):
+@pytest.mark.parametrize("version", [(1, 0), (2, 0), (3, 0)], ids=str)
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_every_version_of_numpys_format_is_read(version, order):
+    array = np.asarray(noise().astype(">u2") * 257, order=order)
     content = io.BytesIO()
     np.lib.format.write_array(content, array, version)
     Path("a.npy").write_bytes(content.getvalue())
@@ -2314,40 +2197,35 @@ GAPS = np.where(UNIT == 0, np.nan, UNIT)
 MASK = noise() > 127
 
 
+@pytest.mark.parametrize("ending", ["npz", "h5"])
 @pytest.mark.parametrize("values, images", [
-    (UNIT, noise()),
     (UNIT.astype("f2"), noise()),
     (UNIT * 2 - 1, noise()),
     (GAPS, noise()),
-    (UNIT * 0.5, np.rint(UNIT * 127.5)),
-    (noise() * 1.0, noise()),
     (noise().astype(int) // 2, noise() // 2),
     (noise().astype("u2") * 257, noise()),
-    (noise().astype("i2") * 9 - 800, noise()),
-    (UNIT * 1e9 - 1e8, noise()),
     (noise().astype(int) + 10**12, noise()),
     (MASK, MASK * 255),
-    (MASK.astype("u1"), MASK * 255),
     (MASK * 2 - 1, MASK * 255),
     (UNIT * 0 + 7.5, UNIT * 0),
 ])
-def test_numbers_of_any_range_become_bytes(values, images):
-    for ending in ("npz", "h5"):
-        assert same(shown(dataset_of(ending, images=values)), images)
+def test_numbers_of_any_range_become_bytes(ending, values, images):
+    assert same(shown(dataset_of(ending, images=values)), images)
 
 
-@pytest.mark.parametrize("ending", ["tif", "npz", "h5", "npy"])
-@pytest.mark.parametrize("levels, shades", [
+SCALES = [  # brightness of three images, and what becomes of it
     ([1000, 2000, 4000.5], [0, 85, 255]),
     ([-100, 0, 100], [0, 128, 255]),
     ([0.25, 0.5, 0.75], [64, 128, 191]),
-    ([1, 50, 200], [1, 50, 200]),
     ([0, 20000, 60000], [0, 78, 233]),
-    ([-1, 0, 0.5], [0, 128, 191]),
-])
+]
+
+
+@pytest.mark.parametrize("ending", ["tif", "npz", "h5", "npy"])
+@pytest.mark.parametrize("levels, shades", SCALES)
 def test_one_scale_holds_for_a_whole_set(ending, levels, shades, monkeypatch):
     monkeypatch.setattr(data, "BLOCK", 1)  # an image a block
-    images = np.full((3, 64, 64), np.reshape(levels, (3, 1, 1)), np.float32)
+    images = np.stack([np.full((64, 64), level, np.float32) for level in levels])
     if ending == "tif":
         for k in range(3):
             save_picture(f"set/{k}.tif", images[k])
@@ -2355,9 +2233,9 @@ def test_one_scale_holds_for_a_whole_set(ending, levels, shades, monkeypatch):
     else:
         dataset = dataset_of(ending, images=images)
 
-    corners = dataset.images(slice(3))[:, 0, 9, 9]
-    assert corners.tolist() == shades
-    assert ("black is" in dataset.note) == (levels != [1, 50, 200])
+    middles = dataset.images(slice(3))[:, 0, 32, 32]
+    assert middles.tolist() == shades
+    assert "black is" in dataset.note
 
 
 def test_bytes_beside_deeper_pictures_stay_bytes():
@@ -2373,29 +2251,29 @@ def test_bytes_beside_deeper_pictures_stay_bytes():
 RAMP = np.add.outer(np.arange(64), np.arange(64) * 3).astype(np.uint8)
 COLOUR = np.stack([RAMP, RAMP.T, 255 - RAMP], 2)
 CLEAR = np.where(RAMP > 99, 255, 0).astype(np.uint8)
-HOLE = np.where(RAMP == 50, 255, RAMP)
-TURNED = Image.Exif()
-TURNED[274] = 6  # the camera was on its side: turn the picture clockwise
 
 
-@pytest.mark.parametrize("name, picture, seen, options", [
-    ("16.png", Image.fromarray(RAMP.astype(np.uint16) * 257), RAMP, {}),
-    ("16.tif", Image.fromarray(RAMP.astype(">u2") * 257), RAMP, {}),
-    ("float.tif", Image.fromarray(RAMP / np.float32(255)), RAMP, {}),
-    ("one bit.png", Image.fromarray(CLEAR > 0), CLEAR, {}),
-    ("hole.gif", Image.fromarray(RAMP).convert("P"), HOLE, {"transparency": 50}),
-    ("opacity.png", Image.fromarray(np.dstack([RAMP, CLEAR])), np.where(CLEAR, RAMP, 255), {}),
-    ("print.tif", Image.fromarray(COLOUR).convert("CMYK"), COLOUR, {}),
-    ("turned.png", Image.fromarray(COLOUR), np.rot90(COLOUR, -1), {"exif": TURNED}),
-])
-def test_a_picture_is_what_a_viewer_shows(name, picture, seen, options):
+ON_ITS_SIDE = Image.Exif()
+ON_ITS_SIDE[274] = 6  # turn the picture clockwise
+PICTURES = {  # a picture, what a viewer shows, options for saving
+    "16 bits.png": (Image.fromarray(RAMP.astype(np.uint16) * 257), RAMP, {}),
+    "one bit.png": (Image.fromarray(CLEAR > 0), CLEAR, {}),
+    "opacity.png": (Image.fromarray(np.dstack([RAMP, CLEAR])), np.where(CLEAR, RAMP, 255), {}),
+    "print.tif": (Image.fromarray(COLOUR).convert("CMYK"), COLOUR, {}),
+    "turned.png": (Image.fromarray(COLOUR), np.rot90(COLOUR, -1), {"exif": ON_ITS_SIDE}),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_a_picture_is_what_a_viewer_shows(name):
+    picture, expected, options = PICTURES[name]
     Path("set").mkdir()
     picture.save(Path("set", name), **options)
-    assert same(shown(data.open_dataset("set")), seen.reshape(1, 64, 64, -1))
+    assert same(shown(data.open_dataset("set")), expected.reshape(1, 64, 64, -1))
 
 
 def test_of_a_wide_or_high_image_the_middle_is_used():
-    wide = noise(12, 64, 80)
+    wide = noise(width=80)
     assert same(shown(dataset_of(images=wide)), wide[:, :, 8:72])
     high = wide.transpose(0, 2, 1, 3)
     assert same(shown(dataset_of(images=high)), high[:, 8:72])
@@ -2425,22 +2303,13 @@ def test_labels_are_never_invented(official, name, images):
     assert dataset.factor_names == () and "no labels" in dataset.note
 
 
-def test_a_set_as_large_as_cars3d_is_not_cars3d():
-    dataset = data.open_dataset(save("cars3d.npz", images=noise(17568, 4, 4)), size=32)
-    assert dataset.factor_names == () and dataset.factors([0]).shape == (1, 0)
-
-
 @pytest.mark.parametrize("labels", [
     ROWS % 3 * 0.1 + ROWS * 1e-13,
     np.float16(ROWS % 3 * 0.1),
-    ROWS % 3 - 1,
     ROWS % 3 + 10**18,
     (ROWS % 3).astype(np.uint64) + np.uint64(2**63),
-    np.array([0.0, 1, 1e7])[ROWS % 3],
-    (ROWS % 3).reshape(12, 1, 1),
     (ROWS % 3).reshape(1, 12),
     np.eye(4)[ROWS % 3],
-    np.eye(3, dtype=bool)[ROWS % 3].T,
     np.array(["a", "b", "ç"])[ROWS % 3],
     np.array([b"a", b"b", b"c"])[ROWS % 3],
 ])
@@ -2454,12 +2323,7 @@ TABLE = np.stack([ROWS % 3, ROWS // 6], 1)
 FIELDS = np.array([*zip(ROWS % 3 * 0.5, "xy" * 6)], [("hue", "f4"), ("kind", "S1")])
 
 
-@pytest.mark.parametrize("labels", [
-    TABLE,
-    TABLE.T,
-    TABLE.astype(float),
-    np.eye(3)[TABLE],
-])
+@pytest.mark.parametrize("labels", [TABLE, TABLE.T, np.eye(3)[TABLE]], ids=["rows", "columns", "hot"])
 def test_a_table_of_labels_is_read_in_any_layout(labels):
     dataset = dataset_of(labels=labels, factor_names=np.array(["a", "b"]))
     assert (dataset.factor_names, dataset.factor_sizes) == (("a", "b"), (3, 2))
@@ -2468,7 +2332,6 @@ def test_a_table_of_labels_is_read_in_any_layout(labels):
 
 @pytest.mark.parametrize("ending, arrays", [
     ("npz", {"labels": FIELDS}),
-    ("h5", {"labels": FIELDS}),
     ("h5", {"labels/hue": ROWS % 3, "labels/kind": [*"xy"] * 6}),
 ])
 def test_labels_with_names_keep_them(ending, arrays):
@@ -2499,23 +2362,11 @@ def test_a_factor_of_thousands_of_values_is_left_out():
     assert dataset.factor_sizes == (7,) and "1,500 values" in dataset.note
 
 
-@pytest.mark.parametrize("labels", [
-    ROWS[:5],
-    np.array([{}] * 12),
-    np.zeros((12, 2, 2)),
-    np.array(7),
-    ROWS,
-    np.zeros((12, 0)),
-])
+@pytest.mark.parametrize("labels", [ROWS[:5], np.array([{}] * 12), np.array(7), ROWS])
 def test_images_are_used_though_their_labels_cannot_be(labels):
     dataset = dataset_of(labels=labels)
     assert same(shown(dataset), noise())
     assert dataset.factors(ROWS).shape == (12, 0) and dataset.note
-
-
-def test_second_labels_serve_if_the_first_cannot():
-    dataset = dataset_of(labels=ROWS, classes=ROWS % 3, factor_names=np.array(["x", "y"]))
-    assert dataset.factor_sizes == (3,) and "factor_names not used" in dataset.note
 
 
 def test_dsprites_labels_have_their_names():
@@ -2531,21 +2382,15 @@ def test_dsprites_labels_have_their_names():
 def test_subfolders_are_a_class():
     for k, name in enumerate(["cat/1", "cat/2", "dog/1", "dog/2", "bird/1"]):
         save_picture(f"set/{name}.png", noise(1, seed=k)[0])
-
     dataset = data.open_dataset("set")
     assert (dataset.factor_names, dataset.factor_sizes) == (("class",), (3,))
     assert dataset.factors(range(5)).flatten().tolist() == [0, 1, 1, 2, 2]
     assert same(shown(dataset, 0), noise(1, seed=4))
-    assert "bird, cat, dog" in dataset.note
 
-
-def test_a_renamed_class_is_noticed():
-    for k, name in enumerate(["a/1", "a/2", "b/1", "b/2"]):
-        save_picture(f"set/{name}.png", noise(1, seed=k)[0])
-    assert same(shown(data.open_dataset("set"), 0), noise(1, seed=0))
-
-    os.rename("set/a", "set/c")
-    assert same(shown(data.open_dataset("set"), 0), noise(1, seed=2))
+    os.rename("set/cat", "set/ape")  # pictures of the same dates and sizes
+    renamed = data.open_dataset("set")
+    assert same(shown(renamed, 0), noise(1, seed=0))
+    assert "ape, bird, dog" in renamed.note
 
 
 def test_hidden_files_are_no_pictures():
@@ -2598,20 +2443,21 @@ def test_damaged_pictures_are_left_out():
 def save_celeba(ending, begin, mark):
     """Four faces, the second of them damaged, with 40 attributes; returns faces and attributes."""
     faces = noise(4, 218, 178)
-    values = np.where(noise(4, 40, 1, 1)[..., 0, 0] > 127, 1, -1)
-    rows = [mark.join(f"Attribute_{j}" for j in range(40))]
+    attributes = np.random.default_rng(0).choice([-1, 1], (4, 40))
+    names = [f"Attribute_{j}" for j in range(40)]
+    rows = [mark.join(names)]
     for k in range(4):
-        save_picture(f"faces/{k + 1:06d}.jpg", faces[k], format="PNG")  # so that it stays exact
-        rows.append(mark.join([f"{k + 1:06d}.jpg", *map(str, values[k])]))
+        name = f"{k + 1:06d}.jpg"
+        save_picture(f"faces/{name}", faces[k], format="PNG")  # so that it stays exact
+        values = [str(value) for value in attributes[k]]
+        rows.append(mark.join([name, *values]))
+
     Path("faces/000002.jpg").write_bytes(b"damaged")
     Path(f"list_attr_celeba.{ending}").write_text(begin + "\n".join(rows))
-    return faces, values > 0
+    return faces, attributes > 0
 
 
-@pytest.mark.parametrize("ending, begin, mark", [
-    ("txt", "4\n", "  "),
-    ("csv", "image_id,", ","),
-])
+@pytest.mark.parametrize("ending, begin, mark", [("txt", "4\n", "  "), ("csv", "image_id,", ",")])
 def test_celeba_has_attributes_and_its_crop(ending, begin, mark):
     faces, attributes = save_celeba(ending, begin, mark)
     dataset = data.open_dataset("faces", size=128)
@@ -2619,13 +2465,6 @@ def test_celeba_has_attributes_and_its_crop(ending, begin, mark):
     assert same(shown(dataset), faces[[0, 2, 3], 57:185, 25:153])
     assert dataset.attribute_names[39] == "Attribute_39"
     assert same(dataset.attributes([1, 0]), attributes[[2, 0]])
-
-
-def test_a_picture_beside_celebas_list_is_not_celeba():
-    save_celeba("txt", "4\n", " ")
-    save_picture("mine/holiday.png", noise(1)[0])
-    dataset = data.open_dataset("mine")
-    assert dataset.attribute_names == () and "lacks holiday.png" in dataset.note
 
 
 def mat_element(kind, content):
@@ -2691,12 +2530,7 @@ def test_sets_of_equal_name_keep_caches_of_their_own():
     assert len(listing("caches")) == 4
 
 
-@pytest.mark.parametrize("step", [
-    "shutil.disk_usage",
-    "np.savez",
-    "os.replace",
-    "tempfile.mkdtemp",
-])
+@pytest.mark.parametrize("step", ["shutil.disk_usage", "os.replace", "tempfile.mkdtemp"])
 def test_a_cache_that_cannot_be_written_leaves_nothing(step):
     save("a.npz", images=noise())
     with mock.patch(f"data.{step}", side_effect=OSError(30, "Read-only file system")):
@@ -2706,8 +2540,7 @@ def test_a_cache_that_cannot_be_written_leaves_nothing(step):
     assert same(shown(data.open_dataset("a.npz", cache="elsewhere")), noise())
 
 
-@pytest.mark.parametrize("ending", ["npy", "npz"])
-@pytest.mark.parametrize("end", [-1, 9])
+@pytest.mark.parametrize("ending, end", [("npy", -1), ("npz", 9)])
 def test_a_file_that_is_no_whole_cache_is_not_replaced(ending, end):
     data.open_dataset(save("a.npz", images=noise()))
     cache = Path(f"a.npz.64.cache.{ending}")
@@ -2740,46 +2573,40 @@ def test_an_interrupt_leaves_nothing(ending):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows does not say whether a process lives")
-def test_what_a_killed_process_left_is_removed(monkeypatch):
-    program = """if True:
-        import os, pathlib, data
-        scratch = data.scratch_folder(pathlib.Path("."))
-        scratch.__enter__()
-        os._exit(1)  # without tidying up
-    """
-    monkeypatch.setenv("PYTHONPATH", str(Path(data.__file__).parent))
-    subprocess.run([sys.executable, "-c", program])
-    assert len(listing()) == 1
+def test_what_a_killed_process_left_is_removed():
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    with mock.patch("os.getpid", return_value=killed.pid):
+        kept_open = data.scratch_folder(Path("."))
+        left_behind = kept_open.__enter__()
 
     with data.scratch_folder(Path(".")) as alive:
+        assert not left_behind.exists()
         with data.scratch_folder(Path(".")):
             assert alive.exists() and len(listing()) == 2
     assert listing() == []
 
 
-IMAGES_OF_18_MB = np.full((1500, 64, 64, 3), 7, np.uint8)
-
-
-@pytest.mark.parametrize("order", ["C", "F"])
-@pytest.mark.parametrize("ending", ["npz", "h5", "npy"])
-def test_a_conversion_takes_little_memory(order, ending, monkeypatch):
+@pytest.mark.parametrize("ending", ["npz", "h5"])
+def test_a_conversion_takes_little_memory(ending, monkeypatch):
     monkeypatch.setattr(data, "BLOCK", 1 << 19)
-    path = save(f"a.{ending}", images=np.asarray(IMAGES_OF_18_MB, order=order))
+    images = np.full((1500, 64, 64, 3), 7, np.uint8, order="F")  # 18 MB
+    path = save(f"a.{ending}", images=images)
     tracemalloc.start()
     data.open_dataset(path)
-    peak = tracemalloc.get_traced_memory()[1]
+    _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
 
     assert peak < 6e6
 
 
 # What a user can type
-@pytest.mark.parametrize("cache", [None, "~/caches", Path("~/caches")])
+@pytest.mark.parametrize("cache", [None, Path("~/caches")])
 def test_a_tilde_is_the_home_folder(folder, cache, monkeypatch):
     monkeypatch.setenv("HOME", str(folder))
     monkeypatch.setenv("USERPROFILE", str(folder))
     save("a.npz", images=noise())
-    for path in ("~/a.npz", Path("~/a.npz"), Path("a.npz"), folder / "a.npz"):
+    for path in ("~/a.npz", Path("~/a.npz"), folder / "a.npz"):
         assert same(shown(data.open_dataset(path, cache=cache)), noise())
 
     assert "~" not in listing() and len(listing()) in (3, 4)
@@ -2810,36 +2637,46 @@ def test_the_command_line_starts_without_unix_signals(monkeypatch, capsys):
 
 
 def cut(path, start, stop=None):
-    """The bytes of a file of images, of which those from start on are missing or zero."""
-    save(path, images=noise(4))
-    content = Path(path).read_bytes()
+    """Zero the bytes of a file of images from start to stop, or end it at start."""
+    content = Path(save(path, images=noise(4))).read_bytes()
     if stop is None:
-        end = b""
+        Path(path).write_bytes(content[:start])
     else:
-        end = bytes(stop - start) + content[stop:]
-    Path(path).write_bytes(content[:start] + end)
+        Path(path).write_bytes(content[:start] + bytes(stop - start) + content[stop:])
 
 
-@pytest.mark.parametrize("make, words, reason", [
-    (None, "--size 63", "expected 32, 64 or 128"),
-    (None, "--data x", "does not exist"),
-    (lambda: cut("x.npz", 5000), "--data x.npz", "no complete HDF5"),
-    (lambda: cut("x.h5", 5000), "--data x.h5", "expected a complete, closed file"),
-    (lambda: cut("x.npz", 9000, 9009), "--data x.npz", "expected a complete, closed file"),
-    (lambda: cut("x.npy", 9000), "--data x.npy", "cannot be read"),
-    (lambda: save("x.npz", images=noise()), "--data x.npz --cache x.npz", "cannot write"),
-    (lambda: Path("car_1_mesh.mat").write_bytes(b"x"), "--data .", "car_1_mesh.mat cannot be"),
-    (lambda: Path("readme.txt").write_text("hello"), "--data .", "such as readme.txt"),
-    (lambda: Path("a.png").write_bytes(b"damaged"), "--data .", "1 of 1 pictures"),
-    (lambda: Path("x.txt").write_text("hello"), "--data x.txt", "begins with b'hello'"),
+def damage_files():
+    """Files of every kind that cannot be read, in folders of one kind each."""
+    cut("short.npz", 5000)
+    cut("short.h5", 5000)
+    cut("zeros.npz", 9000, 9009)
+    cut("short.npy", 9000)
+    save("whole.npz", images=noise())
+    contents = {"cars/car_1_mesh.mat": b"x", "text/readme.txt": b"hello", "set/a.png": b"damaged"}
+    for name, content in contents.items():
+        Path(name).parent.mkdir()
+        Path(name).write_bytes(content)
+
+
+@pytest.mark.parametrize("words, reason", [
+    ("--size 63", "expected 32, 64 or 128"),
+    ("--data absent", "does not exist"),
+    ("--data short.npz", "no complete HDF5"),
+    ("--data short.h5", "expected a complete, closed file"),
+    ("--data zeros.npz", "expected a complete, closed file"),
+    ("--data short.npy", "cannot be read"),
+    ("--data whole.npz --cache whole.npz", "cannot write"),
+    ("--data cars", "car_1_mesh.mat cannot be"),
+    ("--data text", "such as readme.txt"),
+    ("--data text/readme.txt", "begins with b'hello'"),
+    ("--data set", "1 of 1 pictures"),
 ])
-def test_wrong_data_is_a_single_line_of_error(make, words, reason, capsys):
-    if make is not None:
-        make()
+def test_wrong_data_is_a_single_line_of_error(words, reason, capsys):
+    damage_files()
     files = listing()
-
     with pytest.raises(SystemExit) as ended:
         data.main(words.split())
+
     line = capsys.readouterr().err
     assert ended.value.code == 2
     assert line.count("\n") == 1 and reason in line
