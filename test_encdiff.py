@@ -902,24 +902,20 @@ def test_attention_is_torchs():
     assert_close(layer(x, tokens), expected)
 
 
-def test_recorded_maps_are_the_weights_of_each_call_inside():
+def test_recorded_maps_are_the_weights_of_each_call():
     block = unet.SpatialTransformer(32, heads=4, token_dim=12)
     layer = block.cross_attention
     x = torch.randn(2, 7, 32)
-    tokens = torch.randn(3, 2, 5, 12)  # of three calls
-
-    with unet.record_attention(block) as outer:
+    tokens = torch.randn(2, 2, 5, 12)  # of two calls
+    with unet.record_attention(block) as maps:
         layer(x, tokens[0])
-        with unet.record_attention(block) as inner:
-            layer(x, tokens[1])
-    layer(x, tokens[2])
+        layer(x, tokens[1])
 
     q = layer.to_q(x).view(2, 7, 4, 8)
-    k = layer.to_k(tokens).view(3, 2, 5, 4, 8)
+    k = layer.to_k(tokens).view(2, 2, 5, 4, 8)
     scores = torch.einsum("bphe,nbmhe->nbhpm", q, k) / math.sqrt(8)
     expected = scores.softmax(-1).mean(2)  # (calls, 2, heads, 7, 5) -> (calls, 2, 7, 5)
-    assert_close(outer, [[expected[0], expected[1]]])
-    assert_close(inner, [[expected[1]]])
+    assert_close(maps, [[expected[0], expected[1]]])
 
 
 def test_the_order_of_the_tokens_is_nothing_to_the_denoiser():
@@ -951,29 +947,6 @@ def test_a_denoiser_works_in_other_precisions(name, dtype):
     assert out.dtype == dtype
     tolerance = 50 * max(torch.finfo(dtype).eps, 1e-7) * expected.abs().max().item()
     assert_close(out.float(), expected, atol=tolerance, rtol=0)
-
-
-@pytest.mark.parametrize("t", [7, torch.tensor([7])], ids=["int", "tensor"])
-def test_one_timestep_serves_all_images(t):
-    network = small_denoiser()
-    z_t, _, tokens = denoiser_inputs()
-    assert_close(network(z_t, t, tokens), network(z_t, torch.full((3,), 7), tokens))
-
-
-def test_a_timestep_is_embedded_in_waves_of_rising_length():
-    embedding = unet.timestep_embedding(torch.tensor([0, 3, 1000]), 5)
-    waves = [1, 10_000 ** (1 / 3), 10_000 ** (2 / 3)]
-    for row, t in zip(embedding.tolist(), [0, 3, 1000]):
-        cosines = [math.cos(t / wave) for wave in waves]
-        sines = [math.sin(t / wave) for wave in waves[:2]]
-        assert row == approx(cosines + sines, abs=1e-5)
-
-
-@pytest.mark.parametrize("channels, groups", [(64, 32), (48, 8), (17, 1)])
-def test_a_norm_has_groups_of_two_channels_or_more(channels, groups):
-    norm = unet.group_norm(channels)
-    assert norm.num_groups == groups
-    assert norm(torch.randn(2, channels, 4, 4)).shape == (2, channels, 4, 4)
 
 
 @pytest.mark.parametrize("heads, channels", [(8, 20), (32, 16)])
@@ -1008,14 +981,6 @@ def test_learned_positions_refuse_another_grid_of_as_many_positions():
         small_denoiser("positions")(torch.randn(3, 5, 4, 16), t, tokens)
 
 
-@every_denoiser
-def test_a_denoiser_never_branches_on_its_data(name):
-    # Tensors of the device "meta" have no data. What runs on them can be compiled and exported.
-    network = small_denoiser(name).to("meta")
-    inputs = [x.to("meta") for x in denoiser_inputs(name)]
-    assert network(*inputs).shape == (3, 5, 8, 8)
-
-
 def test_adagn_scales_and_shifts_what_the_norms_give():
     block = without_zeros(unet.AdaGNBlock(16, 32, 64, dropout=0.0, condition_width=24))
     nn.init.zeros_(block.norm1.bias)
@@ -1039,20 +1004,6 @@ def test_adagn_scales_and_shifts_what_the_norms_give():
     nn.init.zeros_(plain.emb.weight)
     nn.init.zeros_(plain.emb.bias)
     assert_close(block(x, emb, tokens), plain(x, emb, tokens))
-
-
-@pytest.mark.parametrize("name", ["cross", "positions", "adagn", "direct", "deep", "linear"])
-def test_the_ends_of_a_network_are_the_layers_that_see_data(name):
-    if name in vq.KINDS:
-        network = vq.KINDS[name]()
-        widths = {3, 48, 192, network.latent_channels}  # pixels, folded or not; the latent
-    else:
-        network = small_denoiser(name)
-        widths = {5}
-
-    convolutions = [m for m in network.modules() if isinstance(m, nn.Conv2d)]
-    at_data = {m for m in convolutions if {m.in_channels, m.out_channels} & widths}
-    assert set(network.ends()) == at_data
 
 
 # The first stage
@@ -1264,21 +1215,6 @@ def test_pixels_are_rearranged_into_channels():
     assert torch.equal(first_stage.decode(z), images)
 
 
-def test_the_three_parts_of_a_vaes_kl_are_counted_in_bits():
-    # Four images, far apart: the third bit repeats the first.
-    first = torch.tensor([1.0, 1.0, -1.0, -1.0], dtype=torch.float64)
-    second = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
-    bits = torch.stack([first, second, first], dim=1)  # (4 images, 3 codes)
-    q = Normal(9 * bits, 0.5)
-    z = q.sample()
-
-    information, correlation, dimensions = vq.kl_terms(z, q.mean, q.variance.log())
-    kl = (q.log_prob(z) - Normal(0, 1).log_prob(z)).sum().item() / 4
-    assert information.item() == approx(2 * math.log(2))  # two bits say which image it is
-    assert correlation.item() == approx(math.log(2))  # one bit is told twice
-    assert dimensions.item() == approx(kl - 3 * math.log(2))
-
-
 def test_a_beta_vae_counts_its_kl_beta_times():
     model, images, noise = small_vae("beta")
     q, _, error = posterior_and_error(model, images, noise)
@@ -1347,7 +1283,7 @@ def test_the_discriminator_estimates_the_total_correlation():
     assert estimate == approx(exact, abs=0.1)
 
 
-def test_the_discriminator_learns_from_its_own_loss_alone():
+def test_the_gradients_of_vae_and_discriminator_are_kept_apart():
     model, images, noise = small_vae("factor")
     _, z, _ = posterior_and_error(model, images, noise)
     parameters = list(model.discriminator.parameters())
@@ -1355,18 +1291,10 @@ def test_the_discriminator_learns_from_its_own_loss_alone():
     torch.manual_seed(1)
     together = torch.autograd.grad(model.loss(images, None, noise), parameters)
     torch.manual_seed(1)
-    alone = torch.autograd.grad(model.discriminator.loss(z), parameters)
-    assert_close(together, alone)
-
-
-def test_the_discriminators_loss_leaves_the_encoder_alone():
-    model, images, noise = small_vae("factor")
-    _, z, _ = posterior_and_error(model, images, noise)
-    weight = model.encoder.out.weight
-    of_loss = torch.autograd.grad(model.discriminator.loss(z), weight, allow_unused=True)
-    of_estimate = torch.autograd.grad(model.discriminator.total_correlation(z), weight)
-    assert of_loss == (None,)
-    assert of_estimate[0].any()
+    loss = model.discriminator.loss(z)
+    assert_close(together, torch.autograd.grad(loss, parameters, retain_graph=True))
+    of_codes = torch.autograd.grad(loss, z, allow_unused=True)
+    assert of_codes == (None,)
 
 
 @pytest.mark.parametrize("objective", vq.VAE_WEIGHTS)
@@ -1376,11 +1304,6 @@ def test_every_vae_learns_in_all_its_parameters(objective):
     idle = [key for key, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert idle == []
     assert model.sample(model.tokens(model.represent(images))).shape == images.shape
-
-
-def test_an_unknown_objective_is_refused():
-    with pytest.raises(ValueError, match="objective is 'gamma'; expected beta, annealed"):
-        vq.VAE(SmallEncoder(), 6, "gamma")
 
 
 # ---- The scores ---------------------------------------------------------------------------------
@@ -1458,10 +1381,6 @@ def test_dci_and_mig_of_codes_for_which_they_are_known(codes, factors, d, c, gap
     assert metrics.mig(codes, factors) == approx(gap)
 
 
-def test_rows_count_by_their_share_of_the_importance():
-    assert metrics.focus(np.array([[3.0, 3.0], [0.0, 2.0]])) == approx(2 / 8)
-
-
 def test_mig_of_a_bit_that_is_wrong_in_a_quarter_of_the_cases():
     bit, quarter, unrelated = all_combinations(2, 4, 2).T
     wrong = quarter == 0
@@ -1502,14 +1421,6 @@ def test_factor_vae_score_is_the_share_of_votes_that_go_home():
 
     scores = metrics.factor_vae_score(represent, dataset, pool=700)
     assert scores["factor_vae"] == approx(1 / 2, abs=0.03)  # a has a code, b or c; d a dead one
-
-
-def test_fresh_votes_are_needed_where_codes_know_nothing():
-    noise = np.random.default_rng(0).normal(size=(720, 6))
-    factors = all_combinations(4, 3, 3, 2).repeat(10, axis=0)
-
-    scores = metrics.factor_vae_votes(noise, factors, 2000, 1000)
-    assert scores["factor_vae_train"] > scores["factor_vae"] == approx(1 / 4, abs=0.06)
 
 
 @pytest.mark.parametrize("unit", [0.05, 1e6, [1, 1000]])
@@ -1597,26 +1508,6 @@ def test_labels_may_be_of_any_kind(kind):
     assert scores["disentanglement"] == approx(1)
 
 
-@pytest.mark.parametrize("label, words", [
-    (np.nan, r"factors has NaN in column 1"),
-    (None, r"column 1 .* compared \(NoneType, int\)"),
-])
-def test_labels_that_cannot_be_compared_are_refused(label, words):
-    factors = PERFECT.astype(object)
-    factors[5, 1] = label
-    line = refused(lambda: metrics.evaluate(PERFECT, factors))
-    assert re.search(words, line)
-
-
-@pytest.mark.parametrize("codes", [
-    torch.tensor(PERFECT).bfloat16(),
-    torch.tensor(PERFECT * 1.0, requires_grad=True),
-    list(torch.tensor(PERFECT)),
-])
-def test_codes_may_be_tensors_and_lists(codes):
-    assert metrics.mig(codes, PERFECT) == approx(1)
-
-
 def test_infomec_agrees_with_the_file_of_its_authors():
     # kylehkhsu/latent_quantization at 9a420a3, infomec.py, with scikit-learn 1.7.2 and numpy 2.3.5
     codes, factors = mixed_codes()
@@ -1649,20 +1540,6 @@ def test_infomec_of_codes_for_which_it_is_known(codes, m, c):
     assert scores["infoe"] == approx(1, abs=0.01)
 
 
-def test_information_of_a_gaussian_code_is_what_integration_gives():
-    rng = np.random.default_rng(0)
-    label = rng.integers(2, size=4000)
-    code = rng.normal(size=4000) + 2 * label
-
-    x = torch.linspace(-6, 8, 10_001)
-    density = torch.stack([Normal(mean, 1).log_prob(x).exp() for mean in (0.0, 2.0)])
-    mixture = density.mean(0)
-    integrand = density * (density / mixture).log()  # (2, 10_001)
-    known = torch.trapezoid(integrand.mean(0), x).item()
-
-    assert metrics.neighbour_information(code, label) == approx(known, abs=0.02)
-
-
 def test_inactive_codes_and_what_they_leave_undefined_are_named():
     blurred = PERFECT[:, :1] + 0.1 * NOISE
     codes = np.append(blurred, 1e-3 * NOISE, axis=1)
@@ -1671,20 +1548,6 @@ def test_inactive_codes_and_what_they_leave_undefined_are_named():
 
     assert "infoc" not in scores
     assert "leave out inactive codes: 1; no InfoC" in scores["note"]
-
-
-def test_runs_agree_if_their_codes_are_equal_up_to_order_sign_and_unit():
-    codes = np.random.default_rng(0).normal(size=(2000, 3))
-    turned = -5 * codes[:, [2, 0, 1]] ** 3
-    with_dead = np.append(codes, np.ones((2000, 1)), axis=1)
-    mixture = codes @ [[1, 1, 0], [1, -1, 0.5], [0, 1, 1]]
-
-    scores = metrics.agreement([codes, turned, with_dead, mixture])
-
-    equal, _, _, other = scores["pairs"]
-    assert equal[:3] == approx([1, 1, 1], abs=0.1)
-    assert max(other[:3]) < 0.7
-    assert min(scores["udr"]) == scores["udr"][3]
 
 
 def test_udr_equals_its_equation():
@@ -1737,13 +1600,6 @@ def test_ssim_and_mse_equal_their_definitions():
     assert metrics.ssim(x, y).tolist() == approx([1, torch.stack(local).mean().item()])
     squared = (x[1] - y[1]).square().mean()
     assert metrics.mse(x, y).tolist() == approx([0, squared.item()])
-
-
-def test_images_may_be_arrays_and_of_two_dtypes():
-    x = torch.rand(1, 3, 16, 16)
-    assert metrics.ssim(x.numpy(), x.double()).item() == approx(1)
-    assert metrics.ssim(x.half(), x.half()).item() == approx(1)
-    assert metrics.mse(x.double().numpy(), x).item() == 0
 
 
 def wave(step, scale, *shape):
@@ -1805,7 +1661,7 @@ def test_fid_is_the_frechet_distance_of_a_networks_features():
 def test_the_table_of_scores_is_one_that_json_accepts():
     codes = NOISY + np.random.default_rng(1).normal(size=(720, 3))
 
-    scores = metrics.evaluate(torch.tensor(codes), torch.tensor(PERFECT), 3, 300, 200)
+    scores = metrics.evaluate(torch.tensor(codes, requires_grad=True), PERFECT.tolist(), 3, 300, 200)
 
     assert scores == json.loads(json.dumps(scores, allow_nan=False))
     assert np.shape(scores["importance"]) == (3, 2)
@@ -1813,20 +1669,15 @@ def test_the_table_of_scores_is_one_that_json_accepts():
     assert scores["informativeness_test"] < 0.6
 
 
-def test_the_command_line_prints_what_evaluate_returns(capsys):
-    np.savez("codes.npz", codes=NOISY, factors=PERFECT)
-    scores = metrics.evaluate(NOISY, PERFECT, 3, 300, 200)
-    with mock.patch("metrics.evaluate", return_value=dict(scores)) as evaluate:
-        metrics.main([Path("codes.npz"), "--train", 300, "--test", "200", "--seed", "3"])
+def test_the_command_line_takes_words_of_any_type(capsys):
+    few = slice(None, None, 10)
+    np.savez("codes.npz", codes=NOISY[few], factors=PERFECT[few])
+    metrics.main([Path("codes.npz"), "--train", 40, "--test", "20", "--seed", 3])
 
-    codes, factors, *numbers = evaluate.call_args.args
-    assert np.array_equal(codes, NOISY) and np.array_equal(factors, PERFECT)
-    assert numbers == [3, 300, 200]
-
+    scores = metrics.evaluate(NOISY[few], PERFECT[few], 3, 40, 20)
     printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["informativeness_test", str(round(scores["informativeness_test"], 4))] in printed
     assert printed[-1] == ["2"] + [f"{x:.2f}" for x in scores["importance"][2]]
-    for name in SCORES:
-        assert [name, str(round(scores[name], 4))] in printed
 
 
 def test_files_without_a_table_are_refused_in_one_line(capsys):
@@ -1857,16 +1708,6 @@ def test_a_factor_that_is_left_out_leaves_the_scores_of_the_others():
         assert scores[name] == approx(1, abs=0.08)
 
 
-def test_no_vote_is_about_a_factor_whose_values_are_all_rare():
-    objects = np.arange(720)[:, None] // 5 % 12  # 60 rows each, and a vote takes 64
-    table = np.append(PERFECT, objects, axis=1)
-
-    scores = metrics.factor_vae_votes(table, table, 500, 500)
-
-    assert "factor 2, whose values are all rare" in scores["note"]
-    assert scores["factor_vae"] == 1
-
-
 def test_one_code_of_one_factor_has_an_informativeness_and_little_else():
     scores = metrics.evaluate(PERFECT[:, 0], PERFECT[:, 0])
 
@@ -1876,17 +1717,12 @@ def test_one_code_of_one_factor_has_an_informativeness_and_little_else():
         assert name not in scores
 
 
-def test_factors_that_do_not_vary_have_no_scores_but_a_note():
-    scores = metrics.evaluate(NOISY, 0 * PERFECT)
-
-    assert not set(SCORES) & set(scores)
-    assert "no DCI: factor 0 is left out: it has one value" in scores["note"]
-
-
 GREY_IMAGE = torch.full((1, 3, 8, 8), 0.5)
 
 
 UNSCORABLE = [
+    ("evaluate", (PERFECT, np.where(PERFECT == 2, np.nan, 1)), "factors has NaN in column 0"),
+    ("mig", (PERFECT[:2], [[0, 1], [1, None]]), r"column 1 .* compared \(NoneType, int\)"),
     ("evaluate", (NOISY * np.nan, PERFECT), r"codes\[0, 0\] is nan.*drop"),
     ("evaluate", (NOISY.astype(str), PERFECT), "codes has dtype <U.*expected numbers"),
     ("evaluate", ([[1, 2], [3]], PERFECT), "rows of unequal length"),
@@ -1964,37 +1800,6 @@ def listing(place="."):
 
 
 # The rendered set
-def surface_distance(shape, scale, p):
-    """How far points p (3, N) are from the object's surface, or less; below 0 inside."""
-    radius = data.RADIUS[shape] * scale
-    height = data.HEIGHT[shape] * scale
-    side = np.hypot(p[0], p[2])
-    above = np.abs(p[1] - height / 2) - height / 2
-
-    if shape == data.CUBE:
-        return np.maximum(np.maximum(np.abs(p[0]), np.abs(p[2])) - radius, above)
-    if shape == data.CYLINDER:
-        return np.maximum(side - radius, above)
-    axis = np.clip(p[1], radius, height - radius)
-    return np.hypot(side, p[1] - axis) - radius
-
-
-@pytest.mark.parametrize("shape", range(4))
-def test_a_ray_ends_where_the_objects_surface_is(shape):
-    scale = data.LEVELS[3][1]  # a small one, of which one sees the lid
-    eye, rays = data.camera_rays(data.LEVELS[5][11], 64)
-    eye = eye[:, None]
-    with np.errstate(all="ignore"):  # rays that miss
-        t = data.meet_object(shape, scale, eye, rays)
-
-    hit = np.isfinite(t)
-    end = eye + t[hit] * rays[:, hit]
-    assert hit.mean() > 0.02
-    assert np.abs(surface_distance(shape, scale, end)).max() < 1e-9
-
-    for part in np.linspace(0, 0.99, 100):  # nothing was in the way
-        point = eye + part * np.minimum(t, 8) * rays
-        assert surface_distance(shape, scale, point).min() > 0
 
 
 def test_an_index_counts_through_the_factors(rendered):
@@ -2017,15 +1822,6 @@ def test_a_hue_changes_its_own_surface_alone(rendered, factor, digit_value):
     assert (changed & surface).sum() > 0.9 * surface.sum()
 
 
-def test_the_camera_goes_left_for_negative_orientations(rendered):
-    walls = rendered.planes[:, 1].reshape(480, 64, 64)[:, 28]  # a line across both side walls
-    minus_30 = walls[0]  # degrees
-    plus_30 = walls[14]
-
-    assert minus_30[2] > 1.2 * minus_30[61]  # the right wall is the darker one
-    assert plus_30[61] > 1.2 * plus_30[2]
-
-
 def test_the_rendered_set_has_the_identity_that_checkpoints_store(rendered):
     assert rendered.identity["digest"] == "afe70e303fa0aed5"
 
@@ -2043,11 +1839,6 @@ def test_a_file_in_the_published_layout_has_the_published_factors(rendered):
 
 
 # Use as a dataset
-@pytest.fixture(params=["rendered", "converted"])
-def any_set(request, rendered):
-    if request.param == "rendered":
-        return rendered
-    return dataset_of(labels=ROWS % 3)
 
 
 MASK_OF_ROWS = np.isin(ROWS, [1, 4])
@@ -2070,10 +1861,10 @@ def test_images_take_any_index(kind):
     assert dataset.factors(indices).flatten().tolist() == [row % 3 for row in rows]
 
 
-@pytest.mark.parametrize("indices", [[0, 10**6], -(10**6), 0.5, [[1]], np.ones(3, bool)])
-def test_what_is_no_index_is_an_index_error(any_set, indices):
+@pytest.mark.parametrize("indices", [[0, 12], -13, 0.5, [[1]], np.ones(3, bool)])
+def test_what_is_no_index_is_an_index_error(indices):
     with pytest.raises(IndexError):
-        any_set.images(indices)
+        dataset_of().images(indices)
 
 
 def test_a_dataset_is_a_sequence_of_images_with_their_factors():
@@ -2096,19 +1887,17 @@ def test_a_spawned_worker_loads_the_same_batches():
     assert torch.equal(torch.cat(factors), dataset.factors(ROWS))
 
 
-def test_a_pickle_does_not_carry_the_images(any_set):
-    packed = pickle.dumps(any_set)
-    assert len(packed) < 5e6 and len(packed) < any_set.count * 64 * 64
-    assert torch.equal(pickle.loads(packed).images([3, 1]), any_set.images([3, 1]))
+def test_a_pickle_does_not_carry_the_images():
+    dataset = dataset_of()
+    packed = pickle.dumps(dataset)
+    assert len(packed) < 12 * 64 * 64
+    assert torch.equal(pickle.loads(packed).images([3, 1]), dataset.images([3, 1]))
 
 
 def test_images_are_found_by_factors_in_any_order_of_the_set():
-    order = np.random.default_rng(0).permutation(20)
-    table = data.grid((4, 5))[order]
-    table_and_copy = np.concatenate([table, table[:1]])
-    dataset = dataset_of(images=noise(21), labels=table_and_copy)
-
-    assert same(dataset.find(table[::-1]), np.arange(20)[::-1])
+    table = np.random.default_rng(0).integers(0, 10, (100, 25))  # of 10^25 combinations
+    dataset = dataset_of(images=noise(100, 8, 8), labels=table)
+    assert same(dataset.find(table[::-1]), np.arange(100)[::-1])
     assert dataset.find(torch.tensor(table[7])).tolist() == [7]
 
 
@@ -2117,23 +1906,6 @@ def test_a_combination_that_no_image_has_is_named(factors):
     dataset = dataset_of(images=noise(19, 8, 8), labels=data.grid((4, 5))[:19])
     refused(lambda: dataset.find([[0, 0], factors]), str(tuple(factors)))
     refused(lambda: dataset.find([0, 0, 0]), "3 factors")
-
-
-def test_combinations_of_many_factors_are_found():
-    table = np.random.default_rng(0).integers(0, 10, (100, 25))  # of 10^25 combinations
-    dataset = dataset_of(images=noise(100, 8, 8), labels=table)
-    assert same(dataset.find(table), np.arange(100))
-
-
-def test_the_identity_follows_the_content():
-    identity = dataset_of(labels=ROWS % 3).identity
-    copy = dataset_of(labels=ROWS % 3)
-    relabelled = dataset_of(labels=ROWS // 4)
-    repainted = dataset_of(images=noise(seed=1), labels=ROWS % 3)
-
-    assert identity == json.loads(json.dumps(copy.identity))
-    assert identity != relabelled.identity
-    assert identity != repainted.identity
 
 
 # Pixels
@@ -2169,7 +1941,6 @@ def test_the_images_of_a_file_are_told_by_their_name(ending, image_name, mask_na
     dict(train=noise(), test=noise()),
     dict(images=noise().reshape(12, -1)),
     dict(images=noise().transpose(1, 2, 3, 0)),
-    dict(images=noise()[None]),
     dict(images=noise(0)),
     dict(labels=ROWS, images=ROWS),
 ])
@@ -2179,11 +1950,9 @@ def test_a_file_of_unclear_images_is_refused_by_what_it_holds(arrays):
 
 
 @pytest.mark.parametrize("version", [(1, 0), (2, 0), (3, 0)], ids=str)
-@pytest.mark.parametrize("order", ["C", "F"])
-def test_every_version_of_numpys_format_is_read(version, order):
-    array = np.asarray(noise().astype(">u2") * 257, order=order)
+def test_every_version_of_numpys_format_is_read(version):
     content = io.BytesIO()
-    np.lib.format.write_array(content, array, version)
+    np.lib.format.write_array(content, noise(), version)
     Path("a.npy").write_bytes(content.getvalue())
     with zipfile.ZipFile("a.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.write("a.npy", "images.npy")
@@ -2202,11 +1971,9 @@ MASK = noise() > 127
     (UNIT.astype("f2"), noise()),
     (UNIT * 2 - 1, noise()),
     (GAPS, noise()),
-    (noise().astype(int) // 2, noise() // 2),
-    (noise().astype("u2") * 257, noise()),
+    (noise().astype(">u2") * 257, noise()),
     (noise().astype(int) + 10**12, noise()),
     (MASK, MASK * 255),
-    (MASK * 2 - 1, MASK * 255),
     (UNIT * 0 + 7.5, UNIT * 0),
 ])
 def test_numbers_of_any_range_become_bytes(ending, values, images):
@@ -2238,16 +2005,6 @@ def test_one_scale_holds_for_a_whole_set(ending, levels, shades, monkeypatch):
     assert "black is" in dataset.note
 
 
-def test_bytes_beside_deeper_pictures_stay_bytes():
-    save_picture("set/a.png", noise(1)[0])
-    save_picture("set/b.tif", np.full((64, 64), 1000, np.float32))
-    save_picture("set/c.tif", np.full((64, 64), 3000, np.float32))
-    images = shown(data.open_dataset("set"))
-
-    assert same(images[:1], noise(1))
-    assert images[1].max() == 0 and images[2].min() == 255
-
-
 RAMP = np.add.outer(np.arange(64), np.arange(64) * 3).astype(np.uint8)
 COLOUR = np.stack([RAMP, RAMP.T, 255 - RAMP], 2)
 CLEAR = np.where(RAMP > 99, 255, 0).astype(np.uint8)
@@ -2257,7 +2014,6 @@ ON_ITS_SIDE = Image.Exif()
 ON_ITS_SIDE[274] = 6  # turn the picture clockwise
 PICTURES = {  # a picture, what a viewer shows, options for saving
     "16 bits.png": (Image.fromarray(RAMP.astype(np.uint16) * 257), RAMP, {}),
-    "one bit.png": (Image.fromarray(CLEAR > 0), CLEAR, {}),
     "opacity.png": (Image.fromarray(np.dstack([RAMP, CLEAR])), np.where(CLEAR, RAMP, 255), {}),
     "print.tif": (Image.fromarray(COLOUR).convert("CMYK"), COLOUR, {}),
     "turned.png": (Image.fromarray(COLOUR), np.rot90(COLOUR, -1), {"exif": ON_ITS_SIDE}),
@@ -2272,25 +2028,11 @@ def test_a_picture_is_what_a_viewer_shows(name):
     assert same(shown(data.open_dataset("set")), expected.reshape(1, 64, 64, -1))
 
 
-def test_of_a_wide_or_high_image_the_middle_is_used():
-    wide = noise(width=80)
-    assert same(shown(dataset_of(images=wide)), wide[:, :, 8:72])
-    high = wide.transpose(0, 2, 1, 3)
-    assert same(shown(dataset_of(images=high)), high[:, 8:72])
-
-
 # Labels
 @pytest.fixture
 def official(monkeypatch):
     """A small set that we know: twelve images of 64 x 64."""
     monkeypatch.setattr(data, "OFFICIAL", [(("mpi3d",), (64,), ("shape", "size"), (3, 4))])
-
-
-def test_a_known_set_without_labels_gets_them_by_name_and_size(official):
-    dataset = data.open_dataset(save("mpi3d_toy.npz", images=noise()))
-    assert (dataset.factor_names, dataset.factor_sizes) == (("shape", "size"), (3, 4))
-    assert same(dataset.factors(ROWS), data.grid((3, 4)))
-    assert "published order" in dataset.note
 
 
 @pytest.mark.parametrize("name, images", [
@@ -2305,13 +2047,11 @@ def test_labels_are_never_invented(official, name, images):
 
 @pytest.mark.parametrize("labels", [
     ROWS % 3 * 0.1 + ROWS * 1e-13,
-    np.float16(ROWS % 3 * 0.1),
     ROWS % 3 + 10**18,
     (ROWS % 3).astype(np.uint64) + np.uint64(2**63),
     (ROWS % 3).reshape(1, 12),
     np.eye(4)[ROWS % 3],
     np.array(["a", "b", "ç"])[ROWS % 3],
-    np.array([b"a", b"b", b"c"])[ROWS % 3],
 ])
 def test_labels_of_any_kind_are_numbered(labels):
     dataset = dataset_of(labels=labels)
@@ -2369,15 +2109,6 @@ def test_images_are_used_though_their_labels_cannot_be(labels):
     assert dataset.factors(ROWS).shape == (12, 0) and dataset.note
 
 
-def test_dsprites_labels_have_their_names():
-    images = noise(90, channels=1) // 128
-    classes = np.concatenate([np.zeros((90, 3), int), data.grid((3, 6, 5))], 1)
-    dataset = dataset_of(imgs=images, latents_classes=classes, metadata=np.array({}, object))
-
-    assert dataset.factor_names == ("orientation", "x", "y")
-    assert same(shown(dataset), images * 255)
-
-
 # Folders
 def test_subfolders_are_a_class():
     for k, name in enumerate(["cat/1", "cat/2", "dog/1", "dog/2", "bird/1"]):
@@ -2420,24 +2151,16 @@ def test_links_are_followed_but_not_in_circles(folder):
     assert same(shown(data.open_dataset("set")), np.concatenate([noise(1), noise(1, seed=1)]))
 
 
-def test_a_link_is_what_it_is_called(folder, official):
+def test_a_known_set_is_known_by_its_name_even_if_that_is_a_link(folder, official):
     save("blobs/0a1b2c.npz", images=noise())
     Path("snapshot").mkdir()
     os.rename("blobs/0a1b2c.npz", "blobs/0a1b2c")
     link("snapshot/mpi3d_real.npz", folder / "blobs/0a1b2c")
 
-    assert data.open_dataset("snapshot/mpi3d_real.npz").factor_names == ("shape", "size")
+    dataset = data.open_dataset("snapshot/mpi3d_real.npz")
+    assert dataset.factor_names == ("shape", "size")
+    assert same(dataset.factors(ROWS), data.grid((3, 4)))
     assert len(listing("snapshot")) == 3 and len(listing("blobs")) == 1
-
-
-def test_damaged_pictures_are_left_out():
-    for k in range(3):
-        save_picture(f"set/{k}.png", noise(1, seed=k)[0])
-    Path("set/1.png").write_bytes(b"damaged")
-    dataset = data.open_dataset("set")
-
-    assert same(shown(dataset), np.concatenate([noise(1, seed=0), noise(1, seed=2)]))
-    assert "1 damaged" in dataset.note
 
 
 def save_celeba(ending, begin, mark):
@@ -2504,20 +2227,15 @@ def test_cars3d_is_read_in_the_order_of_its_list(folder):
 
 
 # The cache
-def test_a_second_opening_reads_the_cache():
+def test_the_cache_is_read_as_long_as_the_data_are_the_same():
     path = save("a.npz", images=noise())
     data.open_dataset(path)
     with mock.patch("data.write_cache", side_effect=AssertionError):
         assert same(shown(data.open_dataset(path)), noise())
 
+    save(path, images=noise(4, seed=1))
+    assert same(shown(data.open_dataset(path)), noise(4, seed=1))
     assert listing() == ["a.npz", "a.npz.64.cache.npy", "a.npz.64.cache.npz"]
-
-
-def test_changed_data_are_converted_again(capsys):
-    data.open_dataset(save("a.npz", images=noise()))
-    dataset = data.open_dataset(save("a.npz", images=noise(4, seed=1)))
-    assert same(shown(dataset), noise(4, seed=1))
-    assert "other data" in capsys.readouterr().out
 
 
 def test_sets_of_equal_name_keep_caches_of_their_own():
@@ -2549,12 +2267,6 @@ def test_a_file_that_is_no_whole_cache_is_not_replaced(ending, end):
     refused(lambda: data.open_dataset("a.npz"), "in the way")
 
     assert cache.read_bytes() == part
-
-
-def test_images_whose_labels_are_lost_are_converted_again():
-    data.open_dataset(save("a.npz", images=noise()))
-    os.unlink("a.npz.64.cache.npz")  # as a process killed between its two renamings does
-    assert same(shown(data.open_dataset("a.npz")), noise())
 
 
 @pytest.mark.parametrize("ending", ["npz", "h5"])
@@ -2601,15 +2313,6 @@ def test_a_conversion_takes_little_memory(ending, monkeypatch):
 
 
 # What a user can type
-@pytest.mark.parametrize("cache", [None, Path("~/caches")])
-def test_a_tilde_is_the_home_folder(folder, cache, monkeypatch):
-    monkeypatch.setenv("HOME", str(folder))
-    monkeypatch.setenv("USERPROFILE", str(folder))
-    save("a.npz", images=noise())
-    for path in ("~/a.npz", Path("~/a.npz"), folder / "a.npz"):
-        assert same(shown(data.open_dataset(path, cache=cache)), noise())
-
-    assert "~" not in listing() and len(listing()) in (3, 4)
 
 
 def test_the_command_line_takes_words_of_any_type(capsys):
@@ -2624,34 +2327,19 @@ def test_the_command_line_takes_words_of_any_type(capsys):
 def test_the_command_line_starts_without_unix_signals(monkeypatch, capsys):
     monkeypatch.delattr(signal, "SIGHUP", raising=False)
     monkeypatch.setattr("sys.argv", ["data.py", "--help"])
-    usual = signal.getsignal(signal.SIGTERM)
-    try:
-        with pytest.raises(SystemExit) as ended:
-            runpy.run_path(data.__file__, run_name="__main__")
-        assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGTERM, usual)
-
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(data.__file__, run_name="__main__")
     assert ended.value.code == 0
     assert "--cache DIR" in capsys.readouterr().out
 
 
-def cut(path, start, stop=None):
-    """Zero the bytes of a file of images from start to stop, or end it at start."""
-    content = Path(save(path, images=noise(4))).read_bytes()
-    if stop is None:
-        Path(path).write_bytes(content[:start])
-    else:
-        Path(path).write_bytes(content[:start] + bytes(stop - start) + content[stop:])
-
-
-def damage_files():
-    """Files of every kind that cannot be read, in folders of one kind each."""
-    cut("short.npz", 5000)
-    cut("short.h5", 5000)
-    cut("zeros.npz", 9000, 9009)
-    cut("short.npy", 9000)
+def save_wrong_data():
+    """Files and folders of every kind that cannot be used."""
+    for ending in ("npz", "h5", "npy"):
+        path = Path(save(f"short.{ending}", images=noise(4)))
+        path.write_bytes(path.read_bytes()[:5000])
     save("whole.npz", images=noise())
+
     contents = {"cars/car_1_mesh.mat": b"x", "text/readme.txt": b"hello", "set/a.png": b"damaged"}
     for name, content in contents.items():
         Path(name).parent.mkdir()
@@ -2663,7 +2351,6 @@ def damage_files():
     ("--data absent", "does not exist"),
     ("--data short.npz", "no complete HDF5"),
     ("--data short.h5", "expected a complete, closed file"),
-    ("--data zeros.npz", "expected a complete, closed file"),
     ("--data short.npy", "cannot be read"),
     ("--data whole.npz --cache whole.npz", "cannot write"),
     ("--data cars", "car_1_mesh.mat cannot be"),
@@ -2672,7 +2359,7 @@ def damage_files():
     ("--data set", "1 of 1 pictures"),
 ])
 def test_wrong_data_is_a_single_line_of_error(words, reason, capsys):
-    damage_files()
+    save_wrong_data()
     files = listing()
     with pytest.raises(SystemExit) as ended:
         data.main(words.split())
