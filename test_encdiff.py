@@ -975,45 +975,14 @@ def test_shapes_that_do_not_fit_are_refused(argument, shape):
         small_denoiser()(**inputs)
 
 
-def test_learned_positions_refuse_another_grid_of_as_many_positions():
-    _, t, tokens = denoiser_inputs()
-    with pytest.raises(ValueError, match="expected .3, 5, 8, 8"):
-        small_denoiser("positions")(torch.randn(3, 5, 4, 16), t, tokens)
-
-
-def test_adagn_scales_and_shifts_what_the_norms_give():
-    block = without_zeros(unet.AdaGNBlock(16, 32, 64, dropout=0.0, condition_width=24))
-    nn.init.zeros_(block.norm1.bias)
-    nn.init.zeros_(block.norm2.bias)
-    x = torch.randn(1, 16, 8, 8)
-    emb = torch.randn(1, 64)
-    tokens = torch.randn(1, 2, 12)
-
-    condition = F.silu(block.narrow(tokens.flatten()))
-    scale1, shift1 = block.condition1(condition).chunk(2)
-    scale2, shift2 = block.condition2(condition).chunk(2)
-    scale, shift = block.emb(F.silu(emb))[0].chunk(2)
-
-    # For a single image, a plain residual block with other scales and shifts does the same.
-    plain = unet.ResidualBlock(16, 32, 64, dropout=0.0)
-    plain.load_state_dict(block.state_dict(), strict=False)
-    plain.norm1.weight.data = 1 + scale1
-    plain.norm1.bias.data = shift1
-    plain.norm2.weight.data = (1 + scale) * (1 + scale2)
-    plain.norm2.bias.data = shift * (1 + scale2) + shift2
-    nn.init.zeros_(plain.emb.weight)
-    nn.init.zeros_(plain.emb.bias)
-    assert_close(block(x, emb, tokens), plain(x, emb, tokens))
-
-
 # The first stage
 def ready_quantizer():
-    """A Quantizer of 50 entries with a codebook of latents, and z (2, 3, 4, 4)."""
+    """A Quantizer of 50 entries after its first training batch, and that batch: z (2, 3, 4, 4)."""
     torch.manual_seed(0)
     quantizer = vq.Quantizer(50, 3)
-    z = torch.randn(2, 3, 4, 4)
-    quantizer.initialise(z)
-    return quantizer, z.requires_grad_()
+    z = torch.randn(2, 3, 4, 4, requires_grad=True)
+    quantizer(z)
+    return quantizer, z
 
 
 def nearest_by_distances(z, codebook):
@@ -1067,14 +1036,6 @@ def test_batches_of_the_warm_up_are_not_rounded():
         assert quantizer.codebook.grad is not None
 
 
-def test_a_copied_quantiser_rounds_from_its_first_training_batch():
-    quantizer = vq.Quantizer(50, 3)
-    z = torch.randn(2, 3, 4, 4)
-    _, _, indices = quantizer(z)
-    assert torch.equal(indices, nearest_by_distances(z, quantizer.codebook))
-    assert quantizer.codebook.std().item() == approx(z.std().item(), rel=0.3)
-
-
 # One of two processes: trains a Quantizer for two batches of its own, then saves the codebook.
 MAKE_CODEBOOK = """
 import sys, torch, vq
@@ -1116,13 +1077,6 @@ def test_the_autoencoder_trains_in_other_precisions(dtype):
     assert loss.item() == approx(expected.item(), rel=0.02)
     assert autoencoder.encoder[1].weight.grad.isfinite().all()
     assert autoencoder.decode(autoencoder.encode(images)).dtype == dtype
-
-
-@pytest.mark.parametrize("shape", [(3, 4, 4), (2, 4, 4, 4)])
-@pytest.mark.parametrize("method", ["forward", "initialise"])
-def test_what_is_no_latent_is_refused_by_the_quantiser(shape, method):
-    with pytest.raises(ValueError, match="z has shape .*; expected .B, 3, h, w"):
-        getattr(vq.Quantizer(50, 3), method)(torch.randn(shape))
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 16, 18), (2, 1, 16, 16), (3, 16, 16)])
@@ -1265,7 +1219,7 @@ def test_a_factor_vae_adds_what_its_discriminator_estimates():
 def test_the_discriminator_estimates_the_total_correlation():
     torch.manual_seed(0)
     discriminator = vq.Discriminator(3, width=64)
-    optimizer = torch.optim.Adam(discriminator.parameters(), 2e-3)
+    optimizer = torch.optim.Adam(discriminator.parameters(), 4e-3)
 
     def draw(count):
         """Three standard normal codes, of which the first two have a correlation of 0.8."""
@@ -1273,7 +1227,7 @@ def test_the_discriminator_estimates_the_total_correlation():
         z[:, 1] = 0.8 * z[:, 0] + 0.6 * z[:, 1]
         return z
 
-    for _ in range(400):
+    for _ in range(200):
         optimizer.zero_grad()
         discriminator.loss(draw(256)).backward()
         optimizer.step()
@@ -1295,15 +1249,6 @@ def test_the_gradients_of_vae_and_discriminator_are_kept_apart():
     assert_close(together, torch.autograd.grad(loss, parameters, retain_graph=True))
     of_codes = torch.autograd.grad(loss, z, allow_unused=True)
     assert of_codes == (None,)
-
-
-@pytest.mark.parametrize("objective", vq.VAE_WEIGHTS)
-def test_every_vae_learns_in_all_its_parameters(objective):
-    model, images, _ = small_vae(objective)
-    model.loss(images).backward()
-    idle = [key for key, p in model.named_parameters() if p.grad is None or not p.grad.any()]
-    assert idle == []
-    assert model.sample(model.tokens(model.represent(images))).shape == images.shape
 
 
 # ---- The scores ---------------------------------------------------------------------------------
@@ -1457,27 +1402,20 @@ def test_votes_of_very_many_codes_fit_in_memory():
     assert peak < 100e6  # bytes; all votes at once would take 210e6
 
 
-MISFITS = [(NOISY.T, PERFECT.T), (NOISY.T, PERFECT), (NOISY[:710], PERFECT)]
+MISFITS = [  # codes and factors of which one or both are transposed, or one is shorter
+    (NOISY.T, PERFECT.T),
+    (NOISY.T, PERFECT),
+    (NOISY[:710], PERFECT),
+]
 
 
-@pytest.mark.parametrize("codes, factors", MISFITS, ids=["both turned", "turned", "shorter"])
+@pytest.mark.parametrize("codes, factors", MISFITS)
 @pytest.mark.parametrize("name", ["evaluate", "mig", "infomec", "factor_vae_votes"])
 def test_tables_that_do_not_belong_together_are_named_with_both_shapes(name, codes, factors):
     score = getattr(metrics, name)
     line = refused(lambda: score(codes, factors), "transpose")
     assert f"codes has shape ({len(codes)}, " in line
     assert f"factors ({len(factors)}, " in line
-
-
-def test_a_factor_of_very_many_values_is_left_out_of_all_scores():
-    names = np.array([f"name {i % 500}" for i in range(720)])
-    factors = np.concatenate([names[:, None], PERFECT.astype(str)], axis=1)
-
-    scores = metrics.evaluate(PERFECT, factors)
-
-    for name in SCORES:
-        assert scores[name] == approx(1, abs=0.001)
-    assert scores["note"].startswith("factor 0 is left out: it has more than 200 values")
 
 
 def test_slow_trees_are_announced():
@@ -1522,32 +1460,6 @@ def test_infomec_agrees_with_the_file_of_its_authors():
     assert discrete["infom"] == approx(0.6868, abs=0.002)
     assert discrete["infoc"] == approx(0.6405, abs=0.002)
     assert discrete["infoe"] == approx(0.9650, abs=0.002)
-
-
-KNOWN_INFOMEC = [  # codes, InfoM, InfoC
-    (PERFECT, 1, 1),
-    (PERFECT[:, [0, 0, 1]], 1, (3 / 4 - 1 / 3) / (2 / 3)),  # largest shares 1/2, 1; chance 1/3
-    (PERFECT @ [[3, 3], [1, 1]], 0, 0),  # each code names all twelve combinations
-]
-
-
-@pytest.mark.parametrize("codes, m, c", KNOWN_INFOMEC, ids=["perfect", "copied", "mixed"])
-def test_infomec_of_codes_for_which_it_is_known(codes, m, c):
-    scores = metrics.infomec(codes, PERFECT)
-
-    assert scores["infom"] == approx(m, abs=0.05)
-    assert scores["infoc"] == approx(c, abs=0.05)
-    assert scores["infoe"] == approx(1, abs=0.01)
-
-
-def test_inactive_codes_and_what_they_leave_undefined_are_named():
-    blurred = PERFECT[:, :1] + 0.1 * NOISE
-    codes = np.append(blurred, 1e-3 * NOISE, axis=1)
-
-    scores = metrics.infomec(codes, PERFECT)
-
-    assert "infoc" not in scores
-    assert "leave out inactive codes: 1; no InfoC" in scores["note"]
 
 
 def test_udr_equals_its_equation():
@@ -1659,9 +1571,10 @@ def test_fid_is_the_frechet_distance_of_a_networks_features():
 
 
 def test_the_table_of_scores_is_one_that_json_accepts():
-    codes = NOISY + np.random.default_rng(1).normal(size=(720, 3))
+    noise = np.random.default_rng(1).normal(size=(720, 3))
+    codes = torch.tensor(NOISY + noise, requires_grad=True)
 
-    scores = metrics.evaluate(torch.tensor(codes, requires_grad=True), PERFECT.tolist(), 3, 300, 200)
+    scores = metrics.evaluate(codes, PERFECT.tolist(), 3, 300, 200)
 
     assert scores == json.loads(json.dumps(scores, allow_nan=False))
     assert np.shape(scores["importance"]) == (3, 2)
@@ -1669,52 +1582,31 @@ def test_the_table_of_scores_is_one_that_json_accepts():
     assert scores["informativeness_test"] < 0.6
 
 
-def test_the_command_line_takes_words_of_any_type(capsys):
-    few = slice(None, None, 10)
-    np.savez("codes.npz", codes=NOISY[few], factors=PERFECT[few])
-    metrics.main([Path("codes.npz"), "--train", 40, "--test", "20", "--seed", 3])
-
-    scores = metrics.evaluate(NOISY[few], PERFECT[few], 3, 40, 20)
-    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["informativeness_test", str(round(scores["informativeness_test"], 4))] in printed
-    assert printed[-1] == ["2"] + [f"{x:.2f}" for x in scores["importance"][2]]
-
-
-def test_files_without_a_table_are_refused_in_one_line(capsys):
-    np.savez("codes.npz", codes=NOISY, factors=PERFECT)
+@pytest.mark.parametrize("name", ["names.npz", "cut.npz", "absent.npz"])
+def test_files_without_a_table_are_refused_in_one_line(name, capsys):
     np.savez("names.npz", z=NOISY)
-    np.savez("objects.npz", codes=np.array([{}]), factors=PERFECT)
-    whole = Path("codes.npz").read_bytes()
-    Path("cut.npz").write_bytes(whole[:300])
+    Path("cut.npz").write_bytes(Path("names.npz").read_bytes()[:300])
+    with pytest.raises(SystemExit):
+        metrics.main([Path(name)])
 
-    for name in ("names.npz", "objects.npz", "cut.npz", "absent.npz"):
-        with pytest.raises(SystemExit):
-            metrics.main([Path(name)])
-        error = capsys.readouterr().err
-        assert error.startswith(f"metrics.py: {name}")
-        assert error.count("\n") == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"metrics.py: {name}")
+    assert error.count("\n") == 1
 
 
 def test_a_factor_that_is_left_out_leaves_the_scores_of_the_others():
-    factors = np.insert(PERFECT, 1, 7, axis=1)
+    factors = np.insert(PERFECT, 0, 7, axis=1).astype(object)
     factors[0, 2] = 9  # a value that a single row has
+    names = np.arange(720)[:, None] % 500 + 10**18
 
-    scores = metrics.evaluate(NOISY, factors)
+    scores = metrics.evaluate(PERFECT, np.append(factors, names, axis=1))
 
     assert (scores["dci_train"], scores["dci_test"]) == (480, 240)  # of 10,000 + 5,000
-    assert "factor 1 is left out: it has one value" in scores["note"]
+    assert "factor 0 is left out: it has one value" in scores["note"]
     assert "leave out rare values of factor 2" in scores["note"]
+    assert "factor 3 is left out: it has more than 200 values" in scores["note"]
     for name in SCORES[:5]:
         assert scores[name] == approx(1, abs=0.08)
-
-
-def test_one_code_of_one_factor_has_an_informativeness_and_little_else():
-    scores = metrics.evaluate(PERFECT[:, 0], PERFECT[:, 0])
-
-    assert scores["informativeness_test"] == 1
-    assert scores["infoe"] == approx(1, abs=0.01)
-    for name in ("factor_vae", "disentanglement", "completeness", "mig", "infom", "infoc"):
-        assert name not in scores
 
 
 GREY_IMAGE = torch.full((1, 3, 8, 8), 0.5)
@@ -1800,8 +1692,6 @@ def listing(place="."):
 
 
 # The rendered set
-
-
 def test_an_index_counts_through_the_factors(rendered):
     factors = rendered.factors(slice(None)).numpy()
     digit_values = [48000, 4800, 480, 60, 15, 1]  # the published order
@@ -1846,7 +1736,6 @@ INDICES = {  # what is asked for, and the rows that it stands for
     "number": (-1, [11]),
     "list": ([2, 0, 2], [2, 0, 2]),
     "empty": ([], []),
-    "slice": (slice(1, 7, 2), [1, 3, 5]),
     "tensor": (torch.tensor([3, 1]), [3, 1]),
     "mask": (torch.tensor(MASK_OF_ROWS), [1, 4]),
     "list of bools": (MASK_OF_ROWS.tolist(), [1, 4]),
@@ -1927,7 +1816,8 @@ LAYOUTS = {
 def test_images_of_any_layout_are_read(ending, layout, monkeypatch):
     monkeypatch.setattr(data, "BLOCK", 64 * 64 * 3 * 5)  # several blocks, the last one short
     array, images = LAYOUTS[layout]
-    assert same(shown(dataset_of(ending, images=array)), images)
+    dataset = dataset_of(ending, images=array)
+    assert same(shown(dataset), images)
 
 
 @pytest.mark.parametrize("ending", ["npz", "h5"])
@@ -2063,10 +1953,11 @@ TABLE = np.stack([ROWS % 3, ROWS // 6], 1)
 FIELDS = np.array([*zip(ROWS % 3 * 0.5, "xy" * 6)], [("hue", "f4"), ("kind", "S1")])
 
 
-@pytest.mark.parametrize("labels", [TABLE, TABLE.T, np.eye(3)[TABLE]], ids=["rows", "columns", "hot"])
+@pytest.mark.parametrize("labels", [TABLE, TABLE.T, np.eye(3)[TABLE]])
 def test_a_table_of_labels_is_read_in_any_layout(labels):
-    dataset = dataset_of(labels=labels, factor_names=np.array(["a", "b"]))
-    assert (dataset.factor_names, dataset.factor_sizes) == (("a", "b"), (3, 2))
+    dataset = dataset_of(labels=labels, factor_names=np.array(["hue", "hue"]))
+    assert dataset.factor_names == ("hue 0", "hue 1")  # both are kept
+    assert dataset.factor_sizes == (3, 2)
     assert same(dataset.factors(ROWS), TABLE)
 
 
@@ -2080,26 +1971,16 @@ def test_labels_with_names_keep_them(ending, arrays):
     assert same(dataset.factors(ROWS), np.stack([ROWS % 3, ROWS % 2], 1))
 
 
-def test_columns_of_equal_name_are_both_kept():
-    dataset = dataset_of(labels=TABLE, factor_names=np.array(["hue", "hue"]))
-    assert dataset.factor_names == ("hue 0", "hue 1")
-
-
 def test_a_column_that_makes_no_factor_is_named_in_the_note():
-    measured = np.random.default_rng(0).random(12)
-    columns = [ROWS % 3, measured, np.where(ROWS, ROWS % 2, np.nan), ROWS * 0 + 5, ROWS // 6]
-    dataset = dataset_of(labels=np.stack(columns, 1), factor_names=np.array([*"abcde"]))
-
-    assert (dataset.factor_names, dataset.factor_sizes) == (("a", "e"), (3, 2))
-    for reason in ("b (nearly as many", "c (has gaps", "d (never varies"):
-        assert reason in str(dataset)
-
-
-def test_a_factor_of_thousands_of_values_is_left_out():
     rows = np.arange(3000)
-    labels = np.stack([rows // 2 + 10**18, rows % 7], 1)
-    dataset = dataset_of(images=noise(3000, 4, 4), labels=labels)
-    assert dataset.factor_sizes == (7,) and "1,500 values" in dataset.note
+    columns = [rows % 7, np.where(rows, rows % 2, np.nan), rows * 0 + 5, rows // 2]
+    names = np.array(["a", "b", "c", "d"])
+    images = noise(3000, 4, 4)
+    dataset = dataset_of(images=images, labels=np.stack(columns, 1), factor_names=names)
+
+    assert (dataset.factor_names, dataset.factor_sizes) == (("a",), (7,))
+    for reason in ("b (has gaps", "c (never varies", "d (1,500 values"):
+        assert reason in dataset.note
 
 
 @pytest.mark.parametrize("labels", [ROWS[:5], np.array([{}] * 12), np.array(7), ROWS])
@@ -2180,12 +2061,16 @@ def save_celeba(ending, begin, mark):
     return faces, attributes > 0
 
 
-@pytest.mark.parametrize("ending, begin, mark", [("txt", "4\n", "  "), ("csv", "image_id,", ",")])
+@pytest.mark.parametrize("ending, begin, mark", [
+    ("txt", "4\n", "  "),
+    ("csv", "image_id,", ","),
+])
 def test_celeba_has_attributes_and_its_crop(ending, begin, mark):
     faces, attributes = save_celeba(ending, begin, mark)
     dataset = data.open_dataset("faces", size=128)
 
-    assert same(shown(dataset), faces[[0, 2, 3], 57:185, 25:153])
+    middle = faces[:, 57:185, 25:153]
+    assert same(shown(dataset), middle[[0, 2, 3]])
     assert dataset.attribute_names[39] == "Attribute_39"
     assert same(dataset.attributes([1, 0]), attributes[[2, 0]])
 
