@@ -269,10 +269,6 @@ def half_of_it(z_t, t, tokens):
     return z_t / 2
 
 
-def all_of_it(z_t, t, tokens):
-    return z_t
-
-
 def method(denoiser=no_noise, schedule="cosine", timesteps=1000, kind=encdiff.EncDiff):
     """EncDiff for images of 4 x 4 pixels, whose latents, codes and tokens are these pixels."""
     return kind(SameLatent(), nn.Flatten(), nn.Identity(), Function(denoiser),
@@ -300,18 +296,6 @@ def test_the_encoder_has_the_parameters_of_table_6():
     assert encoder(random_images(2, 64)).shape == (2, 20)
 
 
-def test_a_token_depends_on_its_scalar_alone():
-    token_map = encdiff.ScalarTokens(5, 8)
-    codes = torch.randn(1, 5)
-    before = token_map(codes)
-
-    for i in range(5):
-        changed = codes.clone()
-        changed[0, i] += 1
-        differs = (token_map(changed) != before).any(2)[0]  # (5,)
-        assert differs.nonzero().flatten().tolist() == [i]
-
-
 def test_a_token_is_an_mlp_of_its_scalar():
     token_map = encdiff.ScalarTokens(3, 8)
     codes = torch.randn(4, 3)
@@ -322,24 +306,6 @@ def test_a_token_is_an_mlp_of_its_scalar():
             layer.weight.data = weight[i].t()
             layer.bias.data = bias[i, 0]
         assert_close(token_map(codes)[:, i], mlp(codes[:, i:i + 1]))
-
-
-@pytest.mark.parametrize("outputs, queries", [(6, 6), (12, 6)])
-def test_queries_of_the_transformer_do_not_see_each_other(outputs, queries):
-    encoder = encdiff.TransformerEncoder(outputs, size=32, width=8, queries=queries)
-    images = random_images()
-    before = encoder(images).view(4, queries, -1)
-    encoder.queries.data[2] = torch.randn(32)
-    after = encoder(images).view(4, queries, -1)
-
-    moved = (after - before).abs().amax((0, 2))  # (queries,)
-    differs = moved > 1e-6
-    assert differs.nonzero().flatten().tolist() == [2]
-
-
-def test_transformer_outputs_are_a_multiple_of_its_queries():
-    with pytest.raises(ValueError, match="7 outputs of 2 queries"):
-        encdiff.TransformerEncoder(7, queries=2)
 
 
 # The noise schedules
@@ -367,7 +333,7 @@ def test_a_schedule_is_a_line_of_its_kind(name):
 
 
 @every_line
-@pytest.mark.parametrize("steps", [20, 100, 4000])
+@pytest.mark.parametrize("steps", [20, 4000])
 def test_another_T_leaves_as_much_signal(name, steps):
     usual = alpha_bars(name)[-1].log().item()
     reached = alpha_bars(name, steps)[-1].log().item()
@@ -385,45 +351,19 @@ def test_the_cosine_schedule_is_a_squared_cosine(steps):
     assert alpha_bar[steps] == approx(0.001 * alpha_bar[steps - 1])  # it would be 0
 
 
-# 1 / sqrt(abar_T): by so much an error of the noise grows, near T, in the estimate of z_0.
-LARGEST = [("cosine", 20_291), ("linear", 38.67), ("sqrt_linear", 71.69), ("sqrt", 2.196e20)]
-
-
-@pytest.mark.parametrize("name, largest", LARGEST)
-def test_at_T_a_schedule_divides_by_a_known_number(name, largest):
-    alpha_bar = alpha_bars(name)
-    assert alpha_bar[0] == 1
-    assert alpha_bar[-1].item()**-0.5 == approx(largest, rel=1e-3)
-
-
-def test_an_unknown_schedule_is_refused():
-    with pytest.raises(ValueError, match="schedule is 'cosin'; expected one of cosine"):
-        encdiff.beta_schedule("cosin")
-
-
-@pytest.mark.parametrize("t", [1, 500, 1000])
-def test_eq_2_is_what_t_steps_of_eq_1_do(t):
-    share = 1.0  # of z_0
-    variance = 0.0
-    for beta in encdiff.beta_schedule("cosine")[:t].tolist():
-        share *= math.sqrt(1 - beta)
-        variance = (1 - beta) * variance + beta
-
-    z0, noise = torch.randn(2, 4, 3, 4, 4)
-    z_t = method().add_noise(z0, torch.full((4,), t), noise)
-    assert_close(z_t, share * z0 + math.sqrt(variance) * noise)
-
-
-@pytest.mark.parametrize("shape", [(6,), (5, 7), (3, 4, 4), (2, 3, 3, 3)])
-def test_each_latent_gets_its_own_noise_whatever_its_rank(shape):
-    model = method()
+@pytest.mark.parametrize("shape", [(6,), (3, 4, 4), (2, 3, 3, 3)])
+def test_eq_2_is_what_t_steps_of_eq_1_do_for_latents_of_any_rank(shape):
+    betas = encdiff.beta_schedule("cosine").tolist()
     z0, noise = torch.randn(2, 4, *shape)
     t = torch.tensor([1, 10, 500, 1000])
-    z_t = model.add_noise(z0, t, noise)
+    z_t = method().add_noise(z0, t, noise)
     for i in range(4):
-        abar = model.alpha_bar[t[i]].item()
-        expected = math.sqrt(abar) * z0[i] + math.sqrt(1 - abar) * noise[i]
-        assert_close(z_t[i], expected)
+        share = 1.0  # of z_0
+        variance = 0.0
+        for beta in betas[:t[i]]:
+            share *= math.sqrt(1 - beta)
+            variance = (1 - beta) * variance + beta
+        assert_close(z_t[i], share * z0[i] + math.sqrt(variance) * noise[i])
 
 
 def test_eq_3_is_the_mean_squared_error_of_the_noise():
@@ -442,17 +382,6 @@ def test_eq_3_is_the_mean_squared_error_of_the_noise():
         error = model.denoiser(z_t, t[i:i + 1], tokens) - noise[i]
         total += error.square().sum()
     assert_close(model.loss(images, t, noise), total / noise.numel())
-
-
-def test_timesteps_are_drawn_from_1_to_T():
-    drawn = []
-
-    def remember(z_t, t, tokens):
-        drawn.extend(t.tolist())
-        return z_t
-
-    method(remember, timesteps=5).loss(torch.zeros(400, 3, 4, 4))
-    assert set(drawn) == {1, 2, 3, 4, 5}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -515,16 +444,6 @@ def test_eq_5_is_the_kl_from_the_normal_distribution(t):
     assert_close(bottleneck[t - 1], expected)
 
 
-def test_the_bottleneck_narrows_as_t_rises_as_in_figure_2b():
-    curves = []
-    for name in encdiff.SCHEDULES:
-        curves.append(encdiff.kl_bottleneck(encdiff.beta_schedule(name)))
-    curves = torch.stack(curves)  # (4, T)
-    assert (curves[:, 1:-1].diff() < 1e-9).all()
-    assert (curves[:, :842].diff(dim=0) <= 0).all()  # in this order, cosine the widest
-    assert (curves[0, 985:] < curves[1:, 985:]).all()  # but for its last betas
-
-
 # The samplers
 WAYS_DOWN = [dict(sampler="ddpm"), dict(sampler="ddim"), dict(sampler="ddim", eta=1.0),
              dict(sampler="dpm")]
@@ -547,42 +466,16 @@ def test_exact_noise_leads_to_z0(schedule, timesteps, options):
     assert_close(reached, images, atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("sampler, steps, passes", [
-    ("ddpm", 7, 1000), ("ddim", 7, 7), ("dpm", 7, 7), ("dpm", 1, 1)])
-def test_samplers_go_down_from_T(sampler, steps, passes):
-    visited = []
-
-    def remember(z_t, t, tokens):
-        visited.append(t[0].item())
-        return z_t
-
-    method(remember).sample(torch.zeros(2, 48), steps, sampler)
-    assert len(visited) == passes
-    assert visited == sorted(set(visited), reverse=True)
-    assert visited[0] == 1000
-    assert visited[-1] >= 1
-
-
-def estimate_at_T(denoiser, schedule, timesteps):
-    """The estimate of z_0 from noise alone, and the root mean square of the largest latent."""
-    model = method(denoiser, schedule, timesteps)
-    model.set_latent_scale(random_images(9, 4))
-    z_t = torch.randn(2, 3, 4, 4)
-    return model.estimate_z0(z_t, timesteps, torch.zeros(2, 48)), model.largest_rms
-
-
 @every_schedule
 @pytest.mark.parametrize("timesteps", [20, 1000])
 def test_a_wrong_estimate_is_as_large_as_the_largest_latent(schedule, timesteps):
-    estimate, largest = estimate_at_T(half_of_it, schedule, timesteps)
+    model = method(half_of_it, schedule, timesteps)
+    images = random_images(9, 4)
+    model.set_latent_scale(images)
+    estimate = model.estimate_z0(torch.randn(2, 3, 4, 4), timesteps, torch.zeros(2, 48))
+
+    largest = root_mean_square(images).max() / images.std()
     assert_close(root_mean_square(estimate), largest.expand(2))
-
-
-@every_schedule
-@pytest.mark.parametrize("timesteps", [20, 1000])
-def test_all_noise_is_a_finite_estimate(schedule, timesteps):
-    estimate, _ = estimate_at_T(all_of_it, schedule, timesteps)
-    assert estimate.isfinite().all()
 
 
 def test_ddim_with_eta_1_is_ddpm():
@@ -617,58 +510,29 @@ def test_errors_of_a_sampler_fall_with_its_order(sampler, order):
     assert np.diff(np.log2(errors)) == approx([-order, -order], abs=0.15)
 
 
-WRONG_OPTIONS = [
-    (dict(sampler="euler"), "sampler is 'euler'; expected one of ddpm, ddim, dpm"),
-    (dict(eta=0.5), "eta is 0.5 with sampler 'dpm'; expected sampler 'ddim'"),
-    (dict(steps=0), "steps is 0; expected 1 to 1000"),
-    (dict(steps=1001), "steps is 1001; expected 1 to 1000"),
+NO_TOKENS = torch.zeros(2, 48)
+WRONG_USES = [
+    (lambda: method(schedule="cosin"), "schedule is 'cosin'; expected one of cosine"),
+    (lambda: encdiff.TransformerEncoder(7, queries=2), "7 outputs of 2 queries"),
+    (lambda: method().sample(NO_TOKENS, sampler="euler"), "expected one of ddpm, ddim, dpm"),
+    (lambda: method().sample(NO_TOKENS, eta=0.5), "eta is 0.5 with sampler 'dpm'"),
+    (lambda: method().sample(NO_TOKENS, steps=1001), "steps is 1001; expected 1 to 1000"),
 ]
 
 
-@pytest.mark.parametrize("options, words", WRONG_OPTIONS, ids=str)
-def test_a_sampler_refuses_in_one_line(options, words):
-    with pytest.raises(ValueError, match=words):
-        method().sample(torch.zeros(2, 48), **options)
+@pytest.mark.parametrize("use, words", WRONG_USES)
+def test_a_wrong_use_of_the_method_is_one_line(use, words):
+    refused(use, words)
 
 
 # The latent
-def test_latents_have_unit_std():
+def test_latents_are_not_rounded_and_have_unit_std():
     model = tiny_model()
     images = random_images(70)
-    model.set_latent_scale(images)
-    latents = model.latents(images)
-    assert latents.std().item() == approx(1)
-    assert model.largest_rms.item() == approx(root_mean_square(latents).max().item())
-
-
-def test_latents_are_not_rounded():
-    model = tiny_model()
-    images = random_images()
     z = model.first_stage.encode(images)
     model.first_stage.quantizer.initialise(z)
     model.set_latent_scale(images)
     assert_close(model.latents(images), z / z.std())
-
-
-def test_decoding_takes_the_unit_off_again():
-    model = tiny_model()
-    images = random_images()
-    z = model.first_stage.encode(images)
-    model.first_stage.quantizer.initialise(z)
-    model.set_latent_scale(images)
-    expected = model.first_stage.decode(z).clamp(-1, 1)
-    assert_close(model.decode(model.latents(images)), expected)
-
-
-def test_joint_training_leaves_the_first_stage_as_it_is():
-    model = tiny_model().train()
-    first_stage = model.first_stage
-    before = {name: value.clone() for name, value in first_stage.state_dict().items()}
-    few_steps(model, random_images())
-
-    assert not first_stage.training
-    for name, value in first_stage.state_dict().items():
-        assert torch.equal(value, before[name]), name
 
 
 # Its variants
@@ -712,13 +576,6 @@ def test_a_variant_draws_the_same_after_it_was_saved(trained_variant):
     assert torch.equal(*pictures)
 
 
-def test_tokens_of_vectors_are_the_codes():
-    model = tiny_model(variant="vector")
-    codes = model.represent(random_images())
-    assert codes.shape == (4, 6, 8)
-    assert torch.equal(model.tokens(codes), codes)
-
-
 def test_orthogonal_tokens_are_as_long_as_their_scalars():
     token_map = encdiff.OrthogonalTokens(5, 8)
     codes = torch.randn(4, 5)
@@ -726,24 +583,7 @@ def test_orthogonal_tokens_are_as_long_as_their_scalars():
     assert_close(tokens @ tokens.mT, torch.diag_embed(codes**2))
 
 
-def test_eulers_token_is_periodic_in_its_scalar():
-    token_map = encdiff.EulerTokens(5, 8).eval()
-    codes = torch.randn(4, 5)
-    period = (token_map.high - token_map.low) / token_map.gamma
-    tokens = token_map(codes)
-    assert_close(token_map(codes + period), tokens, atol=1e-4, rtol=1e-4)
-    assert (token_map(codes + period / 2) - tokens).abs().max() > 1e-2
-
-
-def test_eulers_range_is_learnt_from_the_batches():
-    token_map = encdiff.EulerTokens(2, 8).train()
-    for _ in range(1000):
-        token_map(torch.tensor([[-5.0, 0.0], [3.0, 0.5]]))
-    assert_close(token_map.low, torch.tensor([-5.0, 0.0]), atol=1e-3, rtol=0)
-    assert_close(token_map.high, torch.tensor([3.0, 0.5]), atol=1e-3, rtol=0)
-
-
-@pytest.mark.parametrize("active", [1, 24, 48])
+@pytest.mark.parametrize("active", [1, 24])
 def test_the_sparse_penalty_is_the_entropy_of_active_codes(active):
     images = torch.zeros(2, 48)
     images[:, :active] = 100.0
@@ -780,7 +620,7 @@ def test_an_exact_velocity_is_exact_noise():
 
 
 # The toy
-TOYS = [dict(), dict(attention=False), dict(noise="none"), dict(noise="strong-first", factors=4)]
+TOYS = [dict(), dict(attention=False), dict(noise_kind="strong-first", num_factors=4)]
 
 
 @pytest.mark.parametrize("settings", TOYS, ids=str)
@@ -811,35 +651,6 @@ def test_the_toy_works_alone_in_an_empty_folder(folder):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "step 3/3" in done.stdout
     assert done.stdout.endswith("metrics.py is not beside this file: no scores\n")
-
-
-@pytest.mark.parametrize("t", [100, 500, 950])
-def test_the_best_denoiser_weighs_pictures_by_their_likelihood(t):
-    torch.manual_seed(3)
-    rises = encdiff.bayes_rise(t, pictures=1)
-
-    torch.manual_seed(3)  # the same picture, the same noise
-    factors = torch.randint(5, (1, 4))
-    z0 = encdiff.room(factors).double()
-    noise = torch.randn_like(z0)
-    abar = encdiff.alpha_bars(encdiff.beta_schedule("cosine"))[t]
-    z_t = abar.sqrt() * z0 + (1 - abar).sqrt() * noise
-
-    for unknown in range(4):
-        total = 0.0
-        mean = torch.zeros_like(z_t)
-        for value in range(5):
-            candidate = factors.clone()
-            candidate[0, unknown] = value
-            its_noise = (z_t - abar.sqrt() * encdiff.room(candidate)) / (1 - abar).sqrt()
-            # How likely that noise is, relative to the true one.
-            log_ratio = Normal(0.0, 1.0).log_prob(its_noise) - Normal(0.0, 1.0).log_prob(noise)
-            likelihood = log_ratio.sum().exp()
-            total += likelihood
-            mean += likelihood * its_noise
-
-        error = mean / total - noise  # of E[eps | z_t]
-        assert_close(rises[unknown], error.square().mean())
 
 
 # ---- The denoiser and the first stage -----------------------------------------------------------
@@ -2296,14 +2107,6 @@ def test_an_interrupted_variant_has_the_same_bits(variant, pictures):
     assert equal(weights("parts"), weights("whole"))
 
 
-def test_a_run_gives_signals_back(pictures):
-    numbers = (INTERRUPT, KILL, HANG_UP)
-    before = [signal.getsignal(number) for number in numbers]
-    with pytest.raises(KeyboardInterrupt):
-        train_new("run", Interrupted(pictures, {1: [KILL]}), variant="beta-vae")
-    assert [signal.getsignal(number) for number in numbers] == before
-
-
 def test_a_signal_during_the_scores_ends_a_finished_run(copied_run, pictures):
     before = weights(copied_run)
     with pytest.raises(KeyboardInterrupt, match="the weights are saved"):
@@ -2318,24 +2121,18 @@ def test_a_second_signal_ends_at_once(pictures):
     assert saved("run")["step"] == 0
 
 
-def test_a_moved_run_goes_on_with_moved_data(pictures, folder, monkeypatch):
-    shutil.copy(pictures, "pictures.npz")
-    options = dict(variant="beta-vae", steps=4, data=str(folder / "pictures.npz"))
+def test_a_moved_run_goes_on_with_moved_data(copied_run, pictures, folder, monkeypatch):
+    content = saved(copied_run)
+    config = {**content["config"], "data": str(folder / "gone.npz")}
+    save_checkpoint({**content, "config": config}, copied_run)
+    Path("deep").mkdir()
+    shutil.copy(pictures, "moved.npz")
+    monkeypatch.chdir("deep")
 
-    train_new("whole", data.open_dataset(pictures, 32), **options)
-    with pytest.raises(KeyboardInterrupt):
-        train_new("run", Interrupted("pictures.npz", {3: [KILL]}), **options)
-
-    Path("there/deep").mkdir(parents=True)
-    Path("run").rename("there/moved")
-    Path("pictures.npz").rename("there/data.npz")
-    monkeypatch.chdir("there/deep")
-
-    refused(lambda: train.main(["--resume", "../moved"]), "pictures.npz", "--data")
-    train.main(["--resume", "../moved", "--data", "../data.npz"])
-
-    assert equal(weights("../moved"), weights(folder / "whole"))
-    assert train.load_run("../moved")[1].data == str(folder / "there/data.npz")
+    refused(lambda: train.main(["--resume", "../run"]), "gone.npz", "--data")
+    train.main(["--resume", "../run", "--data", "../moved.npz", "--steps", "13"])
+    assert saved("../run")["step"] == 13
+    assert train.load_run("../run")[1].data == str(folder / "moved.npz")
 
 
 def test_other_data_are_refused(copied_run):
@@ -2363,72 +2160,42 @@ def test_a_loaded_run_has_the_averaged_weights(whole_run):
 def test_the_average_moves_by_its_share_and_leaves_the_first_stage():
     average = tiny_model()
     model = tiny_model()
-    for value in average.state_dict().values():
-        value.fill_(0)
-    for value in model.state_dict().values():
-        value.fill_(1)
+    for zeros, ones in zip(average.parameters(), model.parameters()):
+        zeros.data.fill_(0)
+        ones.data.fill_(1)
 
     train.update_average(average, model, decay=0.9)
-    for name, value in average.state_dict().items():
+    for name, value in average.named_parameters():
         expected = 0.0 if name.startswith("first_stage.") else 0.1
-        if value.is_floating_point():
-            assert value.mean().item() == approx(expected, abs=1e-6), name
+        assert_close(value.data, torch.full_like(value, expected), msg=name)
 
 
-def test_a_borrowed_first_stage_stays_as_it_is(copied_run, whole_run, pictures):
-    train.main(["--out", "borrower", *flags(steps=2, data=pictures, first_stage=copied_run)])
-    shutil.rmtree(copied_run)  # what it lent is kept
-    lent = train.load_run(whole_run)[0]
-    got = train.load_run("borrower")[0]
-    assert equal(lent.first_stage.state_dict(), got.first_stage.state_dict())
-    assert not equal(lent.denoiser.state_dict(), got.denoiser.state_dict())
+def test_the_first_stages_encoder_stops_where_its_recipe_says(pictures, monkeypatch):
+    monkeypatch.setitem(train.FIRST_STAGE["linear"], "encoder_steps", 3)
+    with pytest.raises(KeyboardInterrupt):
+        train_new("run", Interrupted(pictures, {8: [KILL]}), steps=0)
+    early = saved("run")["model"]
+    go_on("run", data.open_dataset(pictures, 32))
 
-
-@pytest.fixture(scope="session")
-def first_stage_early_and_late(pictures):
-    """Its weights after steps 7 and 12, of which only the first three change the encoder."""
-    folder = pictures.parent / "early"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(train.FIRST_STAGE["linear"], "encoder_steps", 3)
-        with pytest.raises(KeyboardInterrupt):
-            train_new(folder, Interrupted(pictures, {8: [KILL]}), steps=0)
-        early = saved(folder)["model"]
-        go_on(folder, data.open_dataset(pictures, 32))
-
-    late = saved(folder)["model"]
-    early = {name.replace("autoencoder", "first_stage"): value for name, value in early.items()}
-    return early, late
-
-
-def test_the_first_stages_encoder_stops_where_its_recipe_says(first_stage_early_and_late):
-    early, late = first_stage_early_and_late
+    late = saved("run")["model"]
     for layer, stays in (("encoder.1.weight", True), ("decoder.0.weight", False)):
-        name = f"first_stage.{layer}"
-        assert torch.equal(early[name], late[name]) == stays
-
-
-def test_codebook_entries_that_nothing_uses_do_not_move(first_stage_early_and_late):
-    early, late = first_stage_early_and_late
-    name = "first_stage.quantizer.codebook"
-    moved = (late[name] - early[name]).abs().amax(1)  # (8192,), of which a few hundred are used
-    assert 0.5 < (moved < 1e-6).float().mean() < 1
+        assert torch.equal(early[f"autoencoder.{layer}"], late[f"first_stage.{layer}"]) == stays
 
 
 # What is drawn, and how fast weights change
-@pytest.mark.parametrize("order, step, power, above", [
-    ("uniform", 0, 1, False), ("weak-first", 0, 3, True), ("weak-first", 99, 3, True),
-    ("weak-first", 100, 3, False)], ids=str)
-def test_timesteps_have_their_distribution(order, step, power, above):
+@pytest.mark.parametrize("order, step, largest_of", [
+    ("uniform", 0, 1), ("weak-first", 99, -3), ("weak-first", 100, 3)])
+def test_timesteps_have_their_distribution(order, step, largest_of):
     config = train.Config(batch=40_000, steps=300, timesteps=20, noise_order=order)
     torch.manual_seed(0)
     t = train.draw_timesteps(config, step)
 
     k = torch.arange(21)
     reached = (t[:, None] <= k).float().mean(0)  # share of timesteps up to k
-    if above:  # the lowest of three: one minus the chance that all are above k
-        expected = 1 - (1 - k / 20)**power
-    else:
-        expected = (k / 20)**power
+    if largest_of > 0:
+        expected = (k / 20)**largest_of
+    else:  # the lowest of three: one minus the chance that all are above k
+        expected = 1 - (1 - k / 20)**-largest_of
     assert_close(reached, expected, atol=0.01, rtol=0)
 
 
@@ -2480,20 +2247,9 @@ def test_muon_trains_the_matrices_inside_the_first_stage(kind):
     assert set(ENDS[kind] + ["quantizer.codebook"]) <= set(for_adamw)
 
 
-@pytest.mark.parametrize("variant", train.VARIANTS)
-def test_muon_takes_no_token_map_and_no_bias(variant):
-    model = tiny_model(variant=variant)
-    for_muon, for_adamw = train.split_for_muon(model)
-    assert len(for_muon) > 3
-    for name in for_muon:
-        assert name.endswith("weight") and not name.startswith("token_map"), name
-    trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    assert sorted(for_muon + for_adamw) == sorted(trained)
-
-
 # torch's computes in bfloat16. How far ours may be away, relative to a step.
 APART = [(torch.bfloat16, 1e-3), (torch.float32, 0.05)]
-SHAPES = [(16, 16), (16, 48), (48, 16), (16, 8, 3, 3)]
+SHAPES = [(16, 48), (48, 16), (16, 8, 3, 3)]
 
 
 @pytest.mark.parametrize("dtype, apart", APART, ids=str)
@@ -2516,59 +2272,7 @@ def test_muon_is_torchs(shape, dtype, apart):
     assert (ours.flatten(1) - theirs).norm() <= apart * 2 * step
 
 
-def test_weight_decay_is_the_given_one_times_the_learning_rate():
-    model = tiny_model()
-    config = train.Config(**tiny_values())
-    optimizer = train.Optimizer(model, config, 1.0, weight_decay=0.01)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)  # nothing moves but by decay
-    optimizer.step(lr=2.0)
-
-    for_muon, _ = train.split_for_muon(model)
-    for name, parameter in model.named_parameters():
-        share = 1 - 0.01 * (20.0 if name in for_muon else 2.0)
-        if parameter.requires_grad:
-            assert_close(parameter.detach(), share * before[name])
-
-
 # Scores
-class SumsOfPixels(torch.nn.Module):
-    """An encoder: six random sums of an image's pixels."""
-
-    def __init__(self):
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.sums = torch.randn(3 * 32 * 32, 6, generator=generator)
-
-    def forward(self, images):
-        return images.flatten(1) @ self.sums
-
-
-class Lines(torch.nn.Module):
-    """A token map in which a token is its scalar along a direction of its own."""
-
-    def forward(self, codes):
-        directions = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
-        return codes[:, :, None] * directions
-
-
-def test_tokens_along_a_line_score_as_their_scalars_do():
-    save_pictures("labelled.npz", labels=FACTORS)
-    dataset = data.open_dataset("labelled.npz", 32)
-    model = tiny_model()
-    model.encoder = SumsOfPixels()
-    model.token_map = Lines()
-    run = train.Run("run", train.Config(**tiny_values()), train.Backend("cpu"))
-
-    scores = train.score(run, dataset, model.eval(), 300, final=True)
-    of_codes = [scores[name] for name in train.Run.SCORES]
-    of_tokens = [scores[f"mapped_{name}"] for name in train.Run.SCORES]
-    assert of_tokens == approx(of_codes, abs=0.03)
-    assert len(scores["importance"]) == 6
-
-
 def test_a_run_with_labels_ends_with_scores():
     dataset = data.open_dataset(save_pictures("labelled.npz", labels=FACTORS), 32)
     train_new("run", dataset, variant="beta-vae", steps=2, score_every=1)
@@ -2609,13 +2313,10 @@ def ended(capsys, run):
 
 
 BAD_FLAGS = [
-    "--batch 0", "--steps many", "--lr nan", "--ema 1", "--seed -1", f"--seed {2**64}",
-    "--channels 30", "--size 48", "--vq-steps 0", "--first-stage shallow", "--multipliers 0",
-    "--multipliers 1 2 2 2 2 2", "--learning-rate 1", "--device cuda", "--variant",
-]
-UNKNOWN_VARIANTS = [
-    "slots", "Vector", ",", "vector+", "vector+vector", "direct+adagn", "euler+sparse",
-    "vector+adagn+direct",
+    "--batch 0", "--steps many", "--lr nan", f"--seed {2**64}", "--channels 30", "--size 48",
+    "--multipliers 1 2 2 2 2 2", "--learning-rate 1", "--device cuda", "--first-stage nowhere",
+    "--data nowhere", "--resume nowhere", "--variant slots", "--variant ,",
+    "--variant vector+vector", "--variant direct+adagn", "--variant euler+sparse",
 ]
 
 
@@ -2627,24 +2328,6 @@ def test_a_bad_flag_is_one_line_that_names_it(words, pictures, monkeypatch):
     assert not Path("run").exists()
 
 
-@pytest.mark.parametrize("name", UNKNOWN_VARIANTS)
-def test_a_variant_that_the_paper_has_not_is_one_line(name, pictures):
-    words = flags(data=pictures, variant=name)
-    refused(lambda: train.main(["--out", "run", *words]), "--variant is", "expected one")
-    assert not Path("run").exists()
-
-
-@pytest.mark.parametrize("flag", ["--resume", "--data", "--first-stage"])
-def test_a_path_where_nothing_lies_is_one_line(flag):
-    refused(lambda: train.main([flag, "nowhere"]), "nowhere")
-    assert os.listdir() == []
-
-
-def test_more_orthogonal_tokens_than_directions_are_one_line(pictures):
-    words = flags(data=pictures, variant="orthogonal", num_tokens=40)
-    refused(lambda: train.main(["--out", "run", *words]), "40 tokens of width 8")
-
-
 CHANGES = [
     ("--dropout 0.5", "dropout 0.1 -> 0.5"),
     ("--out other", "no --out"),
@@ -2654,21 +2337,13 @@ CHANGES = [
 
 @pytest.mark.parametrize("words, said", CHANGES)
 def test_what_may_not_change_is_refused(copied_run, words, said):
-    file = Path(copied_run, "checkpoint.pt")
-    before = file.read_bytes()
+    before = saved(copied_run)
     refused(lambda: train.main(["--resume", copied_run, *words.split()]), said)
-    assert file.read_bytes() == before
+    assert equal(saved(copied_run)["model"], before["model"])
 
 
 def test_a_taken_folder_is_refused(copied_run, pictures):
-    file = Path(copied_run, "checkpoint.pt")
-    before = file.read_bytes()
     refused(lambda: train.main(["--out", copied_run, *flags(data=pictures)]), "or --resume run")
-    assert file.read_bytes() == before
-
-
-def test_an_export_cannot_go_on(copied_run):
-    refused(lambda: train.main(["--resume", Path(copied_run, "checkpoint.pt")]), "a run's folder")
 
 
 def test_a_run_of_an_older_format_names_the_commit_that_reads_it(copied_run):
@@ -2677,35 +2352,29 @@ def test_a_run_of_an_older_format_names_the_commit_that_reads_it(copied_run):
 
 
 def foreign_contents(good):
-    """What a foreign or damaged checkpoint may hold, in place of this content."""
+    """What a foreign checkpoint may hold in place of this content."""
     class Trap:
         def __reduce__(self):
             return os.mkdir, ("trapped",)
 
-
     narrow = {**good["config"], "channels": 32}
-    wrong = {**good["config"], "channels": "wide"}
-    without = {name: value for name, value in good.items() if name != "ema"}
-    return [[1], {"format": 4}, Trap(), {**good, "format": 0}, {**good, "config": Trap()},
-            {**good, "model": [1]}, {**good, "config": narrow}, {**good, "config": wrong}, without]
+    return [[1], {"format": 4}, {**good, "config": Trap()}, {**good, "config": narrow},
+            {**good, "model": [1]}]
 
 
-@pytest.mark.parametrize("number", range(9))
-def test_a_foreign_checkpoint_is_one_line_and_executes_nothing(number, copied_run):
-    save_checkpoint(foreign_contents(saved(copied_run))[number], copied_run)
-    refused(lambda: train.load_run(copied_run), "run")
+def test_a_foreign_or_damaged_checkpoint_is_one_line_and_executes_nothing(copied_run):
+    file = Path(copied_run, "checkpoint.pt")
+    whole = file.read_bytes()
+    for content in foreign_contents(saved(copied_run)):
+        save_checkpoint(content, copied_run)
+        refused(lambda: train.load_run(copied_run), "run")
+    for size in (0, 5000):
+        file.write_bytes(whole[:size])
+        refused(lambda: train.load_run(copied_run), "run")
     assert not Path("trapped").exists()
 
 
-@pytest.mark.parametrize("size", [0, 10, 5000])
-def test_a_damaged_checkpoint_is_one_line(size, copied_run):
-    file = Path(copied_run, "checkpoint.pt")
-    content = file.read_bytes()
-    file.write_bytes(content[:size])
-    refused(lambda: train.main(["--resume", copied_run]), "checkpoint.pt")
-
-
-def test_paths_begin_at_home(whole_run, pictures, folder, monkeypatch):
+def test_a_first_stage_from_a_run_at_home_stays_as_it_is(whole_run, pictures, folder, monkeypatch):
     home = folder / "home"
     shutil.copytree(whole_run, home / "run")
     shutil.copy(pictures, home)
@@ -2714,15 +2383,14 @@ def test_paths_begin_at_home(whole_run, pictures, folder, monkeypatch):
 
     words = flags(steps=1, data="~/pictures.npz", first_stage="~/run")
     train.main(["--out", "~/borrower", *words])
+    shutil.rmtree(home / "run")  # what it lent is kept
     train.main(["--resume", "~/borrower", "--steps", 2])
-    assert saved(home / "borrower")["step"] == 2
+
+    lent = train.load_run(whole_run)[0]
+    got = train.load_run(home / "borrower")[0]
+    assert equal(lent.first_stage.state_dict(), got.first_stage.state_dict())
+    assert not equal(lent.denoiser.state_dict(), got.denoiser.state_dict())
     assert os.listdir(folder) == ["home"]
-
-
-def test_main_takes_paths_and_numbers(pictures):
-    words = ["--out", Path("run"), "--data", pictures, "--variant", "beta-vae", "--size", 32]
-    train.main([*words, "--steps", 1, "--batch", 2, "--encoder", "cnn_bn"])
-    assert saved("run")["step"] == 1
 
 
 def test_a_signal_before_training_is_one_line(pictures, monkeypatch, capsys):
@@ -2753,17 +2421,15 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(copied_run, capsys):
 
 
 def test_advice_for_a_loss_that_is_not_finite_works(pictures):
+    options = dict(variant="beta-vae", steps=4, lr=3e-3, data=str(pictures))
     with pytest.raises(KeyboardInterrupt):
-        train_new("run", Interrupted(pictures, {2: [KILL]}), variant="beta-vae", steps=4, lr=3e-3,
-                  data=str(pictures))
+        train_new("run", Interrupted(pictures, {2: [KILL]}), **options)
 
     good = saved("run")
     broken = saved("run")
     broken["model"]["decoder.0.bias"][0] = math.nan
     save_checkpoint(broken, "run")
-
     line = refused(lambda: train.main(["--resume", "run"]), f"in step {good['step'] + 1} of the")
-    assert saved("run")["step"] == good["step"]
 
     save_checkpoint(good, "run")
     train.main(line.split("train.py ")[1].split())
@@ -2771,16 +2437,6 @@ def test_advice_for_a_loss_that_is_not_finite_works(pictures):
 
 
 # Threads, memory, terminal
-def test_the_environments_number_of_threads_wins(monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    torch.set_num_threads(3)
-    train.Backend("cpu")
-    try:
-        assert torch.get_num_threads() == 3
-    finally:
-        torch.set_num_threads(1)
-
-
 @pytest.mark.skipif(not Path("/proc/stat").exists(), reason="free cores are counted on Linux")
 def test_cores_that_others_use_get_no_threads(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS")
@@ -2799,12 +2455,6 @@ def test_cores_that_others_use_get_no_threads(monkeypatch):
         torch.set_num_threads(1)
 
 
-def test_a_run_that_had_another_number_of_threads_says_so(copied_run, capsys):
-    save_checkpoint({**saved(copied_run), "threads": 3}, copied_run)
-    train.main(["--resume", copied_run])
-    assert "had 3 threads until now" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("library", [torch, np], ids=["torch", "numpy"])
 def test_a_lack_of_memory_is_one_line(library, capsys):
     status, line = ended(capsys, lambda: library.empty(2**58))
@@ -2815,16 +2465,6 @@ def test_a_lack_of_memory_is_one_line(library, capsys):
 def test_a_mistake_of_ours_is_not_called_the_users():
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), train.one_line_errors():
         torch.ones(2, 3) @ torch.ones(2, 3)
-
-
-def test_a_closed_pipe_does_not_end_a_run(pictures):
-    words = flags(variant="beta-vae", steps=2, data=pictures)
-    command = [sys.executable, str(HERE / "train.py"), "--out", "run", *map(str, words)]
-    with subprocess.Popen(command, stdout=-1, stderr=-1) as process:
-        process.stdout.close()
-        error = process.stderr.read()
-    assert process.returncode == 0, error
-    assert saved("run")["step"] == 2
 
 
 # ---- Pictures, tables and pages of a trained run ------------------------------------------------
@@ -2842,11 +2482,11 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     toy = save_pictures(folder / "toy.npz", labels=FACTORS)
     with mock.patch("train.score", return_value={"importance": IMPORTANCE}):
-        train_new(folder / "run", toy, score_every=6)
-        train_new(folder / "vae", toy, variant="beta-vae")
+        train_new(folder / "run", toy, vq_steps=2, steps=4, score_every=2)
+        train_new(folder / "vae", toy, variant="beta-vae", steps=2)
         for name in ("vector", "direct", "adagn"):
             lender = str(folder / "run")
-            train_new(folder / name, toy, variant=name, first_stage_from=lender)
+            train_new(folder / name, toy, variant=name, first_stage_from=lender, steps=2)
     (folder / "direct/metrics.json").write_text('{"note": "no labels"}')
 
     content = saved(folder / "run")
@@ -2889,21 +2529,6 @@ class Perfect:
         pixels[:, 0, :16] = 100 * tokens[:, 1, :, None]
         pixels[:, 1, 16:] = 80 * tokens[:, 3, :, None]
         return train.to_float(pixels)
-
-
-class Entangled(Perfect):
-    """Turns the two factors into their sum and their difference."""
-
-    def represent(self, images):
-        codes = super().represent(images)
-        codes[:, [1, 3]] = torch.stack([codes[:, 1] + codes[:, 3], codes[:, 1] - codes[:, 3]], 1)
-        return codes
-
-    def sample(self, tokens, noise=None, **options):
-        tokens = tokens.clone()
-        total, difference = tokens[:, 1], tokens[:, 3]
-        tokens[:, [1, 3]] = torch.stack([total + difference, total - difference], 1) / 2
-        return super().sample(tokens, noise, **options)
 
 
 def values_in(images):
@@ -2949,66 +2574,31 @@ def drawn_rows(monkeypatch):
     return rows
 
 
-def set_flags(run, *words):
+def set_flags(*words):
     """The command line of a verb, for a run that is opened already."""
     return sample.parse([*words, "--out", "picture.png"])
 
 
 # Which token is whose
-def test_a_token_belongs_to_the_factor_that_it_matters_most_for():
-    assert metrics.tokens_of_factors(np.array(IMPORTANCE)) == OF_FACTORS
-
-
-@pytest.mark.parametrize("words, tokens", [
-    ("", OF_FACTORS),
-    ("--tokens all", [[1], [4], [3], [0], [5], [2]]),
-    ("--tokens 5 2 4", [[4], [5], [2]]),
+@pytest.mark.parametrize("name, words, tokens", [
+    ("run", "", OF_FACTORS),
+    ("run", "--tokens 5 2 4", [[4], [5], [2]]),
+    ("direct", "", [[0], [1], [2], [3], [4], [5]]),  # it has no scores
 ])
-def test_a_row_is_a_factor_unless_tokens_are_asked_for(runs, words, tokens):
-    run, args = opened(runs / "run", *words.split())
+def test_a_row_is_a_factor_unless_tokens_are_asked_for(runs, name, words, tokens):
+    run, args = opened(runs / name, *words.split())
     assert [group for _, group in sample.picture_rows(run, args.tokens)] == tokens
 
 
-def test_without_scores_a_row_is_a_token_without_a_name(runs):
-    run, args = opened(runs / "direct")
-    assert sample.picture_rows(run, args.tokens) == [("", [i]) for i in range(6)]
-
-
-def test_names_are_said_to_come_from_labels(runs, capsys):
-    show("swap", runs / "run", "--count", 1, "--steps", 1)
-    assert "the model never saw them" in capsys.readouterr().out
-
-
 # Exchanges that land
-def test_exchanges_of_a_perfect_model_land(perfect):
-    shares = metrics.exchanges_that_land(perfect.model, perfect.dataset, np.array(IMPORTANCE))
-    assert shares == {"factor 0": (1, 1), "factor 1": (1, 1)}
-
-
-def test_exchanges_of_entangled_codes_land_less_often_than_redrawn_images(perfect):
-    shares = metrics.exchanges_that_land(Entangled(), perfect.dataset, np.array(IMPORTANCE))
-    for share, control in shares.values():
-        assert share < 0.7
-        assert control == 1
-
-
 def test_an_exchange_of_no_token_never_lands(perfect):
     nothing = np.zeros((6, 2))
     shares = metrics.exchanges_that_land(perfect.model, perfect.dataset, nothing)
     assert shares == {"factor 0": (0, 1), "factor 1": (0, 1)}
 
 
-def test_exchanges_need_an_image_of_every_combination(perfect):
-    three_of_four = np.array([[0, 0], [0, 1], [1, 0]])
-    np.savez("lacking.npz", images=np.zeros((3, 32, 32, 3), np.uint8), labels=three_of_four)
-    lacking = data.open_dataset("lacking.npz", 32)
-    with pytest.raises(ValueError, match="every combination"):
-        metrics.exchanges_that_land(perfect.model, lacking, np.array(IMPORTANCE))
-
-
-@pytest.mark.parametrize("labels", [FACTORS[:, :1], FACTORS[:, [0, 1, 1]], None])
-@pytest.mark.parametrize("verb", ["swap", "attention"])
-def test_a_dataset_of_other_factors_is_drawn_without_a_table(runs, capsys, labels, verb):
+@pytest.mark.parametrize("verb, labels", [("swap", FACTORS[:, :1]), ("attention", None)])
+def test_a_dataset_of_other_factors_is_drawn_without_a_table(runs, capsys, verb, labels):
     arrays = {"images": np.zeros((300, 32, 32, 3), np.uint8)}
     if labels is not None:
         arrays["labels"] = labels
@@ -3020,14 +2610,10 @@ def test_a_dataset_of_other_factors_is_drawn_without_a_table(runs, capsys, label
     assert "expected the 2 that the run was scored with" in output
 
 
-def test_swap_tells_the_share_of_exchanges_that_land(perfect, capsys):
-    sample.swap(perfect, set_flags(perfect, "swap"))
-    assert re.search(r"mean +1.00 +1.00", capsys.readouterr().out)
-
-
 # What the pictures show
-def test_swap_takes_one_factor_from_the_target_and_the_others_from_the_source(perfect, drawn_rows):
-    sample.swap(perfect, set_flags(perfect, "swap"))
+def test_swap_takes_one_factor_from_the_target(perfect, drawn_rows, capsys):
+    sample.swap(perfect, set_flags("swap"))
+    assert re.search(r"mean +1.00 +1.00", capsys.readouterr().out)  # all exchanges land
     source = values_in(drawn_rows["source"])
     target = values_in(drawn_rows["target"])
     assert not torch.equal(source, target)
@@ -3039,7 +2625,7 @@ def test_swap_takes_one_factor_from_the_target_and_the_others_from_the_source(pe
 
 
 def test_traverse_sweeps_one_token_upwards_and_keeps_the_others(perfect, drawn_rows):
-    sample.traverse(perfect, set_flags(perfect, "traverse", "--count", 5))
+    sample.traverse(perfect, set_flags("traverse", "--count", 5))
     for j, tokens in enumerate(OF_FACTORS):
         label = sample.row_label(f"factor {j}", tokens[:1])
         values = values_in(drawn_rows[label])  # the input, redrawn, then five values
@@ -3048,19 +2634,6 @@ def test_traverse_sweeps_one_token_upwards_and_keeps_the_others(perfect, drawn_r
         assert swept[0] == 0
         assert swept[-1] == FACTORS[:, j].max()
         assert len(kept.unique()) == 1
-
-
-def test_traverse_takes_whole_vectors_of_the_data(runs):
-    run, _ = opened(runs / "vector")
-    args = set_flags(run, "traverse", runs / "vector", "--count", 3, "--tokens", 4)
-    with mock.patch.object(run, "draw_all", wraps=run.draw_all) as draw_all:
-        sample.traverse(run, args)
-    (redrawn, *swept), _ = draw_all.call_args[0]
-    in_data = run.codes(run.load(torch.arange(300)))  # (300, 6, 8)
-    for codes in swept:
-        distance = (in_data[:, 4] - codes[0, 4]).abs().amax(1).min()
-        assert distance < 1e-5
-        assert torch.equal(codes[:, :4], redrawn[:, :4])
 
 
 def test_generate_takes_every_token_from_another_image():
@@ -3079,28 +2652,6 @@ def test_attention_is_drawn_where_it_is():
     maps = sample.attention_maps([[attention]], 64)
     assert maps[0, 0].max() == 0
     assert maps[0, 1, 16:32, 48:].sum() > 0.5 * maps.sum()
-
-
-def test_attention_is_the_mean_over_layers_and_calls():
-    fine = [torch.full((1, 16, 1), value) for value in (1.0, 2.0)]
-    coarse = [torch.full((1, 4, 1), value) for value in (3.0, 5.0)]
-    maps = sample.attention_maps([fine, coarse], 8)
-    assert torch.equal(maps, torch.full((1, 1, 8, 8), 2.75))
-
-
-def test_even_attention_lies_on_what_changes_as_much_as_that_is_of_the_image(runs, capsys):
-    run, _ = opened(runs / "run")
-    sample.print_attention_on_changes(run, torch.arange(5), torch.ones(5, 6, 32, 32))
-    lines = re.findall(r"factor \d +(\S+) +(\S+)", capsys.readouterr().out)
-    assert lines == [("0.50", "0.50")] * 2  # either factor changes one half of an image
-
-
-def test_the_area_of_a_square_is_its_importance(runs, drawn_rows):
-    show("importance", runs / "run")
-    order = [1, 4, 3, 0, 5, 2]
-    for j, squares in enumerate(drawn_rows.values()):
-        areas = (squares != 0.9).any(1).float().mean((1, 2))
-        assert areas.tolist() == approx([IMPORTANCE[i][j] for i in order], abs=0.05)
 
 
 @pytest.mark.parametrize("words", [
@@ -3124,74 +2675,11 @@ def test_an_animation_goes_up_and_down_for_each_token(perfect):
 
 
 # Tables
-def test_kl_is_that_of_equation_5(capsys):
-    show("kl")
-    t, *rows = [line.split()[1:] for line in capsys.readouterr().out.splitlines()[:5]]
-    timesteps = torch.tensor([int(word) for word in t])
-    for name, words in zip(encdiff.SCHEDULES, rows, strict=True):
-        exact = encdiff.kl_bottleneck(encdiff.beta_schedule(name))[timesteps - 1]
-        assert [float(word) for word in words] == approx(exact.tolist(), rel=1e-3)
-
-
-def test_worth_is_the_rise_of_the_loss_of_an_exact_denoiser(runs, capsys):
-    """The latent is the first factor alone, one-hot, and the denoiser knows it from the tokens. A
-    wrong value changes two of three numbers by 1, so the error of the noise is known."""
-    run, _ = opened(runs / "run")
-    model = run.model
-
-    def one_hot(images):
-        return F.one_hot(values_in(images)[:, 0].long(), 3).float()[:, :, None, None]
-
-    def exact_noise(z_t, t, z0):
-        abar = model.alpha_bar[t][:, None, None, None]
-        return (z_t - abar.sqrt() * z0) / (1 - abar).sqrt()
-
-    def unchanged(codes):
-        return codes
-
-    model.latents = one_hot
-    model.represent = one_hot
-    model.tokens = unchanged
-    model.latent_shape = (3, 1, 1)
-    model.denoiser.forward = exact_noise
-    sample.worth(run, set_flags(run, "worth", "--count", 6))
-
-    t, of_factor_0, of_factor_1 = capsys.readouterr().out.splitlines()[:3]
-    abar = model.alpha_bar[[int(word) for word in t.split()[1:]]]
-    rise = 2 / 3 * abar / (1 - abar)
-    expected = {of_factor_0: rise.tolist(), of_factor_1: [0] * len(rise)}
-    for line, numbers in expected.items():
-        words = line.removeprefix("factor 0").removeprefix("factor 1").split()
-        assert [float(word) for word in words] == approx(numbers, rel=2e-3, abs=1e-4)
-
-
-def test_complexity_counts_the_parameters(runs, capsys):
-    show("complexity", runs / "run", "--steps", 3)
-    model = train.load_run(runs / "run")[0]
-    count = sum(parameter.numel() for parameter in model.denoiser.parameters())
-    assert re.search(f"denoiser +{count:,} ", capsys.readouterr().out)
-
-
 def test_runs_that_find_the_same_codes_agree(runs, capsys):
     shutil.copytree(runs / "run", "twin")
     show("agree", runs / "run", "twin", runs / "vae")
     values = [float(line.split()[0]) for line in capsys.readouterr().out.splitlines()[1:]]
     assert values[0] == values[1] > values[2]
-
-
-def test_fid_compares_drawn_images_with_those_of_the_dataset(runs, capsys):
-    class Colours(torch.nn.Module):
-        """Stands in for FID's network: the mean of each channel."""
-
-        def forward(self, images, return_features: bool = True):
-            return images.float().mean((2, 3))
-
-    torch.jit.script(Colours()).save("colours.pt")
-    for words in ([], ["--redraw"]):
-        show("fid", runs / "run", "--inception", "colours.pt", "--steps", 2, *words)
-        distance, count = re.search(r"FID (\S+) of (\d+)", capsys.readouterr().out).groups()
-        assert float(distance) > 0
-        assert int(count) == 300
 
 
 def test_curves_keep_two_runs_of_one_name(runs, monkeypatch):
@@ -3203,75 +2691,25 @@ def test_curves_keep_two_runs_of_one_name(runs, monkeypatch):
         assert list(call.args[2]) == ["a/run", "b/run"]
 
 
-@pytest.mark.parametrize("paths, names", [
-    (["runs/x", "runs/y"], ["x", "y"]),
-    (["a/x", "b/x", "c"], ["a/x", "b/x", "c"]),
-    (["a/b/x", "c/b/x"], ["a/b/x", "c/b/x"]),
-    (["x"], ["x"]),
-])
-def test_runs_have_the_shortest_names_that_differ(paths, names):
-    assert sample.short_names(paths) == names
-
-
-def test_argument_takes_the_mean_of_the_seeds_of_a_method(runs, capsys):
+def test_argument_takes_the_mean_of_the_finished_seeds_of_a_method(runs, capsys):
     for seed, disentanglement in enumerate([0.8, 0.6]):
         shutil.copytree(runs / "run", f"seed{seed}")
         scores = json.dumps({"disentanglement": disentanglement})
         Path(f"seed{seed}/metrics.json").write_text(scores)
-    show("argument", "seed*")
-
-    assert re.search(r" 2 +0.700 +0.600 +0.800 ", capsys.readouterr().out)
-
-
-def test_argument_leaves_out_what_is_not_finished(runs, capsys):
-    shutil.copytree(runs / "run", "finished")
-    Path("finished/metrics.json").write_text('{"disentanglement": 0.5}')
-    show("argument", "finished", runs / "unfinished", runs / "run")
+    show("argument", "seed0", "seed1", runs / "unfinished", runs / "run")
     output = capsys.readouterr().out
+    assert re.search(r" 2 +0.700 +0.600 +0.800 ", output)
     assert output.count("left out: ") == 2
-    assert re.search(r" 1 +0.500 ", output)
 
 
-@pytest.mark.parametrize("words", ["argument", "argument runs/*", "curves", "agree nowhere"])
-def test_without_any_run_it_is_said_how_to_get_one(words):
-    refused(lambda: show(*words.split()), "no run", "python train.py")
-
-
-# Axes
-def test_equal_steps_are_equally_long_on_an_axis():
-    axis = sample.Axis([1, 4], 100, 500)
-    assert [axis.pixel(value) for value in (0, 1, 2, 4)] == approx([100, 200, 300, 500])
-
-
-def test_equal_ratios_are_equally_long_on_a_logarithmic_axis():
-    axis = sample.Axis([0.1, 10], 100, 500, logarithmic=True)
-    assert [axis.pixel(value) for value in (0.1, 1, 10)] == approx([100, 300, 500])
-
-
-@pytest.mark.parametrize("values, logarithmic", [
-    ([0], False),
-    ([3], False),
-    ([-1, 1], False),
-    ([1e-4, 2e-4], False),
-    ([0, 123456], False),
-    ([3.3, 4.6], True),
-    ([1e-3, 1], True),
-])
-def test_an_axis_has_a_few_ticks_within_its_range(values, logarithmic):
-    axis = sample.Axis(values, 0, 100, logarithmic)
-    assert 1 <= len(axis.ticks) <= 10
-    for tick in axis.ticks:
-        assert -1e-6 <= axis.pixel(tick) <= 100 + 1e-6
-
-
-@pytest.mark.parametrize("name", ["\u5f62", "gr\u00f6\u00dfe", "very long " * 20, "two\nlines"])
+@pytest.mark.parametrize("name", ["\u5f62", "very long " * 20, "two\nlines"])
 def test_a_name_that_cannot_be_drawn_is_replaced_by_a_number(name, capsys):
     assert sample.drawable(["hue", name], "factor") == ["hue", "factor 1"]
     assert "factor 1 is " in capsys.readouterr().out
 
 
 # Files
-def test_encode_writes_the_codes_of_the_dataset(runs):
+def test_encode_writes_the_codes_of_the_dataset_for_metrics(runs, capsys):
     show("encode", runs / "run", "--out", "codes.npz")
     run, _ = opened(runs / "run")
     with np.load("codes.npz") as arrays:
@@ -3279,23 +2717,11 @@ def test_encode_writes_the_codes_of_the_dataset(runs):
         assert_close(torch.from_numpy(arrays["codes"]), codes)
         assert (arrays["indices"] == np.arange(300)).all()
         assert (arrays["factors"] == FACTORS).all()
-
-
-def test_what_encode_writes_is_scored_by_metrics(runs, capsys):
-    show("encode", runs / "run", "--out", "codes.npz")
     metrics.main("codes.npz --train 200 --test 100".split())
     assert "disentanglement" in capsys.readouterr().out
 
 
-def test_encode_takes_other_images_of_any_size_and_without_labels(runs):
-    np.savez("others.npz", images=np.zeros((3, 40, 30, 3), np.uint8))
-    show("encode", runs / "vector", "--data", "others.npz", "--out", "codes.npz")
-    with np.load("codes.npz") as arrays:
-        assert arrays["codes"].shape == (3, 6, 8)
-        assert "factors" not in arrays
-
-
-def test_an_exported_file_is_the_run_in_half_precision(runs):
+def test_an_exported_file_is_the_run_in_half_precision(runs, monkeypatch, capsys):
     show("export", runs / "run", "small.pt")
     half, half_config, half_about = train.load_run("small.pt")
     model, config, about = train.load_run(runs / "run")
@@ -3303,25 +2729,19 @@ def test_an_exported_file_is_the_run_in_half_precision(runs):
     assert half_about["scores"] == about["scores"]
     assert_close(half.state_dict(), model.state_dict(), rtol=1e-3, atol=1e-4)
 
-
-def test_without_a_run_the_model_of_the_code_is_used(runs, monkeypatch, capsys):
-    show("export", runs / "run", "small.pt")
     monkeypatch.setattr(sample, "SHIPPED", Path("small.pt"))
     show("swap", "--count", 2, "--steps", 3)
     assert "no RUN given" in capsys.readouterr().out
-    assert Path("swap.png").exists()
 
 
-@pytest.mark.parametrize("name, kind", [
-    ("a.png", "PNG"), ("a.jpg", "JPEG"), ("A.JPEG", "JPEG"), ("a.webp", "WEBP"), ("a.gif", "GIF")])
+@pytest.mark.parametrize("name, kind", [("a.png", "PNG"), ("A.JPEG", "JPEG"), ("a.webp", "WEBP")])
 def test_the_ending_of_a_picture_is_its_format(runs, name, kind):
     show("generate", runs / "run", "--count", 2, "--steps", 1, "--out", name)
     assert Image.open(name).format == kind
 
 
 @pytest.mark.parametrize("words", [
-    "swap {}/run --out a.tiff", "swap {}/run --out a", "encode {}/run --out a.csv",
-    "export {}/run a.png", "page {}/run a.png", "traverse {}/run --gif --out a.png"])
+    "swap {}/run --out a.tiff", "encode {}/run --out a.csv", "traverse {}/run --gif --out a.png"])
 def test_an_ending_that_does_not_fit_is_refused(runs, words):
     refused(lambda: show(*words.format(runs).split()), "a name that ends in ")
 
@@ -3356,18 +2776,9 @@ def test_a_usual_count_that_a_small_set_lacks_is_what_there_is(runs, drawn_rows)
     assert len(drawn_rows["source"]) == 1
 
 
-@pytest.mark.parametrize("seed", [0, 2**63, 2**64, 2**70, -1])
+@pytest.mark.parametrize("seed", [2**64, -1])
 def test_any_whole_number_is_a_seed(runs, seed):
     show("swap", runs / "run", "--count", 1, "--steps", 1, "--seed", seed)
-
-
-def test_eta_adds_noise_to_ddim(runs):
-    run, _ = opened(runs / "run", "--sampler", "ddim", "--steps", 3)
-    noisy, _ = opened(runs / "run", "--sampler", "ddim", "--steps", 3, "--eta", 1)
-    codes = run.codes(run.load(torch.arange(2)))
-    noise = run.noise(2)
-    assert torch.equal(run.draw(codes, noise), run.draw(codes, noise))
-    assert not torch.equal(noisy.draw(codes, noise), noisy.draw(codes, noise))
 
 
 @pytest.mark.parametrize("words, said", [
@@ -3378,17 +2789,15 @@ def test_eta_adds_noise_to_ddim(runs):
     ("swap {}/unfinished", "has not finished its first stage"),
     ("swap {}/damaged", "metrics.json cannot be read"),
     ("swap {}/run --tokens 1 6", "--tokens is 6; expected 0 to 5"),
-    ("swap {}/run --tokens x", "--tokens"),
     ("swap {}/run --count 151", "--count is 151; expected at most 150"),
-    ("swap {}/run --count 0", "--count"),
     ("swap {}/run --steps 21", "21"),
-    ("swap {}/run --eta 1", "--eta is 1.0; expected --sampler ddim"),
     ("swap {}/vae --sampler ddim --eta 1", "--eta is 1.0"),
-    ("swap {}/run --sampler ddim --eta nan", "expected 0 to 1"),
     ("attention {}/adagn --count 1 --steps 1", "no cross-attention"),
     ("worth {}/vae", "draws without noise"),
     ("curves {}/damaged", "no log of this version"),
     ("agree {}/run", "two runs or more"),
+    ("argument", "python train.py"),
+    ("curves", "python train.py"),
 ])
 def test_what_cannot_be_is_one_line(runs, words, said):
     before = sorted(runs.rglob("*"))
@@ -3441,80 +2850,30 @@ def test_the_page_draws_the_tokens_that_it_asks_for(loud, name):
         assert_close(picture, image, rtol=0, atol=1)
 
 
-def test_a_slider_that_moves_changes_the_image(loud):
-    ask = serve(loud("run"))
-    before = json.loads(ask("/draw", ASKED)[1])
-    position = before["positions"][0][0] + 300
-    after = json.loads(ask("/draw", {**ASKED, "tokens": f"{position},s,s,s,s,s"})[1])
-    assert after["images"][:2] == before["images"][:2]
-    assert after["images"][2] != before["images"][2]
-
-
 def test_requests_at_the_same_time_do_not_mix(loud):
     ask = serve(loud("run"))
     asked = [{**ASKED, "tokens": tokens} for tokens in ("s,s,s,s,s,s", "300,s,s,s,s,s")]
     alone = [ask("/draw", fields) for fields in asked]
+    assert alone[0] != alone[1]
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(functools.partial(ask, "/draw"), asked * 4))
     assert together == alone * 4
 
 
-def test_the_page_has_a_map_for_each_token_that_is_attended_to(runs):
-    assert len(json.loads(serve(runs / "run")("/draw", ASKED)[1])["maps"]) == 6
-    assert json.loads(serve(runs / "adagn")("/draw", ASKED)[1])["maps"] == []
-
-
 def test_the_strip_goes_from_noise_to_the_image_that_is_drawn(loud):
     ask = serve(loud("run"))
+    answer = json.loads(ask("/draw", ASKED)[1])
+    assert [picture["t"] for picture in answer["strip"]] == [20, 13, 7, 0]
+    assert answer["strip"][-1]["image"] == answer["images"][2]
 
-    def drawn(**changes):
-        return json.loads(ask("/draw", {**ASKED, **changes})[1])
-
-    answer = drawn()
-    assert answer["strip"][-1] == {"t": 0, "image": answer["images"][2]}
-    start = answer["strip"][0]
-    assert start["t"] == drawn(steps=1)["strip"][0]["t"] == 20
-    assert drawn(tokens="t,t,t,t,t,t")["strip"][0] == start
-    assert drawn(noise=2)["strip"][0]["image"] != start["image"]
-
-
-@pytest.mark.parametrize("steps, timesteps", [
-    (1, [20, 0]), (4, [20, 15, 10, 5, 0]), (20, [20, 17, 13, 10, 7, 3, 0])])
-def test_the_strip_has_at_most_seven_images_evenly_spaced(runs, steps, timesteps):
-    answer = json.loads(serve(runs / "run")("/draw", {**ASKED, "steps": steps})[1])
-    assert [image["t"] for image in answer["strip"]] == timesteps
-
-
-@pytest.mark.parametrize("name", ["direct", "vae"])
-def test_a_model_that_draws_in_one_pass_has_no_strip(runs, name):
-    ask = serve(runs / name)
-    assert json.loads(ask("/draw", {**ASKED, "steps": 1})[1])["strip"] == []
-    assert not setup_of(ask("/")[1])["removesNoise"]
-
-
-def test_the_page_names_its_run_from_the_working_directory(loud):
-    run, _ = opened(Path(loud("run")).absolute())
-    assert setup_of(sample.Explorer(run).page)["run"] == "run"
-
-
-def test_the_page_puts_the_tokens_of_a_factor_together(runs):
-    groups = setup_of(serve(runs / "run")("/")[1])["groups"]
-    tokens = [[token["i"] for token in group["tokens"]] for group in groups]
-    assert tokens == [*OF_FACTORS, [2]]
-
-
-def test_the_page_tells_which_factors_a_token_mixes(runs):
-    run, _ = opened(runs / "run")
-    run.importance[1] = [0.6, 0.1]
-    groups = setup_of(sample.Explorer(run).page)["groups"]
-    mixes = {token["i"]: token["mixes"] for group in groups for token in group["tokens"]}
-    assert mixes[1] == ["factor 0", "factor 1"]
-    assert not any(mixes[i] for i in (0, 2, 3, 4, 5))
+    of_target = json.loads(ask("/draw", {**ASKED, "tokens": "t,t,t,t,t,t"})[1])
+    assert of_target["strip"][0] == answer["strip"][0]
+    other_noise = json.loads(ask("/draw", {**ASKED, "noise": 2})[1])
+    assert other_noise["strip"][0] != answer["strip"][0]
 
 
 @pytest.mark.parametrize("name, value", [
-    ("Host", "evil.example"), ("Origin", "http://evil.example"), ("Origin", "null"),
-    ("Origin", "http://127.0.0.1:1")])
+    ("Host", "evil.example"), ("Origin", "null"), ("Origin", "http://127.0.0.1:1")])
 def test_another_site_may_not_ask_the_server(runs, name, value):
     ask = serve(runs / "run")
     assert ask("/", **{name: value})[0] == 403
@@ -3523,9 +2882,8 @@ def test_another_site_may_not_ask_the_server(runs, name, value):
 
 def test_a_malformed_request_is_refused(runs):
     ask = serve(runs / "run")
-    wrong = [{"source": -1}, {"source": 300}, {"target": "x"}, {"noise": 2**70}, {"steps": 0},
-             {"steps": 10**6}]
-    wrong += [{"tokens": word + ",s" * 5} for word in ("s,s", "nan", "1e30", "u")]
+    wrong = [{"source": -1}, {"target": "x"}, {"noise": 2**70}, {"steps": 0}, {"steps": 10**6}]
+    wrong += [{"tokens": word + ",s" * 5} for word in ("s,s", "nan", "u")]
     for change in wrong:
         assert ask("/draw", {**ASKED, **change})[0] == 400, change
     assert ask("/draw")[0] == 400
@@ -3536,14 +2894,6 @@ def test_a_malformed_request_is_refused(runs):
 def test_the_server_looks_up_no_name(runs):
     with mock.patch("socket.getfqdn", side_effect=UnicodeDecodeError("utf-8", b"\xe9", 0, 1, "x")):
         assert serve(runs / "run")("/")[0] == 200
-
-
-def test_a_page_to_pass_on_is_one_small_file(runs):
-    show("page", runs / "run", "page.html", "--steps", 2)
-    text = Path("page.html").read_text("utf-8")
-    assert len(text) < 2e6
-    assert not re.search(r"(src|href)=.?(http|//)", text)
-    assert [factor["name"] for factor in setup_of(text)["factors"]] == ["factor 0", "factor 1"]
 
 
 def read_tiles(url, columns, rows):
@@ -3559,21 +2909,12 @@ def test_a_page_to_pass_on_has_every_set_of_factors_of_the_target(perfect):
     sample.page(perfect, args)
     setup = setup_of(Path("page.html").read_text("utf-8"))
     images = setup["sources"][0]
-    source, target = [values_in(read_tiles(images[name], 1, 1)[0])[0]
-                      for name in ("source", "target")]
+    source = values_in(read_tiles(images["source"], 1, 1)[0])[0]
+    target = values_in(read_tiles(images["target"], 1, 1)[0])[0]
     sets = values_in(read_tiles(images["exchanges"], setup["columns"], 1)[0])
     for number, values in enumerate(sets):
         taken = torch.tensor([number % 2 == 1, number // 2 == 1])
         assert torch.equal(values, torch.where(taken, target, source))
-
-
-def test_a_page_to_pass_on_sweeps_each_factor_over_its_values(perfect):
-    args = sample.parse(["page", "page.html"])
-    sample.page(perfect, args)
-    setup = setup_of(Path("page.html").read_text("utf-8"))
-    rows = read_tiles(setup["sources"][0]["sweeps"], setup["widest"], 2)
-    assert values_in(rows[0])[:3, 0].tolist() == [0, 1, 2]
-    assert values_in(rows[1])[:4, 1].tolist() == [0, 1, 2, 3]
 
 
 # ---- The documents ------------------------------------------------------------------------------
@@ -3611,21 +2952,27 @@ def test_a_module_begins_with_its_six_parts(module):
     assert parts == ["WHERE", "PAPER", "SHAPES", "IDEA", "DIFFERS", "TRY"]
 
 
-def our_imports(module, indent):
-    """Which of our files a module imports, on lines that begin with this pattern."""
+@pytest.mark.parametrize("module", ["train", "sample"])
+def test_a_program_starts_without_docstrings(module):
+    """As with python -OO."""
+    path = str(HERE / f"{module}.py")
+    names = {"__name__": module, "__file__": path}
+    exec(compile(text_of(path), path, "exec", optimize=2), names)
+    names["make_parser"]()
+
+
+COPIED = [("data", set()), ("vq", set()), ("unet", set()), ("metrics", set())]
+COPIED += [("encdiff", {"metrics"})]
+
+
+@pytest.mark.parametrize("module, ours", COPIED, ids=str)
+def test_a_module_to_copy_imports_none_of_ours(module, ours):
+    """But for the scores of the toy, inside a function."""
     source = text_of(f"{module}.py")
-    imported = re.findall(rf"^{indent}(?:import|from) (\w+)", source, re.M)
-    return set(imported) & set(MODULES)
-
-
-@pytest.mark.parametrize("module", ["data", "vq", "unet", "metrics"])
-def test_a_module_to_copy_imports_none_of_ours(module):
-    assert our_imports(module, " *") == set()
-
-
-def test_the_method_imports_only_the_scores_and_only_in_a_function():
-    assert our_imports("encdiff", "") == set()
-    assert our_imports("encdiff", " +") == {"metrics"}
+    anywhere = re.findall(r"^ *(?:import|from) (\w+)", source, re.M)
+    outside_functions = re.findall(r"^(?:import|from) (\w+)", source, re.M)
+    assert set(anywhere) & set(MODULES) == ours
+    assert not set(outside_functions) & set(MODULES)
 
 
 def test_every_command_of_the_documents_exists():
