@@ -1249,14 +1249,14 @@ def make_parser():
     picture_flags.add_argument("--out", metavar="FILE", type=file_with(*FORMATS),
                                help="default: in RUN, or in the working directory")
 
-    parser = train.Parser("sample.py", description=__doc__.splitlines()[0])
+    parser = train.Parser("sample.py", description="Pictures, tables and a page from a trained run.")
     parser.set_defaults(function=None)
     verbs = parser.add_subparsers(dest="verb", metavar="VERB")
 
     def add_verb(function, *parents, count=""):
-        summary = function.__doc__.splitlines()[0]
-        verb = verbs.add_parser(function.__name__, parents=parents, help=summary,
-                                description=function.__doc__)
+        text = function.__doc__ or function.__name__  # python -OO leaves no docstrings
+        verb = verbs.add_parser(function.__name__, parents=parents, help=text.splitlines()[0],
+                                description=text)
         verb.set_defaults(function=function)
         if count:
             verb.add_argument("--count", type=positive, metavar="N", help=count)
