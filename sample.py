@@ -1249,7 +1249,8 @@ def make_parser():
     picture_flags.add_argument("--out", metavar="FILE", type=file_with(*FORMATS),
                                help="default: in RUN, or in the working directory")
 
-    parser = train.Parser("sample.py", description="Pictures, tables and a page from a trained run.")
+    summary = "Pictures, tables and a page from a trained run."
+    parser = train.Parser("sample.py", description=summary)
     parser.set_defaults(function=None)
     verbs = parser.add_subparsers(dest="verb", metavar="VERB")
 
