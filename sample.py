@@ -93,8 +93,8 @@ class OpenedRun:
         self.scores = about["scores"]
         self.factor_names = about["data"].get("factor_names", [])
         self.importance = np.array(self.scores.get("importance", ()), float)
-        self.data = data
-        self.cache = cache
+        self.data = os.path.expanduser(data) if data else None
+        self.cache = os.path.expanduser(cache) if cache else None
 
         self.options = {"sampler": sampler, "steps": steps}
         if isinstance(self.model, ONE_PASS):
