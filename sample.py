@@ -708,6 +708,10 @@ def encode(run, args):
 
 def export(run, args):
     """the averaged weights, config and scores in one small file, which every verb reads as a run"""
+    if Path(args.file).name == "checkpoint.pt":
+        raise ValueError(f"{args.file} is the name by which a run goes on, which an export cannot; "
+                         "expected another name")
+
     # Half precision for what was learned. Buffers stay: half of abar_T = 2e-9 would be 0.
     learned = {name for name, _ in run.model.named_parameters()}
     weights = {}
