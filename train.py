@@ -978,6 +978,7 @@ class Run:
     """
 
     STAGES = ("first stage", "joint training")
+    FILES = ("config.json", "log.csv", "checkpoint.pt", "metrics.json", "samples.png")
     SCORES = ("factor_vae", "disentanglement", "completeness", "informativeness_test")
     COLUMNS = ("stage", "step", "loss", "lr", "grad_norm", "images_per_second",
                "mse", "entries_used", "perplexity", "kl", "total_correlation", *SCORES)
@@ -1005,7 +1006,6 @@ class Run:
         """Say what is trained with what, and count what that costs."""
         config = self.config
         threads = torch.get_num_threads()
-        self.write("config.json", json.dumps(dataclasses.asdict(config), indent=1), needed=True)
         self.print(f"{dataset}\n{self.backend.kind}, {config.precision}, {threads} threads, "
                    f"processes: {self.backend.world}")
         before = self.resumed.get("threads", threads)
@@ -1043,6 +1043,8 @@ class Run:
         self.since_step = old.get("step", 0)
         if not old:
             self.save(0)
+        self.write("config.json", json.dumps(dataclasses.asdict(self.config), indent=1))
+        if not old:
             return 0
 
         self.print(f"resumed at step {old['step']} of the {stage}")
@@ -1416,6 +1418,8 @@ def main(arguments=()):
     if not checkpoint:
         taken = (folder / "checkpoint.pt").exists()
         require(not taken, "out", folder, f"a folder that holds no run yet, or --resume {folder}")
+        foreign = [name for name in Run.FILES if (folder / name).exists()]
+        require(not foreign, "out", folder, "a folder without " + ", ".join(foreign))
     if config.first_stage_from and not checkpoint:
         lender = load_run(config.first_stage_from)[0]
         require(has_first_stage(lender), "first_stage", config.first_stage_from,
