@@ -1378,6 +1378,7 @@ def main(arguments=None):
 
 if __name__ == "__main__":
     for ending in ("SIGTERM", "SIGHUP"):  # a kill or a closed terminal tidies up, too
-        if hasattr(signal, ending):  # Windows has no SIGHUP
-            signal.signal(getattr(signal, ending), signal.default_int_handler)
+        number = getattr(signal, ending, None)  # Windows has no SIGHUP
+        if number and signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, signal.default_int_handler)
     main()
