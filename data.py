@@ -408,16 +408,18 @@ def object_normal(shape, scale, p):
 
 def texture(u, v):
     """Faint hexagonal tiles everywhere; on the walls a slanting stain in every square of them."""
-    k = 4 * np.pi / (np.sqrt(3) * TILE)
-    across = np.cos(k * u * np.sqrt(3) / 2)
-    tiles = np.cos(k * v) + 2 * across * np.cos(k * v / 2)
+    root = np.sqrt(3)
+    k = 4 * np.pi / (root * TILE)
+    across = np.cos(k * u * root / 2)
+    along = np.cos(k * v / 2)
+    tiles = np.cos(k * v) + 2 * across * along
 
     # Places in their square, from -0.5 to 0.5. A stain is narrow one way and longer the other.
     u = (u - STAIN[0]) / WALL_HEIGHT % 1 - 0.5
     v = (v - STAIN[1]) / WALL_HEIGHT - 0.5
     narrow = (u + v) / 0.09
     long = (u - v) / 0.22
-    stain = np.exp(-(narrow ** 2) - long ** 2)
+    stain = np.exp(-narrow ** 2 - long ** 2)
     return 1 + 0.007 * tiles - 0.08 * stain
 
 
@@ -468,10 +470,14 @@ def light_planes(shape, scale, eye, rays, room):
     planes[0, floor[to_sun < np.inf]] = SHADOW
 
     # Rays that end on the object.
-    t = meet_object(shape, scale, eye[:, None], rays)
+    origin = eye[:, None]
+    t = meet_object(shape, scale, origin, rays)
     hit = np.flatnonzero(t < t_room)
-    normal = object_normal(shape, scale, eye[:, None] + t[hit] * rays[:, hit])
-    facing = np.maximum(-(normal * rays[:, hit]).sum(0), 0)
+    direction = rays[:, hit]
+    point = origin + t[hit] * direction
+    normal = object_normal(shape, scale, point)
+    cosine = -(normal * direction).sum(0)
+    facing = np.maximum(cosine, 0)
     above = ABOVE @ normal  # (3,) @ (3, N) -> (N,)
 
     planes[:, hit] = 0

@@ -65,14 +65,14 @@ class Config:
     """Every hyperparameter of a run. Config() is the preset `paper`; the default is `small`."""
 
     data: str = field("", "dataset file or folder; without it Shapes3D is rendered")
-    cache: str = field("", "folder for the converted dataset; without it: beside the dataset")
+    cache: str = field("", "folder for the converted dataset; else beside it")
     size: int = field(64, "side of the images in pixels", (32, 64, 128))
-    seed: int = field(0, "number that fixes everything random in a run", "0 to below 2^63")
+    seed: int = field(0, "fixes everything random in a run", "0 to below 2^63")
     # "auto" becomes "bf16" or "fp32" before a run begins.
     precision: str = field("auto", "arithmetic; auto: bf16 where fast", ("auto", "bf16", "fp32"))
     variant: str = field("", "what differs from the method: NAME or NAME+NAME of {variants}")
     # The first stage (vq.py)
-    first_stage: str = field("deep", "kind, or the RUN to copy a trained one from", vq.KINDS)
+    first_stage: str = field("deep", "kind, or a RUN to copy one from", vq.KINDS)
     first_stage_from: str = field("", "")  # RUN, if --first-stage names one
     vq_steps: int = field(10_000, "training steps of the first stage", "0 or more")
     # The encoder and the tokens (encdiff.py)
@@ -86,9 +86,9 @@ class Config:
                                "further one halves the side", "each 1 or more")
     blocks: int = field(2, "residual blocks of each width in the U-Net", "1 or more")
     heads: int = field(8, "", "1 or more")  # attention heads of the U-Net
-    dropout: float = field(0.1, "dropout in the residual blocks of the U-Net", "0 to below 1")
+    dropout: float = field(0.1, "dropout in the U-Net's residual blocks", "0 to below 1")
     skip_dropout: float = field(0.0, "dropout of channels in the U-Net's skips", "0 to below 1")
-    self_attention: bool = field(True, "attention among positions; without: learned positions")
+    self_attention: bool = field(True, "attention among positions; else learned ones")
     # Joint training
     schedule: str = field("cosine", "noise schedule", encdiff.SCHEDULES)
     timesteps: int = field(1000, "", "1 or more")  # T
