@@ -576,6 +576,19 @@ def test_a_variant_draws_the_same_after_it_was_saved(trained_variant):
     assert torch.equal(*pictures)
 
 
+@pytest.mark.parametrize("outputs, queries", [(6, 6), (12, 6)])
+def test_queries_of_the_transformer_do_not_see_each_other(outputs, queries):
+    encoder = encdiff.TransformerEncoder(outputs, size=32, width=8, queries=queries)
+    images = random_images()
+    before = encoder(images).view(4, queries, -1)
+    encoder.queries.data[2] = torch.randn(32)
+    after = encoder(images).view(4, queries, -1)
+
+    moved = (after - before).abs().amax((0, 2))  # (queries,)
+    differs = moved > 1e-6
+    assert differs.nonzero().flatten().tolist() == [2]
+
+
 def test_orthogonal_tokens_are_as_long_as_their_scalars():
     token_map = encdiff.OrthogonalTokens(5, 8)
     codes = torch.randn(4, 5)
@@ -651,6 +664,35 @@ def test_the_toy_works_alone_in_an_empty_folder(folder):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "step 3/3" in done.stdout
     assert done.stdout.endswith("metrics.py is not beside this file: no scores\n")
+
+
+@pytest.mark.parametrize("t", [100, 500, 950])
+def test_the_best_denoiser_weighs_pictures_by_their_likelihood(t):
+    torch.manual_seed(3)
+    rises = encdiff.bayes_rise(t, pictures=1)
+
+    torch.manual_seed(3)  # the same picture, the same noise
+    factors = torch.randint(5, (1, 4))
+    z0 = encdiff.room(factors).double()
+    noise = torch.randn_like(z0)
+    abar = encdiff.alpha_bars(encdiff.beta_schedule("cosine"))[t]
+    z_t = abar.sqrt() * z0 + (1 - abar).sqrt() * noise
+
+    for unknown in range(4):
+        total = 0.0
+        mean = torch.zeros_like(z_t)
+        for value in range(5):
+            candidate = factors.clone()
+            candidate[0, unknown] = value
+            its_noise = (z_t - abar.sqrt() * encdiff.room(candidate)) / (1 - abar).sqrt()
+            # How likely that noise is, relative to the true one.
+            log_ratio = Normal(0.0, 1.0).log_prob(its_noise) - Normal(0.0, 1.0).log_prob(noise)
+            likelihood = log_ratio.sum().exp()
+            total += likelihood
+            mean += likelihood * its_noise
+
+        error = mean / total - noise  # of E[eps | z_t]
+        assert_close(rises[unknown], error.square().mean())
 
 
 # ---- The denoiser and the first stage -----------------------------------------------------------
@@ -2904,6 +2946,38 @@ def test_a_page_to_pass_on_has_every_set_of_factors_of_the_target(perfect):
         assert torch.equal(values, torch.where(taken, target, source))
 
 
+def test_worth_is_the_rise_of_the_loss_of_an_exact_denoiser(runs, capsys):
+    """The latent is the first factor alone, one-hot, and the denoiser knows it from the tokens. A
+    wrong value changes two of three numbers by 1, so the error of the noise is known."""
+    run, _ = opened(runs / "run")
+    model = run.model
+
+    def one_hot(images):
+        return F.one_hot(values_in(images)[:, 0].long(), 3).float()[:, :, None, None]
+
+    def exact_noise(z_t, t, z0):
+        abar = model.alpha_bar[t][:, None, None, None]
+        return (z_t - abar.sqrt() * z0) / (1 - abar).sqrt()
+
+    def unchanged(codes):
+        return codes
+
+    model.latents = one_hot
+    model.represent = one_hot
+    model.tokens = unchanged
+    model.latent_shape = (3, 1, 1)
+    model.denoiser.forward = exact_noise
+    sample.worth(run, set_flags("worth", "--count", 6))
+
+    t, of_factor_0, of_factor_1 = capsys.readouterr().out.splitlines()[:3]
+    abar = model.alpha_bar[[int(word) for word in t.split()[1:]]]
+    rise = 2 / 3 * abar / (1 - abar)
+    expected = {of_factor_0: rise.tolist(), of_factor_1: [0] * len(rise)}
+    for line, numbers in expected.items():
+        words = line.removeprefix("factor 0").removeprefix("factor 1").split()
+        assert [float(word) for word in words] == approx(numbers, rel=2e-3, abs=1e-4)
+
+
 # ---- The documents ------------------------------------------------------------------------------
 
 MODULES = sorted(path.stem for path in HERE.glob("*.py"))
@@ -2983,6 +3057,13 @@ def test_the_readme_shows_the_method_as_it_stands_in_the_code():
              if re.match(r" *(codes = self|z_t = self|predicted = self|return F.mse_loss)", line)]
     assert len(shown) >= 3
     assert set(shown) <= lines
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_begins_with_its_six_parts(module):
+    header = text_of(f"{module}.py").split('"""')[1]
+    parts = re.findall(r"^(WHERE|PAPER|SHAPES|IDEA|DIFFERS|TRY) ", header, re.M)
+    assert parts == ["WHERE", "PAPER", "SHAPES", "IDEA", "DIFFERS", "TRY"]
 
 
 def test_every_equation_is_marked_where_the_table_says():
