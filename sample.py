@@ -12,6 +12,7 @@ IDEA      All rows of a picture start from the same noise z_T, so what differs i
             importance  DCI's matrix: a code should matter for one factor, a factor need one code
             worth       how far the trained network relies on a factor's tokens at each timestep
             kl          how many nats step t lets through, by Eq. (5)
+            bayes       at which timesteps the toy's denoiser needs a token for a factor
             agree       do runs of different seeds find the same codes? This needs no labels
             explore     all of it by hand, in the browser; page: a file of it to pass on
           The model never sees a label. Where a token has a name, it was named after training: by
@@ -512,6 +513,19 @@ def kl(args):
         nats[name] = encdiff.kl_bottleneck(betas)[9::10].tolist()
     title = "KL( q(z_{t-1} | z_t, z_0) || N(0, I) ), in nats for each dimension"
     show_over_time(args, ".", title, timesteps, nats)
+
+
+def bayes(args):
+    """what a token is needed for: how much the toy's loss rises at each timestep without a factor
+
+    The toy is that of encdiff.py, the denoiser the best one possible. No network is trained."""
+    torch.manual_seed(0)
+    timesteps = range(25, 1000, 25)
+    rises = torch.stack([encdiff.bayes_rise(t) for t in timesteps])  # (timesteps, 4)
+    series = {}
+    for name, values in zip(("wall", "floor", "block", "place"), rises.T):
+        series[name] = values.tolist()
+    show_over_time(args, ".", "rise of the loss if this factor is not known", timesteps, series)
 
 
 def show_over_time(args, folder, title, timesteps, series):
@@ -1285,6 +1299,7 @@ def make_parser():
     add_verb(importance, one_run, picture_flags)
     add_verb(worth, *from_data, picture_flags, count="images (default: 256)")
     add_verb(kl, picture_flags)
+    add_verb(bayes, picture_flags)
 
     verb = add_verb(explore, *from_data, sampler_flags)
     verb.add_argument("--port", type=int, default=0, help="default: one that is free")
