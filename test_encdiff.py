@@ -3041,6 +3041,26 @@ def test_every_command_of_the_documents_exists():
                 assert f'"{word}"' in text_of(script), (script, word)
 
 
+DRAWING = ["swap", "traverse", "attention", "reconstruct", "importance", "bayes", "encode"]
+
+
+@pytest.mark.parametrize("verb", DRAWING)
+def test_a_verb_of_the_readme_works_without_a_run(verb, rendered, folder, monkeypatch):
+    """With the model in the box, as in a fresh clone; of fewer images, to save time."""
+    commands = [words for script, words in words_of_commands() if words[:1] == [verb]]
+    commands += [[verb] for name in re.findall(r"`python sample.py (\w+)`", text_of("README.md"))
+                 if name == verb]
+    assert commands
+    parameters = sample.parse(commands[0])
+    fewer = ["--count", 2] if "count" in parameters else []
+    fewer += ["--steps", 2] if "steps" in parameters else []
+
+    monkeypatch.setattr(data, "RenderedShapes3D", lambda size: rendered)
+    monkeypatch.setattr(metrics, "exchanges_that_land", lambda *_, **__: {"scale": (1.0, 1.0)})
+    sample.main([*commands[0], *fewer])
+    assert any(path.stat().st_size > 1000 for path in folder.iterdir())
+
+
 @pytest.mark.parametrize("snippet", code_blocks("python"))
 def test_a_snippet_of_the_readme_prints_what_it_says(snippet, monkeypatch, capsys):
     if not snippet.startswith(("import", "from")):
