@@ -163,6 +163,7 @@ class EncDiff(nn.Module):
     schedule      a name for beta_schedule; timesteps: T
 
     Raises ValueError where it is used after `.half()`: abar_T would be 0. Use torch.autocast.
+    Encoder and denoiser of your own need `ends()` only for train.py's optimizers.
     """
 
     def __init__(self, first_stage, encoder, token_map, denoiser, latent_shape=(3, 16, 16),
@@ -602,7 +603,8 @@ def print_scores(encoder, num_factors):
 
 def main(arguments=None):
     """The toy's command line."""
-    parser = argparse.ArgumentParser(description="the whole method on 8x8 pictures")
+    parser = argparse.ArgumentParser(description="the whole method on 8x8 pictures",
+                                     usage=argparse.SUPPRESS)  # so that an error is one line
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-attention", action="store_true",
                         help="every position gets the average of the tokens")
