@@ -20,7 +20,7 @@ IDEA      Encoder and denoiser learn together to predict noise, eq. (3). Nothing
           only the tokens can supply it. So the noise decides what a token is needed for:
           `python encdiff.py --bayes`.
 DIFFERS   Eq. (3) is printed without the square; Table 7 says MSE, and so do we. While sampling, an
-          estimate of z_0 that is larger than latents are is scaled back: `estimate_z0`.
+          estimate of z_0 that is larger than any latent before training is scaled back.
 TRY       python encdiff.py           ->   the whole method on 8x8 pictures while you watch
           python encdiff.py --bayes   ->   what a token is needed for, at each timestep, computed
 """
@@ -65,7 +65,7 @@ class CNNEncoder(nn.Module):
         return self.layers(images)
 
     def ends(self):
-        """The last layer. train.py's Muon trains the matrices inside, AdamW the ends."""
+        """The last layer, for train.py: its optimizer Muon leaves first and last layers to AdamW."""
         return [self.layers[-1]]
 
 
@@ -112,9 +112,9 @@ def beta_schedule(name, steps=1000, start=0.0015, end=0.0155):
     name          one of SCHEDULES, else ValueError. The names are the latent diffusion code's, and
                   odd: "linear" is linear in sqrt(beta), "sqrt_linear" is the straight line.
     steps         T
-    start, end    beta_1 and beta_T of "linear" and "sqrt_linear" with T = 1000; "sqrt" has their
-                  roots. For another T a step takes as much of the signal as 1000 / T steps of
-                  these, so that abar_T is about the same for every T.
+    start, end    beta_1 and beta_T of "linear" and "sqrt_linear" with T = 1000; "sqrt" takes the
+                  roots of the straight line. For another T one step does what 1000 / T of these
+                  steps do, so that abar_T is about the same for every T.
 
     Returns a float64 tensor (steps,).
     """
@@ -162,7 +162,8 @@ class EncDiff(nn.Module):
     latent_shape  (C, h, w)
     schedule      a name for beta_schedule; timesteps: T
 
-    Raises ValueError where it is used after `.half()`: abar_T would be 0. Use torch.autocast.
+    Raises ValueError where it is used after `.half()` or `.bfloat16()`, which are too coarse for
+    abar_t. Use torch.autocast.
     Encoder and denoiser of your own need `ends()` only for train.py's optimizers.
     """
 
@@ -186,8 +187,8 @@ class EncDiff(nn.Module):
         return self
 
     def ends(self):
-        """The denoiser's first and last layer, the encoder's last one, and the token map: AdamW
-        trains these, and train.py's Muon the matrices inside."""
+        """The layers that train.py's optimizer Muon leaves to AdamW: the denoiser's first and last
+        one, the encoder's last one, and the token map."""
         return [*self.encoder.ends(), self.token_map, *self.denoiser.ends()]
 
     @torch.no_grad()
@@ -202,7 +203,8 @@ class EncDiff(nn.Module):
 
     @torch.no_grad()
     def latents(self, images):
-        """images -> z_0 (B, C, h, w): not quantised, divided by the std."""
+        """images -> z_0 (B, C, h, w), divided by the std. It is not rounded to the first stage's
+        codebook; the first stage does that when it decodes."""
         return self.first_stage.encode(images).to(self.alpha_bar.dtype) / self.latent_std
 
     def represent(self, images):
@@ -216,7 +218,7 @@ class EncDiff(nn.Module):
     def abar(self, t):
         """abar_t of timesteps t, an int or (B,) int64 -> a tensor of t's shape."""
         if self.alpha_bar.dtype in (torch.float16, torch.bfloat16):
-            raise ValueError("EncDiff is in half precision, where abar_T is 0; expected float32 "
+            raise ValueError("EncDiff is in half precision, too coarse for abar_t; expected float32 "
                              "weights, and torch.autocast for speed")
         return self.alpha_bar[t]
 
@@ -265,6 +267,7 @@ class EncDiff(nn.Module):
 
         signal = z_t - (1 - abar).sqrt() * noise  # Eq. (2): sqrt(abar_t) z_0
         rms = signal.flatten(1).square().mean(1).sqrt().clamp(min=1e-20)  # (B,)
+        # Times 1 / sqrt(abar_t) it is z_0; the second factor brings its rms to the largest one.
         factor = torch.minimum(1 / abar.sqrt(), self.largest_rms / rms)
         return signal * expand(factor, z_t)
 
@@ -359,7 +362,8 @@ def kl_bottleneck(betas, second_moment=1.0):
     """Eq. (5), C_t / n: KL(q(z_{t-1} | z_t, z_0) || N(0, I)), for each number of a latent, in nats.
 
     betas float64 (T,), second_moment E[z_0^2] of one number -> float64 (T,), entry t - 1 for t.
-    Only `python sample.py kl` needs it, to draw Figure 2(b).
+    Skip it on first reading: only `python sample.py kl` needs it, to draw the paper's Figure 2(b).
+    mu~_t and beta~_t are the mean and the variance of eq. (4).
 
     The paper calls this a bottleneck that opens as t falls. No loss contains it. It includes
     information that z_t shows already, without any token.
@@ -394,7 +398,8 @@ def room(factors):
     picture = torch.empty(len(factors), 3, 8, 8)
     red, green, blue = picture.unbind(1)  # (B, 8, 8) each; what is written there is in `picture`
 
-    # The upper half is wall, the lower half floor. A colour raises one channel, lowers another.
+    # The upper half is wall, the lower half floor. Their colours raise one channel and lower
+    # another; that of the block raises all three.
     red[:, :4] = wall
     green[:, :4] = -wall
     blue[:, :4] = 0.5
@@ -405,7 +410,7 @@ def room(factors):
     # The block covers the four rows in the middle, and four columns from its place on.
     place = factors[:, 3:] if factors.shape[1] == 4 else torch.tensor([[2]])
     column = torch.arange(8)
-    inside = (place <= column) & (column < place + 4)  # (B, 8)
+    inside = (place <= column) & (column < place + 4)  # (B, 8), or (1, 8) without a place
     middle = picture[:, :, 2:6]
     middle[:] = torch.where(inside[:, None, None], 3 + block[:, None], middle)
     return picture

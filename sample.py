@@ -59,7 +59,6 @@ from metrics import batched, exchange, tokens_of_factors
 from train import print_safely, require, to_float
 
 SHIPPED = Path(__file__).parent / "assets" / "small.pt"  # the model that comes with the code
-ONE_PASS = (encdiff.EncDec, vq.VAE)  # these draw at once; all others remove noise step by step
 NAMED = "factors are named afterwards, by labels (DCI importance); the model never saw them"
 
 # ---- A trained run, opened ----------------------------------------------------------------------
@@ -98,11 +97,10 @@ class OpenedRun:
         self.cache = os.path.expanduser(cache) if cache else None
 
         self.options = {"sampler": sampler, "steps": steps}
-        if isinstance(self.model, ONE_PASS):
+        if not removes_noise(self.model):  # it draws in one pass
             self.options["steps"] = 1
         if eta is not None:
-            removes_noise = not isinstance(self.model, ONE_PASS)
-            require(sampler == "ddim" and removes_noise, "eta", eta,
+            require(sampler == "ddim" and removes_noise(self.model), "eta", eta,
                     "--sampler ddim beside it, and a run that removes noise")
             require(0 <= eta <= 1, "eta", eta, "0 to 1")
             self.options["eta"] = eta
@@ -461,6 +459,11 @@ def row_label(name, tokens):
 # ---- Verbs that count and compare, the page, drawing, command line. Skip on first reading. ------
 
 
+def removes_noise(model):
+    """Whether the model removes noise step by step; EncDec and the VAEs draw in one pass."""
+    return not isinstance(model, (encdiff.EncDec, vq.VAE))
+
+
 def worth(run, args):
     """how far the trained network relies on a factor's tokens at each timestep
 
@@ -468,7 +471,7 @@ def worth(run, args):
     another value. It measures the trust of the trained network, not what a factor's token could
     save it."""
     dataset = run.dataset
-    if isinstance(run.model, ONE_PASS):
+    if not removes_noise(run.model):
         raise ValueError(f"{run.path} draws without noise; expected a model that removes noise")
     require(dataset.factor_sizes, "data", dataset.name,
             "a dataset whose images are labelled with factors")
@@ -858,7 +861,7 @@ class Explorer:
                 sliders.append({"i": i, "low": low[i].item(), "high": high[i].item(),
                                 "mixes": self.mixed_factors(i)})
             groups.append({"name": name, "tokens": sliders})
-        self.removes_noise = not isinstance(run.model, ONE_PASS)
+        self.removes_noise = removes_noise(run.model)
         setup = {"run": shortest_path(run.path), "images": len(run.dataset), "groups": groups,
                  "named": NAMED if run.importance.size else "",
                  "removesNoise": self.removes_noise, **run.options}

@@ -76,7 +76,8 @@ class Config:
     first_stage_from: str = field("", "")  # RUN, if --first-stage names one
     vq_steps: int = field(10_000, "training steps of the first stage", "0 or more")
     # The encoder and the tokens (encdiff.py)
-    encoder: str = field("cnn", "image encoder; cnn_bn: lighter, with BatchNorm", encdiff.ENCODERS)
+    encoder: str = field("cnn", "image encoder; cnn_bn, cnn_patch: lighter, with BatchNorm",
+                         encdiff.ENCODERS)
     encoder_width: int = field(64, "", "1 or more")
     num_tokens: int = field(20, "number of concept tokens, N", "1 or more")
     token_dim: int = field(32, "width of a concept token, d", "1 or more")
@@ -114,9 +115,9 @@ OUR_RECIPE = dict(
     encoder="cnn_patch",  # much cheaper than the paper's
     self_attention=False,  # learned positions in its place, which are cheaper
     dropout=0.0,
-    skip_dropout=0.3,  # makes the denoiser ask the tokens
+    skip_dropout=0.3,  # makes the denoiser rely on the tokens
     noise_order="weak-first",  # see `draw_timesteps`
-    optimizer="muon",  # the reason why 3,000 steps are enough
+    optimizer="muon",  # learns in fewer steps than AdamW (assets/log.md)
     lr=1e-3,
     lr_decay=0.4,
     ema=0.999,  # of 3,000 steps; 0.9999 would average all of them
@@ -139,7 +140,7 @@ PRESETS = {"small": SMALL, "large": LARGE, "paper": {}}
 # How each kind of vq.KINDS is trained: images a step, learning rate, weight of the squared error
 # beside L1, and the step from which the encoder stays as it is (0: never). "deep" is the paper's,
 # with latents of 16x16x3. "linear" has one convolution for an encoder, and latents of 8x8x4; in an
-# early run the codes came apart sooner on latents that had been trained briefly (assets/log.md).
+# early run the codes came apart sooner if it had been trained only briefly (assets/log.md).
 FIRST_STAGE = {
     "deep": dict(batch=64, lr=1e-3, squared=0.0, encoder_steps=0),
     "linear": dict(batch=16, lr=2e-3, squared=4.0, encoder_steps=1_500),
@@ -194,14 +195,17 @@ def make_denoiser(config, first_stage, kind=unet.UNet, **options):
 
 
 # ---- The two stages -----------------------------------------------------------------------------
-# Of the helpers below the rule, three matter here. `Optimizer` is AdamW or Muon. `run.backend` is
-# the device; if several processes train together, `backend.share` cuts out the part of a batch that
-# this one takes. `run` is the run's folder:
+# Of the helpers below the rule, these matter here. `Optimizer` is AdamW, or Muon, which makes the
+# step of each matrix orthogonal. `run.backend` is the device; if several processes train together,
+# `backend.share` cuts out the part of a batch that this one takes, and `backend.parallel` averages
+# their gradients. `run` is the run's folder:
 #   run.resumed       the checkpoint to go on from, or {}; `start_stage` restores and empties it
 #   run.start_stage   restores or begins a stage, and returns the first step to do
 #   run.track         remembers a step's loss, and ends the run if its gradient is not finite
 #   run.due, report   say whether it is time for a line of the log, and write it
+#   run.score_due     says whether it is time for `quick_look`: scores and pictures on the way
 #   run.checkpoint    saves if it is time to, or if the run is to stop
+#   run.silence       says why no line will come for a while
 
 
 def seed_step(config, stage, step):
@@ -233,7 +237,11 @@ def draw_timesteps(config, step):
 
 
 def train_first_stage(run, dataset, model):
-    """Stage 1: images -> latent -> images. Leaves model.first_stage trained and frozen."""
+    """Stage 1: images -> latent -> images. Leaves model.first_stage trained and frozen.
+
+    Between encoder and decoder, the quantizer replaces the vector at each position of the latent by
+    the nearest of a list of learned vectors, the entries of its codebook (vq.py).
+    """
     config, backend = run.config, run.backend
     autoencoder = model.first_stage
     quantizer = autoencoder.quantizer
@@ -271,7 +279,7 @@ def train_first_stage(run, dataset, model):
 
         # Report and save.
         chosen = torch.bincount(entries.flatten(), minlength=len(quantizer.codebook))
-        run.counts = run.counts + chosen.cpu()
+        run.counts = run.counts + chosen.cpu()  # `run.report` sets them back to 0
         if run.due(step + 1):
             numbers = {"mse": (reconstruction - images).square().mean().item()}
             if step >= warmup:

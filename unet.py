@@ -12,10 +12,11 @@ IDEA      A query is a position of the latent image; keys and values are the N c
           view of the image.
           The last layer of each block starts at zero, so a block adds nothing at first. The last
           layer of all, `conv_out`, starts at zero too, so the untrained network predicts 0, the
-          mean of the noise. So step 1 of training moves `conv_out` alone, step 2 also the last
-          layers of the blocks, and the tokens get a gradient from step 3 on.
-DIFFERS   The layers are the paper's: 37,549,507 parameters with the defaults, 37,469,635 at token
-          width 16, which the authors' code has. Attention is written out, as torch's fused
+          mean of the noise. So in step 1 of training `conv_out` alone gets a gradient, in step 2
+          also the last layers of the blocks and what lies beside them (`conv_in`, `skip`,
+          `norm_out`), and the tokens from step 3 on.
+DIFFERS   The layers are the paper's: 37,549,507 parameters with the defaults, 37,469,635 with token
+          width 16, as in the authors' code. Attention is written out, as torch's fused
           one has a slow backward pass on CPUs. Two options are ours: `positions` puts a learned
           vector for each position in place of attention among positions, and `skip_dropout` drops
           features of the skip connections.
@@ -43,9 +44,9 @@ def timestep_embedding(t, width):
 
 
 def group_norm(channels, eps=1e-5):
-    """GroupNorm with as many groups as divide both 32 and half the channels: 8 for 48 channels."""
-    # The norm takes the mean and the scale of each group away: a channel that is a group by itself
-    # could carry neither.
+    """GroupNorm. Its groups are the greatest common divisor of 32 and half the channels in number:
+    8 for 48 channels."""
+    # With one channel per group, a channel's mean and scale would be lost.
     groups = math.gcd(32, channels // 2, channels)
     return nn.GroupNorm(groups, channels, eps=eps)
 
@@ -334,7 +335,7 @@ class UNet(nn.Module):
         x = self.middle(x, emb, tokens)
 
         for stack in self.up:
-            # Dropping channels of a skip makes the network ask the tokens (Jun et al. 2024).
+            # Dropping channels of a skip makes the network rely on the tokens (Jun et al. 2024).
             skip = F.dropout2d(skips.pop(), self.skip_dropout, self.training)
             x = torch.cat([x, skip], dim=1)  # (B, c, ...), (B, c_skip, ...) -> (B, c + c_skip, ...)
             x = stack(x, emb, tokens)
