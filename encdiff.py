@@ -65,7 +65,7 @@ class CNNEncoder(nn.Module):
         return self.layers(images)
 
     def ends(self):
-        """The last layer, for train.py: its optimizer Muon leaves first and last layers to AdamW."""
+        """The last layer, which train.py's optimizer Muon leaves to AdamW."""
         return [self.layers[-1]]
 
 
@@ -218,8 +218,8 @@ class EncDiff(nn.Module):
     def abar(self, t):
         """abar_t of timesteps t, an int or (B,) int64 -> a tensor of t's shape."""
         if self.alpha_bar.dtype in (torch.float16, torch.bfloat16):
-            raise ValueError("EncDiff is in half precision, too coarse for abar_t; expected float32 "
-                             "weights, and torch.autocast for speed")
+            raise ValueError("EncDiff is in half precision, too coarse for abar_t; expected "
+                             "float32 weights, and torch.autocast for speed")
         return self.alpha_bar[t]
 
     def add_noise(self, z0, t, noise):
