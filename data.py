@@ -650,6 +650,9 @@ def brightness(blocks):
         if block.dtype == np.uint8 and high > 1:
             return 0, 255  # no need to read on
 
+    if low > high:  # there was no number: all pictures are plain bytes
+        return 0, 255
+
     slack = 1e-3  # what resizing or rounding may have added
     if -slack <= low and high <= 1 + slack:
         return 0, 1

@@ -1856,6 +1856,7 @@ def test_subfolders_are_a_class():
     renamed = data.open_dataset("set")
     assert same(shown(renamed, 0), noise(1, seed=0))
     assert "ape, bird, dog" in renamed.note
+    assert "black" not in dataset.note  # bytes are what they are
 
 
 def test_hidden_files_are_no_pictures():
