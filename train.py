@@ -1108,7 +1108,9 @@ class Run:
             left += self.config.steps * ratio
         words = [f"{self.stage} {step}/{self.steps}", f"loss {loss:.4f}"]
         words += [f"{name.replace('_', ' ')} {value:.3g}" for name, value in row.items()]
-        words += [f"{speed:.0f} img/s", f"about {max(1, left * seconds / 60):.0f} minutes left"]
+        minutes = round(left * seconds / 60)
+        remaining = f"about {minutes} minutes left" if minutes > 1 else "about a minute left"
+        words += [f"{speed:.0f} img/s", remaining]
         self.print("  ".join(words))
 
     def write(self, name, content, needed=False):
