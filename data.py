@@ -556,6 +556,7 @@ def print_safely(text):
 
 # ---- 4. Indices and identity --------------------------------------------------------------------
 def to_array(values):
+    """A tensor on any device, or what numpy takes -> an array."""
     if isinstance(values, torch.Tensor):
         values = values.detach().cpu()
     return np.asarray(values)
@@ -675,6 +676,7 @@ def to_bytes(values, black, white):
 
 
 def add_brightness(dataset, black, white):
+    """Say in the dataset's note which numbers are black and white, unless they are those of bytes."""
     if (black, white) != (0, 255):
         dataset.add_note(f"black is {black:g} and white {white:g}")
 
@@ -929,6 +931,7 @@ def read_arrays(path, arrays, size):
 
 
 def is_channels_first(shape):
+    """Whether images of this shape are (n, 1 to 4, h, w) and not (n, h, w, 1 to 4)."""
     return len(shape) == 4 and shape[1] <= 4 < shape[3]
 
 
@@ -1093,7 +1096,8 @@ def read_folder(path, files, note, size):
 
 
 def is_deep(picture):
-    return picture.mode[0] in "IF"  # more than 8 bits, or floating point
+    """Whether a PIL picture has more than 8 bits a channel, or floating-point numbers."""
+    return picture.mode[0] in "IF"
 
 
 def deep_pictures(files):
@@ -1355,6 +1359,8 @@ def write_shapes3d(path, size=64, indices=slice(None)):
 
 # ---- 10. Command line ---------------------------------------------------------------------------
 class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line."""
+
     def error(self, message):
         """One line on standard error and status 2 for what a user gets wrong."""
         self.exit(2, f"data.py: {' '.join(str(message).split())}\n")

@@ -1289,6 +1289,8 @@ def report(path, seed, dci_train, dci_test):
 
 
 class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line."""
+
     def error(self, message):
         self.exit(2, f"metrics.py: {message}\n")  # one line, without the usage
 
