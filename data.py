@@ -676,7 +676,7 @@ def to_bytes(values, black, white):
 
 
 def add_brightness(dataset, black, white):
-    """Say in the dataset's note which numbers are black and white, unless they are those of bytes."""
+    """Say in the note which numbers are black and white, unless they are those of bytes."""
     if (black, white) != (0, 255):
         dataset.add_note(f"black is {black:g} and white {white:g}")
 
