@@ -1,7 +1,7 @@
 """EncDiff: an image becomes N scalars, the scalars tokens, and a diffusion model draws from them.
 
-WHERE     Read first; then unet.py (the denoiser) and vq.py (the latent space). Imports torch alone:
-          encoder, first stage and denoiser are handed to EncDiff, so this file can be copied.
+WHERE     Read first; then unet.py (the denoiser), train.py and vq.py (the latent space). Imports
+          torch alone: encoder, first stage and denoiser are handed to EncDiff, so copy it freely.
 PAPER     arXiv 2402.09712, Sec. 3 and Appendices B-D. Equation numbers are the paper's.
 SHAPES    B images, N tokens of width d, latents (C, h, w), n = C*h*w numbers each, T timesteps.
           Images are (B, 3, size, size), float, in [-1, 1].
@@ -614,7 +614,7 @@ def main(arguments=None):
     parser.add_argument("--no-attention", action="store_true",
                         help="every position gets the average of the tokens")
     parser.add_argument("--moving", action="store_true",
-                        help="the block's place is a fourth factor; twice as many steps")
+                        help="the block's place is a fourth factor; 1,500 steps, not 700")
     parser.add_argument("--noise", choices=("uniform", "strong-first", "none"), default="uniform",
                         help="how timesteps are drawn; none: draw the picture from the tokens")
     parser.add_argument("--bayes", action="store_true",

@@ -14,7 +14,7 @@ DIFFERS   The moving average starts fast and slows down: with a constant decay t
           best one: choosing it would use the labels. In every preset joint training has weight
           decay 0.01, gradients are clipped to norm 1, and the learning rate rises over 100 steps:
           the paper mentions none of these.
-TRY       python train.py --steps 50 --vq-steps 250 --out runs/try   ->   a run in two minutes
+TRY       python train.py --steps 50 --vq-steps 250 --out runs/try   ->   a run in a few minutes
 """
 import argparse
 import contextlib
@@ -99,7 +99,8 @@ class Config:
     batch: int = field(64, "images in a joint training step", "1 or more")
     optimizer: str = field("adamw", "muon: Muon for matrices inside the networks, AdamW for all "
                            "else", ("adamw", "muon"))
-    lr: float = field(1e-4, "learning rate of joint training; Muon takes ten times that", "above 0")
+    lr: float = field(1e-4, "AdamW's learning rate in joint training; Muon's is ten times it",
+                      "above 0")
     lr_decay: float = field(0.0, "last share of the joint steps, with --lr falling", "0 to below 1")
     ema: float = field(0.9999, "decay of the averaged weights in a joint step", "0 to below 1")
     score_every: int = field(7_500, "joint steps between quick scores; 0: none", "0 or more")
@@ -118,7 +119,7 @@ OUR_RECIPE = dict(
     skip_dropout=0.3,  # makes the denoiser rely on the tokens
     noise_order="weak-first",  # see `draw_timesteps`
     optimizer="muon",  # learns in fewer steps than AdamW (assets/log.md)
-    lr=1e-3,
+    lr=1e-3,  # of AdamW; so Muon's is 1e-2
     lr_decay=0.4,
     ema=0.999,  # of 3,000 steps; 0.9999 would average all of them
     vq_steps=5_000,
@@ -200,6 +201,7 @@ def make_denoiser(config, first_stage, kind=unet.UNet, **options):
 # `backend.share` cuts out the part of a batch that this one takes, and `backend.parallel` averages
 # their gradients. `run` is the run's folder:
 #   run.resumed       the checkpoint to go on from, or {}; `start_stage` restores and empties it
+#   run.wants_first_stage   is False if stage 1 is done, was copied from a run, or does not exist
 #   run.start_stage   restores or begins a stage, and returns the first step to do
 #   run.track         remembers a step's loss, and ends the run if its gradient is not finite
 #   run.due, report   say whether it is time for a line of the log, and write it
@@ -247,7 +249,7 @@ def train_first_stage(run, dataset, model):
     quantizer = autoencoder.quantizer
     steps = config.vq_steps
     recipe = FIRST_STAGE[config.first_stage]
-    # Until `initialise` sets the codebook, the quantizer passes latents on without rounding.
+    # In these steps latents are not rounded: the autoencoder's quantizer waits for `initialise`.
     warmup = min(200, steps // 2)
 
     criterion = vq.FirstStageLoss(autoencoder, recipe["squared"]).to(backend.device)

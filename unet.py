@@ -251,8 +251,8 @@ class UNet(nn.Module):
 
     # The way down keeps each of its outputs, and each stack of the way up takes one of them, the
     # latest first. With the default arguments the outputs have these channels (a bar separates the
-    # resolutions, "halved" is the stack that goes to the next one, "doubled" the way back):
-    #   conv_in 64 | 64, 64, halved 64 | 128, 128, halved 128 | 256, 256, halved 256 | 256, 256
+    # resolutions, "halved" is the stack that goes down to one, "doubled" goes back up):
+    #   conv_in 64, 64, 64 | halved 64, 128, 128 | halved 128, 256, 256 | halved 256, 256, 256
     # So the stacks of the way up take these channels, each from the stack before and from its skip:
     #   256 + 256, 256 + 256, 256 + 256, doubled | 256 + 256, 256 + 256, 256 + 128, doubled
     #   | 256 + 128, 128 + 128, 128 + 64, doubled | 128 + 64, 64 + 64, 64 + 64
