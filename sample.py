@@ -1241,9 +1241,8 @@ def positive(word):
     return int(word)
 
 
-def make_parser():
-    """The command line: one parser for the flags of all verbs that need data, one for those of the
-    verbs that draw, then a parser for each verb."""
+def shared_flags():
+    """Flags that several verbs have, as parsers: of the run, the data, the sampler, a picture."""
     path = os.path.expanduser
     one_run = argparse.ArgumentParser(add_help=False)
     one_run.add_argument("run", metavar="RUN", nargs="?", type=path,
@@ -1269,6 +1268,15 @@ def make_parser():
     picture_flags = argparse.ArgumentParser(add_help=False)
     picture_flags.add_argument("--out", metavar="FILE", type=file_with(*FORMATS),
                                help="default: in RUN, or in the working directory")
+    return one_run, data_flags, sampler_flags, picture_flags
+
+
+def make_parser():
+    """The command line: a parser for each verb, which begins with the flags that others share."""
+    path = os.path.expanduser
+    one_run, data_flags, sampler_flags, picture_flags = shared_flags()
+    from_data = (one_run, data_flags)
+    drawing = (*from_data, sampler_flags, picture_flags)
 
     summary = "Pictures, tables and a page from a trained run."
     parser = train.Parser("sample.py", description=summary)
@@ -1284,8 +1292,7 @@ def make_parser():
             verb.add_argument("--count", type=positive, metavar="N", help=count)
         return verb
 
-    from_data = (one_run, data_flags)
-    drawing = (*from_data, sampler_flags, picture_flags)
+    # Pictures and tables of one run, and two that need none.
     rows = dict(type=token, nargs="+", metavar="I", help="rows, or all; default: one a factor")
 
     verb = add_verb(swap, *drawing, count="columns (default: 8)")
@@ -1304,12 +1311,14 @@ def make_parser():
     add_verb(kl, picture_flags)
     add_verb(bayes, picture_flags)
 
+    # Pages.
     verb = add_verb(explore, *from_data, sampler_flags)
     verb.add_argument("--port", type=int, default=0, help="default: one that is free")
     verb.add_argument("--no-browser", action="store_true", help="print the address, open nothing")
     verb = add_verb(page, *from_data, sampler_flags)
     verb.add_argument("file", metavar="FILE", type=file_with(".html"), help="file to write")
 
+    # Several runs.
     runs = dict(metavar="RUN", nargs="*", type=path, help="folders written by train.py")
     add_verb(curves, picture_flags).add_argument("runs", **runs)
     add_verb(argument, picture_flags).add_argument("runs", **runs)
@@ -1317,6 +1326,7 @@ def make_parser():
     verb.add_argument("runs", **runs)
     verb.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: the best here")
 
+    # Numbers and files.
     verb = add_verb(fid, *from_data, sampler_flags, count="images (default: 10,000)")
     verb.add_argument("--inception", required=True, metavar="FILE", type=path,
                       help="NVIDIA's inception-2015-12-05.pt")
