@@ -1357,7 +1357,65 @@ def write_shapes3d(path, size=64, indices=slice(None)):
         os.replace(scratch / "images.h5", path)
 
 
-# ---- 10. Command line ---------------------------------------------------------------------------
+# ---- 10. A combination of factors that training leaves out ---------------------------------------
+class Part(Dataset):
+    """Some images of a dataset, those of the given rows (n,) int64, in that order."""
+    def __init__(self, whole, rows):
+        super().__init__(whole.name, len(rows), whole.size, whole.factor_names, whole.factor_sizes,
+                         whole.attribute_names, whole.note, whole.table[rows])
+        self.whole = whole
+        self.rows = rows
+
+    def images(self, indices):
+        """(B, 3, S, S) uint8."""
+        return self.whole.images(self.rows[to_rows(indices, self.count)])
+
+
+def read_combination(dataset, words):
+    """"floor hue=0 & shape=3" -> {0: 0, 4: 3}: columns of the dataset's factors and their values.
+
+    Values count from 0. ValueError unless these are two or more factors, each with one of its
+    values, and some images have all of them, and others not.
+    """
+    names = list(dataset.factor_names)
+    combination = {}
+    for part in words.split("&"):
+        name, _, value = part.rpartition("=")
+        name = name.strip()
+        value = value.strip()
+        if name not in names:
+            known = ", ".join(names) or "none"
+            raise ValueError(f"no factor is called {name!r}; expected one of {known}, as in "
+                             f"'floor hue=0 & shape=3'")
+        column = names.index(name)
+        size = dataset.factor_sizes[column]
+        if not value.isdecimal() or int(value) >= size:
+            raise ValueError(f"{name} is {value!r}; expected 0 to {size - 1}")
+        if column in combination:
+            raise ValueError(f"{name} is named twice; expected two different factors or more")
+        combination[column] = int(value)
+
+    if len(combination) < 2:
+        raise ValueError(f"{words!r} names one factor; expected two or more, as its value has to "
+                         f"be known from other combinations")
+    return combination
+
+
+def split_off(dataset, combination):
+    """-> two Parts: the images without this combination of factors, and those that have it.
+
+    combination: as from `read_combination`. ValueError if one of the two is empty.
+    """
+    has_all = np.ones(dataset.count, bool)
+    for column, value in combination.items():
+        has_all &= dataset.table[:, column] == value
+    if not has_all.any() or has_all.all():
+        raise ValueError(f"{has_all.sum():,} of the {dataset.count:,} images of {dataset.name} "
+                         f"have this combination; expected some of them")
+    return Part(dataset, np.flatnonzero(~has_all)), Part(dataset, np.flatnonzero(has_all))
+
+
+# ---- 11. Command line ---------------------------------------------------------------------------
 class Parser(argparse.ArgumentParser):
     """argparse with errors of one line."""
 

@@ -951,28 +951,72 @@ def exchanges_that_land(model, dataset, importance, device="cpu", pairs=32, seed
         raise ValueError(f"{dataset.name} has not an image of every combination of factors")
     generator = torch.Generator().manual_seed(seed)
     indices = torch.randint(len(dataset), (2 * pairs,), generator=generator)
-    source, target = dataset.factors(indices).split(pairs)  # 2x (B, F)
-    images = in_unit_range(dataset.images(indices)).to(device)
-    source_codes, target_codes = batched(model.represent, images).split(pairs)
+    source, target = indices.split(pairs)
+    noise = torch.randn(pairs, *model.latent_shape, generator=generator).to(device)
+    return exchange_pairs(model, dataset, importance, source, target, noise, **options)
+
+
+def exchange_pairs(model, dataset, importance, source, target, noise, factors=None, **options):
+    """What `exchanges_that_land` returns, of sources and targets that are given.
+
+    source, target  (B,) rows of the dataset; noise (B, ...): z_T, on the model's device
+    factors         columns of the factors that are exchanged in turn; None: of all of them
+    """
+    images = in_unit_range(dataset.images(torch.cat([source, target]))).to(noise.device)
+    source_codes, target_codes = batched(model.represent, images).split(len(source))
+    source = dataset.factors(source)  # (B, F)
+    target = dataset.factors(target)
+    if factors is None:
+        factors = range(len(dataset.factor_names))
 
     # The source as it is, and once for each factor with that factor's tokens exchanged.
     variants = [source_codes]
-    for tokens in tokens_of_factors(importance):
-        variants.append(exchange(source_codes, target_codes, tokens))
-    noise = torch.randn(pairs, *model.latent_shape, generator=generator).to(device)
+    groups = tokens_of_factors(importance)
+    for j in factors:
+        variants.append(exchange(source_codes, target_codes, groups[j]))
     drawn = draw(model, torch.cat(variants), torch.cat([noise] * len(variants)), **options)
-    redrawn, *exchanged = drawn.split(pairs)
+    redrawn, *exchanged = drawn.split(len(source))
 
     shares = {}
-    for j, name in enumerate(dataset.factor_names):
+    for j, images in zip(factors, exchanged):
         differ = source[:, j] != target[:, j]
         if differ.any():
-            candidates = images_of_values(dataset, source, j).to(device)  # (B, K, 3, S, S)
-            landed = nearest(exchanged[j], candidates) == target[:, j]
+            candidates = images_of_values(dataset, source, j).to(noise.device)  # (B, K, 3, S, S)
+            landed = nearest(images, candidates) == target[:, j]
             recognised = nearest(redrawn, candidates) == source[:, j]
             share = landed[differ].float().mean().item()
             control = recognised[differ].float().mean().item()
-            shares[name] = (share, control)
+            shares[dataset.factor_names[j]] = (share, control)
+    return shares
+
+
+def exchanges_into(model, dataset, importance, combination, noise, seed=0, **options):
+    """Can exchanges reach a combination of factors that was never trained on? Ours.
+
+    combination  {column of a factor: its value}, two or more; noise (B, ...): z_T of B pairs
+
+    For each of its factors in turn, the sources have the combination but for another value of that
+    factor, and the targets have its value and not the combination: both were trained on. Their
+    exchange asks for the combination. Returns {factor: (share that land, control)}, as
+    `exchanges_that_land` does.
+    """
+    pairs = len(noise)
+    generator = torch.Generator().manual_seed(seed)
+    factors = dataset.factors(slice(None))  # (count, F)
+    has = {j: factors[:, j] == value for j, value in combination.items()}  # (count,) each
+    unseen = torch.stack(list(has.values())).all(0)
+
+    def some(rows):
+        rows = rows.nonzero().flatten()
+        return rows[torch.randint(len(rows), (pairs,), generator=generator)]
+
+    shares = {}
+    for j in combination:
+        others = [has[k] for k in combination if k != j]
+        source = some(torch.stack(others).all(0) & ~has[j])
+        target = some(has[j] & ~unseen)
+        shares.update(exchange_pairs(model, dataset, importance, source, target, noise, [j],
+                                     **options))
     return shares
 
 

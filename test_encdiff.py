@@ -2326,6 +2326,39 @@ def test_a_run_with_labels_ends_with_scores():
     assert len(quick) == 1
 
 
+# Combinations that are not trained on
+def test_a_held_out_combination_is_scored_and_not_trained_on():
+    dataset = data.open_dataset(save_pictures("labelled.npz", labels=FACTORS), 32)
+    first, second = dataset.factor_names
+    with mock.patch.object(train, "train_first_stage", wraps=train.train_first_stage) as stage_1, \
+            mock.patch.object(train, "train_jointly", wraps=train.train_jointly) as stage_2:
+        train_new("run", dataset, hold_out=f"{second}=2 & {first}=1", vq_steps=2, steps=2)
+
+    others = (FACTORS != (1, 2)).any(1)
+    for stage in (stage_1, stage_2):
+        seen = stage.call_args.args[1]
+        assert seen.factors(slice(None)).tolist() == FACTORS[others].tolist()
+        assert torch.equal(seen.images(slice(None)), dataset.images(others))
+    scores = json.loads(Path("run/metrics.json").read_text())
+    for name in ("held_out_informativeness", "held_out_mse", "other_mse", "held_out_exchanges"):
+        assert 0 <= scores[name] <= 1
+    with Image.open("run/held_out.png") as picture:
+        reds = np.array(picture)[5, 5::32, 0]  # its first row holds the images themselves
+    assert set(reds.tolist()) == {100}
+
+
+@pytest.mark.parametrize("combination, found", [
+    ("shape=3", "names one factor"),
+    ("floor hue=0 & shape=4", "'4'; expected 0 to 3"),
+    ("floor hue=0 & shape=-1", "'-1'; expected 0 to 3"),
+    ("floor hue=0 & shape", "''; expected one of floor hue"),
+    ("floor hue=0 & colour=1", "'colour'; expected one of floor hue"),
+    ("shape=1 & shape=2", "shape is named twice"),
+])
+def test_a_combination_that_does_not_exist_is_refused(combination, found, rendered):
+    refused(lambda: data.read_combination(rendered, combination), found)
+
+
 def test_two_processes_train_like_one(pictures):
     # BatchNorm and dropout depend on the images that a process sees.
     words = flags(encoder="cnn", dropout=0.0, steps=3, vq_steps=3, data=pictures)
@@ -2640,6 +2673,22 @@ def test_an_exchange_of_no_token_never_lands(perfect):
     nothing = np.zeros((6, 2))
     shares = metrics.exchanges_that_land(perfect.model, perfect.dataset, nothing)
     assert shares == {"factor 0": (0, 1), "factor 1": (0, 1)}
+
+
+@pytest.mark.parametrize("importance, share", [(IMPORTANCE, 1), (np.zeros((6, 2)), 0)])
+def test_exchanges_into_a_combination_start_without_it(perfect, importance, share):
+    noise = torch.zeros(16, 1)
+    read = []
+    images = perfect.dataset.images
+    perfect.dataset.images = lambda rows: read.append(perfect.dataset.factors(rows)) or images(rows)
+    shares = metrics.exchanges_into(
+        perfect.model, perfect.dataset, np.array(importance), {0: 1, 1: 2}, noise)
+
+    assert shares == {"factor 0": (share, 1), "factor 1": (share, 1)}
+    for j in (0, 1):
+        source, target = read[2 * j].split(16)  # what is read next are the candidates
+        assert (source[:, j] != (1, 2)[j]).all() and (source[:, 1 - j] == (2, 1)[j]).all()
+        assert (target[:, j] == (1, 2)[j]).all() and (target[:, 1 - j] != (2, 1)[j]).all()
 
 
 @pytest.mark.parametrize("verb, labels", [("swap", FACTORS[:, :1]), ("attention", None)])

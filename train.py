@@ -71,6 +71,8 @@ class Config:
     # "auto" becomes "bf16" or "fp32" before a run begins.
     precision: str = field("auto", "arithmetic; auto: bf16 where fast", ("auto", "bf16", "fp32"))
     variant: str = field("", "what differs from the method: NAME or NAME+NAME of {variants}")
+    hold_out: str = field("", "combination of factors that is not trained on, as "
+                          "'floor hue=0 & shape=3'; it is scored at the end")
     # The first stage (vq.py)
     first_stage: str = field("deep", "kind, or a RUN to copy one from", vq.KINDS)
     first_stage_from: str = field("", "")  # RUN, if --first-stage names one
@@ -391,13 +393,14 @@ def train_run(run, dataset):
     torch.manual_seed(config.seed)
     model = build_model(config)
     run.log_header(dataset, model)
+    training = without_held_out(dataset, config)  # all of it, unless --hold-out says otherwise
 
     with signals(run.stop):
         if config.first_stage_from and not run.resumed:
             model.first_stage = load_run(config.first_stage_from)[0].first_stage
         if run.wants_first_stage(model):
-            train_first_stage(run, dataset, model)
-        average = train_jointly(run, dataset, model)
+            train_first_stage(run, training, model)
+        average = train_jointly(run, training, model)
 
         if run.backend.main:
             with run.silence("the weights are saved; scores and pictures take about two minutes"):
@@ -664,12 +667,65 @@ def final_scores(run, dataset, model, codes, factors, scores):
         landed = {name: share for name, (share, _) in shares.items()}
         further["exchanges"] = sum(landed.values()) / len(landed)
         further["exchanges_by_factor"] = landed
+    if run.config.hold_out:
+        further.update(held_out_scores(run, dataset, model, codes, factors, scores))
+    return further
+
+
+def without_held_out(dataset, config):
+    """The images to train on: those without the combination of --hold-out, if there is one."""
+    if not config.hold_out:
+        return dataset
+    combination = data.read_combination(dataset, config.hold_out)
+    training, _ = data.split_off(dataset, combination)
+    return training
+
+
+def held_out_scores(run, dataset, model, codes, factors, scores):
+    """What the model makes of the combination that --hold-out kept from training, as a dict.
+
+    held_out_informativeness   the share of its labels that DCI's trees read, if they learn from
+                               other combinations alone
+    held_out_mse, other_mse    squared error of images drawn from their own tokens: 64 images of
+                               the combination, 64 others
+    held_out_exchanges         the share of exchanges that land there: metrics.exchanges_into
+
+    codes (n, N), factors (n, F): a sample of all images; scores: theirs. It also writes
+    held_out.png: images of the combination, drawn as `draw_samples` does.
+    """
+    device = run.backend.device
+    combination = data.read_combination(dataset, run.config.hold_out)
+    others, held_out = data.split_off(dataset, combination)
+    generator = torch.Generator().manual_seed(run.config.seed)
+
+    rows = torch.randperm(len(held_out), generator=generator)[:5_000]
+    has_all = torch.ones(len(factors), dtype=torch.bool)
+    for column, value in combination.items():
+        has_all &= factors[:, column] == value
+    read = metrics.dci(codes[~has_all], factors[~has_all], encode(model, held_out, rows, device),
+                       held_out.factors(rows), run.config.seed)
+    further = {"held_out_informativeness": read["informativeness_test"]}
+
+    noise = torch.randn(64, *model.latent_shape, generator=generator).to(device)
+    for name, part in (("held_out_mse", held_out), ("other_mse", others)):
+        rows = torch.randint(len(part), (64,), generator=generator)
+        images = load_images(part, rows, device)
+        samples = metrics.draw(model, model.represent(images), noise)
+        further[name] = ((images - samples) / 2).square().mean().item()  # black is 0, white is 1
+    draw_samples(run, held_out, model, "held_out.png")
+
+    if "importance" in scores and dataset.is_complete:
+        importance = np.array(scores["importance"])
+        shares = metrics.exchanges_into(model, dataset, importance, combination, noise,
+                                        run.config.seed)
+        landed = [share for share, _ in shares.values()]
+        further["held_out_exchanges"] = sum(landed) / len(landed)
     return further
 
 
 @torch.no_grad()
-def draw_samples(run, dataset, model):
-    """samples.png: images, what their latents decode to, samples from their tokens; always eight
+def draw_samples(run, dataset, model, name="samples.png"):
+    """A picture: images, what their latents decode to, samples from their tokens; always eight
     of the same images, so that pictures of different steps can be compared."""
     device = run.backend.device
     generator = torch.Generator().manual_seed(run.config.seed)
@@ -680,7 +736,7 @@ def draw_samples(run, dataset, model):
     decoded = model.decode(model.latents(images))
     samples = model.sample(model.tokens(model.represent(images)), noise=noise)
     picture = tile(torch.stack([images, decoded, samples]))
-    run.write("samples.png", lambda file: picture.save(file, "PNG"))
+    run.write(name, lambda file: picture.save(file, "PNG"))
 
 
 def tile(rows):
@@ -988,7 +1044,8 @@ class Run:
     """
 
     STAGES = ("first stage", "joint training")
-    FILES = ("config.json", "log.csv", "checkpoint.pt", "metrics.json", "samples.png")
+    FILES = ("config.json", "log.csv", "checkpoint.pt", "metrics.json", "samples.png",
+             "held_out.png")
     SCORES = ("factor_vae", "disentanglement", "completeness", "informativeness_test")
     COLUMNS = ("stage", "step", "loss", "lr", "grad_norm", "images_per_second",
                "mse", "entries_used", "perplexity", "kl", "total_correlation", *SCORES)
@@ -1455,6 +1512,8 @@ def main(arguments=()):
             differs.append(f"{name} {value}, not {dataset.identity.get(name)}")
     words = "; ".join(differs)
     require(not differs, "data", dataset.name, f"the dataset of {folder}: {words}")
+
+    without_held_out(dataset, config)  # raises ValueError if there is no such combination
 
     train_run(Run(folder, config, backend, dataset.identity, checkpoint), dataset)
     if dist.is_available() and dist.is_initialized():
