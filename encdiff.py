@@ -461,23 +461,13 @@ class ToyDenoiser(nn.Module):
         return noise.mT.reshape(z_t.shape)  # (B, 64, 3) -> (B, 3, 8, 8)
 
 
-def toy_timesteps(kind, progress):
-    """Timesteps t (64,) for a batch of the toy.
-
-    kind "uniform" is the paper's t ~ U{1..T}. "strong-first" takes the largest of four draws until
-    60% of training is done, progress 0.6 of 1, and then one draw.
-    """
-    if kind == "strong-first" and progress < 0.6:
-        return torch.randint(1, 1001, (4, 64)).amax(0)
-    return torch.randint(1, 1001, (64,))
-
-
-def toy(num_factors=3, attention=True, noise_kind="uniform", steps=700, num_codes=6):
+def toy(num_factors=3, attention=True, predict="noise", steps=700, num_codes=6):
     """Train encoder, token map and denoiser together, and print how the codes come apart.
 
     num_factors  3, or 4: the block also has a place
     attention    False: every position gets the average of the tokens
-    noise_kind   "uniform", "strong-first" or "none": the tokens alone have to give the picture
+    predict      "noise", as the paper; "velocity", which counts strong noise more; or "picture",
+                 from the tokens alone, without diffusion
     steps        training steps of 64 pictures
     num_codes    how many scalars the encoder has
 
@@ -501,11 +491,14 @@ def toy(num_factors=3, attention=True, noise_kind="uniform", steps=700, num_code
         # A batch: pictures, and noise that is added to them, eq. (2).
         z0 = room(torch.randint(5, (64, num_factors)))
         eps = torch.randn_like(z0)
-        t = toy_timesteps(noise_kind, step / steps)
+        t = torch.randint(1, 1001, (64,))
         abar = expand(alpha_bar[t], z0)
         z_t = abar.sqrt() * z0 + (1 - abar).sqrt() * eps
         target = eps
-        if noise_kind == "none":  # nothing to see and no timestep: the target is the picture itself
+        if predict == "velocity":  # v of Salimans & Ho 2022
+            # As eps = sqrt(1 - abar_t) z_t + sqrt(abar_t) v, this loss is eq. (3) over abar_t.
+            target = abar.sqrt() * eps - (1 - abar).sqrt() * z0
+        elif predict == "picture":  # nothing to see and no timestep
             z_t = torch.zeros_like(z0)
             t = torch.zeros_like(t)
             target = z0
@@ -615,8 +608,8 @@ def main(arguments=None):
                         help="every position gets the average of the tokens")
     parser.add_argument("--moving", action="store_true",
                         help="the block's place is a fourth factor; 1,500 steps, not 700")
-    parser.add_argument("--noise", choices=("uniform", "strong-first", "none"), default="uniform",
-                        help="how timesteps are drawn; none: draw the picture from the tokens")
+    parser.add_argument("--predict", choices=("noise", "velocity", "picture"), default="noise",
+                        help="velocity: strong noise counts more; picture: without diffusion")
     parser.add_argument("--bayes", action="store_true",
                         help="train nothing; print what a token is needed for at each timestep")
     if arguments is not None:  # a call from Python may bring numbers
@@ -629,7 +622,7 @@ def main(arguments=None):
         return
     num_factors = 4 if args.moving else 3
     steps = 1500 if args.moving else 700
-    encoder = toy(num_factors, not args.no_attention, args.noise, steps)
+    encoder = toy(num_factors, not args.no_attention, args.predict, steps)
     print_scores(encoder, num_factors)
 
 

@@ -633,7 +633,7 @@ def test_an_exact_velocity_is_exact_noise():
 
 
 # The toy
-TOYS = [dict(), dict(attention=False), dict(noise_kind="strong-first", num_factors=4)]
+TOYS = [dict(), dict(attention=False), dict(predict="velocity", num_factors=4)]
 
 
 @pytest.mark.parametrize("settings", TOYS, ids=str)
@@ -2677,18 +2677,27 @@ def test_an_exchange_of_no_token_never_lands(perfect):
 
 @pytest.mark.parametrize("importance, share", [(IMPORTANCE, 1), (np.zeros((6, 2)), 0)])
 def test_exchanges_into_a_combination_start_without_it(perfect, importance, share):
-    noise = torch.zeros(16, 1)
     read = []
     images = perfect.dataset.images
-    perfect.dataset.images = lambda rows: read.append(perfect.dataset.factors(rows)) or images(rows)
-    shares = metrics.exchanges_into(
-        perfect.model, perfect.dataset, np.array(importance), {0: 1, 1: 2}, noise)
 
+    def note_and_read(rows):
+        read.append(perfect.dataset.factors(rows))
+        return images(rows)
+
+    perfect.dataset.images = note_and_read
+    wanted = {0: 1, 1: 2}
+    noise = torch.zeros(16, 1)
+    shares = metrics.exchanges_into(
+        perfect.model, perfect.dataset, np.array(importance), wanted, noise)
     assert shares == {"factor 0": (share, 1), "factor 1": (share, 1)}
-    for j in (0, 1):
-        source, target = read[2 * j].split(16)  # what is read next are the candidates
-        assert (source[:, j] != (1, 2)[j]).all() and (source[:, 1 - j] == (2, 1)[j]).all()
-        assert (target[:, j] == (1, 2)[j]).all() and (target[:, 1 - j] != (2, 1)[j]).all()
+
+    # For each factor, 16 sources and 16 targets are read, and then the candidates.
+    for pairs, exchanged, other in [(read[0], 0, 1), (read[2], 1, 0)]:
+        source, target = pairs.split(16)
+        assert (source[:, exchanged] != wanted[exchanged]).all()
+        assert (source[:, other] == wanted[other]).all()
+        assert (target[:, exchanged] == wanted[exchanged]).all()
+        assert (target[:, other] != wanted[other]).all()
 
 
 @pytest.mark.parametrize("verb, labels", [("swap", FACTORS[:, :1]), ("attention", None)])

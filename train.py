@@ -228,8 +228,8 @@ def draw_timesteps(config, step):
     """t for each image of a batch, (B,) int64 in 1..T.
 
     "uniform" is the paper's t ~ U{1..T}. "weak-first" is ours: it draws three and takes the lowest
-    in the first third of training, then the highest. The shape of Shapes3D got tokens this way. In
-    the toy the opposite order works, and we do not know why (README, What the noise is for).
+    in the first third of training, then the highest. The shape of Shapes3D got tokens this way.
+    What moves needs strong noise from the beginning (README, What the noise is for).
     """
     if config.noise_order == "uniform":
         return torch.randint(1, config.timesteps + 1, (config.batch,))
