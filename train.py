@@ -229,7 +229,7 @@ def draw_timesteps(config, step):
 
     "uniform" is the paper's t ~ U{1..T}. "weak-first" is ours: it draws three and takes the lowest
     in the first third of training, then the highest. The shape of Shapes3D got tokens this way.
-    What moves needs strong noise from the beginning (README, What the noise is for).
+    For what moves, see README, What the noise is for.
     """
     if config.noise_order == "uniform":
         return torch.randint(1, config.timesteps + 1, (config.batch,))
@@ -371,6 +371,7 @@ def score(run, dataset, model, samples, final=False):
     # Without repetition: no image may be in both of DCI's samples, for training and for testing.
     generator = torch.Generator().manual_seed(seed)
     indices = torch.randperm(len(dataset), generator=generator)[:samples]
+    scores = {}
     try:
         codes = encode(model, dataset, indices, device)
         if dataset.attribute_names:
@@ -384,7 +385,7 @@ def score(run, dataset, model, samples, final=False):
             scores.update(final_scores(run, dataset, model, codes, factors, scores))
         return scores
     except ValueError as error:  # codes that are not finite, say: pictures may still tell why
-        return {"note": f"not scored: {error}"}
+        return {**scores, "note": f"not scored: {error}"}
 
 
 def train_run(run, dataset):
