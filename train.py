@@ -91,7 +91,6 @@ class Config:
     heads: int = field(8, "", "1 or more")  # attention heads of the U-Net
     dropout: float = field(0.1, "dropout in the U-Net's residual blocks", "0 to below 1")
     skip_dropout: float = field(0.0, "dropout of channels in the U-Net's skips", "0 to below 1")
-    self_attention: bool = field(True, "attention among positions; else learned ones")
     # Joint training
     schedule: str = field("cosine", "noise schedule", encdiff.SCHEDULES)
     timesteps: int = field(1000, "", "1 or more")  # T
@@ -116,7 +115,6 @@ class Config:
 # latents of 8x8 and less width, for two CPU cores. `large` is our recipe with the paper's widths.
 OUR_RECIPE = dict(
     encoder="cnn_patch",  # much cheaper than the paper's
-    self_attention=False,  # learned positions in its place, which are cheaper
     dropout=0.0,
     skip_dropout=0.3,  # makes the denoiser rely on the tokens
     noise_order="weak-first",  # see `draw_timesteps`
@@ -135,6 +133,7 @@ SMALL = dict(
     multipliers=(1, 2),
     blocks=1,
     heads=4,
+    steps=4_000,
     score_every=1_000,
 )
 LARGE = dict(OUR_RECIPE, score_every=500)
@@ -182,7 +181,6 @@ def make_encoder(config, outputs):
 
 def make_denoiser(config, first_stage, kind=unet.UNet, **options):
     """The U-Net of a config, for the latents of this first stage. options: further ones of kind."""
-    side = config.size // first_stage.factor
     return kind(
         latent_channels=first_stage.latent_channels,
         channels=config.channels,
@@ -192,7 +190,6 @@ def make_denoiser(config, first_stage, kind=unet.UNet, **options):
         token_dim=config.token_dim,
         dropout=config.dropout,
         skip_dropout=config.skip_dropout,
-        positions=None if config.self_attention else side,
         **options,
     )
 

@@ -17,9 +17,8 @@ IDEA      A query is a position of the latent image; keys and values are the N c
           `norm_out`), and the tokens from step 3 on.
 DIFFERS   The layers are the paper's: 37,549,507 parameters with the defaults, 37,469,635 with token
           width 16, as in the authors' code. Attention is written out, as torch's fused
-          one has a slow backward pass on CPUs. Two options are ours: `positions` puts a learned
-          vector for each position in place of attention among positions, and `skip_dropout` drops
-          features of the skip connections.
+          one has a slow backward pass on CPUs. One option is ours: `skip_dropout` drops features of
+          the skip connections.
 TRY       python unet.py   ->   parameters, shapes, and an attention map whose rows sum to 1
 """
 import contextlib
@@ -156,20 +155,14 @@ class SpatialTransformer(nn.Module):
     """Attention among positions, attention to the tokens, feed-forward; each adds to its input.
 
     x (B, c, h, w), tokens (B, N, token_dim) -> (B, c, h, w)
-    side: None, or the side h = w of x. With a side, each position has a learned vector that says
-    where it is, in place of attention among positions.
     """
 
-    def __init__(self, channels, heads, token_dim, side=None):
+    def __init__(self, channels, heads, token_dim):
         super().__init__()
         self.norm = group_norm(channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels)
-        if side is None:
-            self.positions = None
-            self.norm1 = nn.LayerNorm(channels)
-            self.self_attention = Attention(channels, channels, heads)
-        else:
-            self.positions = nn.Parameter(0.3 * torch.randn(side**2, channels))  # (P, c)
+        self.norm1 = nn.LayerNorm(channels)
+        self.self_attention = Attention(channels, channels, heads)
         self.norm2 = nn.LayerNorm(channels)
         self.cross_attention = Attention(channels, token_dim, heads)
         self.norm3 = nn.LayerNorm(channels)
@@ -181,11 +174,8 @@ class SpatialTransformer(nn.Module):
         y = self.norm(x).flatten(2).transpose(1, 2)  # (B, c, h, w) -> (B, c, P) -> (B, P, c)
         y = self.proj_in(y)
 
-        if self.positions is None:
-            z = self.norm1(y)
-            y = y + self.self_attention(z, z)
-        else:
-            y = y + self.positions  # (P, c), the same for all images
+        z = self.norm1(y)
+        y = y + self.self_attention(z, z)
         y = y + self.cross_attention(self.norm2(y), tokens)
         y = y + self.feed_forward(self.norm3(y))
 
@@ -216,13 +206,10 @@ class UNet(nn.Module):
     token_dim        width d of a concept token
     dropout          share of the features that a residual block drops in training
     skip_dropout     share of the channels that each skip connection drops in training
-    positions        None, or the side h = w of z_t: then each position has a learned vector, in
-                     place of attention among positions
     """
 
     def __init__(self, latent_channels=3, channels=64, multipliers=(1, 2, 4, 4), blocks=2,
-                 attention_at=(1, 2, 4), heads=8, token_dim=32, dropout=0.1, skip_dropout=0.0,
-                 positions=None):
+                 attention_at=(1, 2, 4), heads=8, token_dim=32, dropout=0.1, skip_dropout=0.0):
         super().__init__()
         self.latent_channels = latent_channels
         self.channels = channels
@@ -233,7 +220,6 @@ class UNet(nn.Module):
         self.token_dim = token_dim
         self.dropout = dropout
         self.skip_dropout = skip_dropout
-        self.positions = positions
         self.emb_width = 4 * channels
         self.build()
 
@@ -274,7 +260,7 @@ class UNet(nn.Module):
 
     def make_middle(self):
         c = self.widths[-1]
-        transformer = self.transformer(c, len(self.widths) - 1)
+        transformer = self.transformer(c)
         return Stack([self.residual_block(c, c), transformer, self.residual_block(c, c)])
 
     def make_up(self, skips):
@@ -294,18 +280,14 @@ class UNet(nn.Module):
         if 2**depth not in self.attention_at:
             return Stack([self.residual_block(c_in, c_out)])
 
-        transformer = self.transformer(c_out, depth)
+        transformer = self.transformer(c_out)
         return Stack([self.residual_block(c_in, c_out), transformer])
 
     def residual_block(self, c_in, c_out, resample=None):
         return ResidualBlock(c_in, c_out, self.emb_width, self.dropout, resample)
 
-    def transformer(self, c, depth):
-        return SpatialTransformer(c, self.heads, self.token_dim, self.side_at(depth))
-
-    def side_at(self, depth):
-        """The side of the grid at this depth, or None where positions are not learned."""
-        return None if self.positions is None else self.positions // 2**depth
+    def transformer(self, c):
+        return SpatialTransformer(c, self.heads, self.token_dim)
 
     def ends(self):
         """The layers where the network begins and ends."""
@@ -384,9 +366,6 @@ def check_inputs(unet, z_t, t, tokens):
     """ValueError for shapes that UNet's `forward` cannot take."""
     check_shape("z_t", z_t, "B", unet.latent_channels, "h", "w")
     B, C, h, w = z_t.shape
-    if unet.positions is not None:
-        check_shape("z_t", z_t, B, C, unet.positions, unet.positions)
-
     unit = 2 ** (len(unet.widths) - 1)
     if h % unit != 0 or w % unit != 0:
         raise ValueError(f"z_t has a grid of {h} x {w}; expected multiples of {unit}, as the "
@@ -422,16 +401,12 @@ class AdaGNBlock(ResidualBlock):
 class PositionTransformer(nn.Module):
     """A SpatialTransformer without attention to the tokens: (B, c, h, w) -> (B, c, h, w)."""
 
-    def __init__(self, channels, heads, side=None):
+    def __init__(self, channels, heads):
         super().__init__()
         self.norm = group_norm(channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels)
-        if side is None:
-            self.positions = None
-            self.norm1 = nn.LayerNorm(channels)
-            self.self_attention = Attention(channels, channels, heads)
-        else:
-            self.positions = nn.Parameter(0.3 * torch.randn(side**2, channels))  # (P, c)
+        self.norm1 = nn.LayerNorm(channels)
+        self.self_attention = Attention(channels, channels, heads)
         self.norm3 = nn.LayerNorm(channels)
         self.feed_forward = GEGLU(channels)
         self.proj_out = zero(nn.Linear(channels, channels))
@@ -440,11 +415,8 @@ class PositionTransformer(nn.Module):
         y = self.norm(x).flatten(2).transpose(1, 2)  # (B, c, h, w) -> (B, c, P) -> (B, P, c)
         y = self.proj_in(y)
 
-        if self.positions is None:
-            z = self.norm1(y)
-            y = y + self.self_attention(z, z)
-        else:
-            y = y + self.positions
+        z = self.norm1(y)
+        y = y + self.self_attention(z, z)
         y = y + self.feed_forward(self.norm3(y))
 
         y = self.proj_out(y)
@@ -465,8 +437,8 @@ class AdaGNUNet(UNet):
         condition_width = self.num_tokens * self.token_dim
         return AdaGNBlock(c_in, c_out, self.emb_width, self.dropout, condition_width, resample)
 
-    def transformer(self, c, depth):
-        return PositionTransformer(c, self.heads, self.side_at(depth))
+    def transformer(self, c):
+        return PositionTransformer(c, self.heads)
 
     def forward(self, z_t, t, tokens):
         check_shape("tokens", tokens, "B", self.num_tokens, self.token_dim)
@@ -489,9 +461,6 @@ class DirectDecoder(UNet):
         unit = 2 ** (len(self.widths) - 1)
         if self.latent_side % unit != 0:
             raise ValueError(f"latent_side is {self.latent_side}; expected a multiple of {unit}")
-        if self.positions not in (None, self.latent_side):
-            raise ValueError(f"positions is {self.positions}; expected None or the latent's side, "
-                             f"{self.latent_side}")
 
         low = self.latent_side // unit
         self.start = nn.Parameter(torch.randn(1, self.widths[-1], low, low))

@@ -306,7 +306,7 @@ def codebook_usage(counts):
 # The kinds of first stage: the paper's sizes, and those of the preset `small`.
 KINDS = {
     "deep": VQAutoencoder,
-    "linear": functools.partial(VQAutoencoder, channels=64, multipliers=(1, 2), blocks=1,
+    "linear": functools.partial(VQAutoencoder, channels=64, multipliers=(1, 1), blocks=1,
                                 latent_channels=4, codebook_size=8192, patch=4, linear=True),
 }
 
