@@ -2426,8 +2426,9 @@ def test_a_taken_folder_is_refused(copied_run, pictures):
 
 
 def test_a_run_of_an_older_format_names_the_commit_that_reads_it(copied_run):
-    save_checkpoint({**saved(copied_run), "format": 6, "config": {"model": "encdiff"}}, copied_run)
-    refused(lambda: train.load_run(copied_run), "format 6", "git checkout efa1742")
+    save_checkpoint({**saved(copied_run), "format": 7, "config": {"self_attention": True}},
+                    copied_run)
+    refused(lambda: train.load_run(copied_run), "format 7", "git checkout 26559b5")
 
 
 def foreign_contents(good):

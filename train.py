@@ -891,8 +891,8 @@ def core_times():
 
 # ---- The run's folder ---------------------------------------------------------------------------
 
-FORMAT = 7  # of checkpoint.pt; to be raised when its contents change
-LAST_COMMIT = {6: "efa1742"}  # the last one that reads an earlier format
+FORMAT = 8  # of checkpoint.pt; to be raised when its contents change
+LAST_COMMIT = {6: "efa1742", 7: "26559b5"}  # the last ones that read earlier formats
 CHECKPOINT_SECONDS = 120  # between two checkpoints
 
 
