@@ -121,9 +121,9 @@ OUR_RECIPE = dict(
     optimizer="muon",  # learns in fewer steps than AdamW (assets/log.md)
     lr=1e-3,  # of AdamW; so Muon's is 1e-2
     lr_decay=0.4,
-    ema=0.999,  # of 3,000 steps; 0.9999 would average all of them
+    ema=0.999,  # of 4,000 steps; 0.9999 would average most of them
     vq_steps=5_000,
-    steps=3_000,
+    steps=4_000,
 )
 SMALL = dict(
     OUR_RECIPE,
@@ -133,7 +133,6 @@ SMALL = dict(
     multipliers=(1, 2),
     blocks=1,
     heads=4,
-    steps=4_000,
     score_every=1_000,
 )
 LARGE = dict(OUR_RECIPE, score_every=500)
@@ -225,8 +224,8 @@ def draw_timesteps(config, step):
     """t for each image of a batch, (B,) int64 in 1..T.
 
     "uniform" is the paper's t ~ U{1..T}. "weak-first" is ours: it draws three and takes the lowest
-    in the first third of training, then the highest. The shape of Shapes3D got tokens this way.
-    For what moves, see README, What the noise is for.
+    in the first third of training, then the highest. On Shapes3D codes come apart sooner this way,
+    on sprites, which move, a little later (assets/log.md, 2026-11-29).
     """
     if config.noise_order == "uniform":
         return torch.randint(1, config.timesteps + 1, (config.batch,))
