@@ -224,8 +224,8 @@ def draw_timesteps(config, step):
     """t for each image of a batch, (B,) int64 in 1..T.
 
     "uniform" is the paper's t ~ U{1..T}. "weak-first" is ours: it draws three and takes the lowest
-    in the first third of training, then the highest. On Shapes3D codes come apart sooner this way,
-    on sprites, which move, a little later (assets/log.md, 2026-11-29).
+    in the first third of training, then the highest. With one seed each, codes came apart sooner
+    this way on Shapes3D, and later on sprites, which move (assets/log.md, 2026-11-29).
     """
     if config.noise_order == "uniform":
         return torch.randint(1, config.timesteps + 1, (config.batch,))
