@@ -1,6 +1,6 @@
 """Datasets as pairs of images and factors: a rendered Shapes3D, and the files that people have.
 
-WHERE     Read after metrics.py, before train.py. Imports numpy, torch, h5py, pillow; copy freely.
+WHERE     Read after metrics.py, before sample.py. Imports numpy, torch, h5py, pillow; copy freely.
 PAPER     arXiv 2402.09712v2, Sec. 4.1: Shapes3D, MPI3D, Cars3D, CelebA. No equation lives here.
 SHAPES    B images, F factors, S image size (64 unless asked).  images (B, 3, S, S) uint8, 0..255;
           factors (B, F) int64: column j runs over 0 .. factor_sizes[j] - 1.
@@ -47,7 +47,7 @@ LEVELS = (
     np.linspace(0, 0.9, 10),  # hues, as a part of the colour circle
     np.linspace(0, 0.9, 10),
     np.linspace(0, 0.9, 10),
-    np.linspace(0.75, 1.25, 8),  # edges of the cube at scale 1
+    np.linspace(0.75, 1.25, 8),  # at scale 1 the cube has edges of length 1
     np.arange(4.0),  # CUBE, CYLINDER, SPHERE, CAPSULE
     np.linspace(-30, 30, 15),  # degrees
 )
@@ -299,10 +299,10 @@ OBJECT_LIGHT = dict(
     gloss_slope=15.5,
     gloss_edge=0.042,
 )
-ABOVE = np.array([-0.26, 0.957, 0.129])  # where the last two come from
+ABOVE = np.array([-0.26, 0.957, 0.129])  # direction of the lamp of `above` and `gloss`
 TILE = 0.4  # width of a tile
 STAIN = (1.45, -0.05)  # corner of the first square with a stain
-STAINLESS = 9  # so far from the stains the walls have none
+STAINLESS = 9  # moves the floor's tiles so far from the stains that only the walls have some
 
 
 def camera_rays(angle, n):

@@ -12,15 +12,16 @@ SYMBOLS   z_0        z0                (B, C, h, w)  latent of the image, divide
           abar_t     alpha_bar[t]      (T + 1,)      share of signal variance left; alpha_bar[0] = 1
           S          tokens            (B, N, d)     concept tokens
 IDEA      Encoder and denoiser learn together to predict noise, eq. (3). Nothing in that loss asks
-          for disentanglement. Two things about the denoiser bring it about. First, attention: at
-          each position the tokens compete for a softmax, so a token gains by meaning one thing.
+          for disentanglement. Two parts of the model are meant to bring it about. First, attention:
+          at each position the tokens compete for a softmax, so a token gains by meaning one thing.
           Second, scalars: each token is a function of ONE number, so it has no second dimension in
           which to put a second factor. The tokens are the denoiser's only CLEAN view of the image:
           z_t shows the image too, but covered by noise. Where z_t is too noisy to show something,
           only the tokens can supply it. So the noise decides what a token is needed for:
           `python encdiff.py --bayes`.
 DIFFERS   Eq. (3) is printed without the square; Table 7 says MSE, and so do we. While sampling, an
-          estimate of z_0 that is larger than any latent before training is scaled back.
+          estimate of z_0 is scaled back if its root mean square is larger than that of any latent
+          that `set_latent_scale` saw.
 TRY       python encdiff.py           ->   the whole method on 8x8 pictures while you watch
           python encdiff.py --bayes   ->   what a token is needed for, at each timestep, computed
 """
@@ -543,7 +544,7 @@ def print_movements(encoder, num_factors):
 
 
 @torch.no_grad()
-def bayes_rise(t, pictures=1500):
+def bayes_rise(t, pictures=5000):
     """By how much the loss of eq. (3) must rise at timestep t if one factor is not known: (4,).
 
     Given all factors, z_0 and so the noise are known exactly: the loss is 0. Here one factor is
@@ -582,7 +583,7 @@ def print_bayes():
     print("     t      wall     floor     block     place")
     for t in (100, 200, 300, 400, 500, 600, 700, 800, 900, 950, 990):
         rises = bayes_rise(t).tolist()
-        print(f"{t:6d}  " + "  ".join(f"{rise:8.5f}" for rise in rises))
+        print(f"{t:6d}  " + "  ".join(f"{rise:8.4f}" for rise in rises))
 
 
 def print_scores(encoder, num_factors):

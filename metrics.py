@@ -14,7 +14,7 @@ IDEA      Every score first finds out which code knows which factor. Then it ask
           not: with 20 codes for 6 factors they stay well below D. "DCI" in the paper's tables is D.
           `agreement` needs no factors: it ranks several runs by how far their codes are the same.
 DIFFERS   From disentanglement_lib 1.5: FactorVAE votes are drawn from images encoded once; a code
-          is dead beside other codes and not below a fixed std, as codes have no unit; DCI never
+          is dead if its std is tiny beside those of the others, as codes have no unit; DCI never
           tests on its training samples; the trees are ours. assets/compare_scores.py compares.
           From the public TAD script: AUROC is exact, not summed over a grid of thresholds.
 TRY       python metrics.py              the trees, worked step by step on six numbers
@@ -39,8 +39,9 @@ def evaluate(codes, factors, seed=0, dci_train=10_000, dci_test=5_000):
     codes      (n, N), or (n, N, d) of vector-valued codes; finite numbers in any unit
     factors    (n, F) labels: numbers, names, booleans
     seed       of the votes, of the split and of ties between codes
-    dci_train  samples that DCI's trees learn from; two thirds of fewer than dci_train + dci_test
-    dci_test   other samples, on which the trees are tested
+    dci_train  samples that DCI's trees learn from
+    dci_test   other samples, on which the trees are tested. If there are too few samples for both,
+               the trees learn from two thirds and are tested on the rest.
 
     FactorVAE score and MIG use all samples, InfoMEC at most INFOMEC_SAMPLES of them. A score that
     cannot be computed is absent, and "note" says in one line why; so does it of codes and factors
@@ -164,7 +165,8 @@ def focus(importance):
 # ---- The trees behind DCI: gradient boosting, written out ----------------------------------------
 # Why are the trees ours? This file then needs no library of trees; a seed gives the same scores
 # with every version of everything; and one can read here what "importance" means. They follow
-# scikit-learn's GradientBoostingClassifier with its defaults, and agree with it to chance.
+# scikit-learn's GradientBoostingClassifier with its defaults, and give the same scores, but for the
+# random order of ties.
 #
 # An example. Six samples have the codes 1 2 3 4 5 6 and the labels 0 0 0 1 0 1. Steps 2 to 5 are
 # one round of `fit_trees`. `python metrics.py` computes each of the numbers below.

@@ -1,6 +1,6 @@
 """Pictures, tables and a page from a trained run: what each token means, and what it costs.
 
-WHERE     Read last, after train.py. Reads a run and its dataset; imports all the other files.
+WHERE     Read last, after data.py. Reads a run and its dataset; imports all the other files.
 PAPER     arXiv 2402.09712, Figures 2(b) and 5 to 9, Tables 2, 5 and 8. Eq. (5) is in encdiff.py.
 SHAPES    B images, N tokens, F factors, K columns of a picture, S the side of an image; images
           (B, 3, S, S) in [-1, 1], codes (B, N), or (B, N, d) where a token is a vector.
@@ -59,7 +59,7 @@ from metrics import batched, exchange, tokens_of_factors
 from train import print_safely, require, to_float
 
 SHIPPED = Path(__file__).parent / "assets" / "small.pt"  # the model that comes with the code
-NAMED = "factors are named afterwards, by labels (DCI importance); the model never saw them"
+NAMED = "tokens are named afterwards, by labels (DCI importance); the model never saw them"
 
 # ---- A trained run, opened ----------------------------------------------------------------------
 

@@ -7,8 +7,8 @@ IDEA      Two stages. (1) The autoencoder of vq.py learns to compress images; it
           (2) Encoder, token map and U-Net are trained together, by eq. (3) and nothing else. The
           moving average (EMA) of their weights is what is scored, drawn and shipped. Everything
           random in a step is seeded with (seed, stage, step), so a run that was interrupted goes on
-          bit for bit, with the same number of threads. N processes train like one, except for
-          dropout, for the statistics of BatchNorm, and for rounding.
+          bit for bit, with the same number of threads. Several processes train like one, except
+          for dropout, for the statistics of BatchNorm, and for rounding.
 DIFFERS   The moving average starts fast and slows down: with a constant decay the average of a
           short run would still contain the first weights. The last average is scored, never the
           best one: choosing it would use the labels. In every preset joint training has weight
@@ -62,7 +62,10 @@ def field(default, meaning, allowed=None):
 
 @dataclasses.dataclass
 class Config:
-    """Every hyperparameter of a run. Config() is the preset `paper`; the default is `small`."""
+    """What can be set for a run. Config() is the preset `paper`; the default is `small`.
+
+    What is fixed stands in FIRST_STAGE, LR_WARMUP and CLIP, and where the two stages begin.
+    """
 
     data: str = field("", "dataset file or folder; without it Shapes3D is rendered")
     cache: str = field("", "folder for the converted dataset; else beside it")
@@ -116,12 +119,11 @@ class Config:
 OUR_RECIPE = dict(
     encoder="cnn_patch",  # much cheaper than the paper's
     dropout=0.0,
-    skip_dropout=0.3,  # makes the denoiser rely on the tokens
+    skip_dropout=0.3,  # see UNet.forward
     noise_order="weak-first",  # see `draw_timesteps`
     optimizer="muon",  # learns in fewer steps than AdamW (assets/log.md)
     lr=1e-3,  # of AdamW; so Muon's is 1e-2
     lr_decay=0.4,
-    ema=0.999,  # of 4,000 steps; 0.9999 would average most of them
     vq_steps=5_000,
     steps=4_000,
 )
@@ -194,10 +196,11 @@ def make_denoiser(config, first_stage, kind=unet.UNet, **options):
 
 
 # ---- The two stages -----------------------------------------------------------------------------
-# Of the helpers below the rule, these matter here. `Optimizer` is AdamW, or Muon, which makes the
-# step of each matrix orthogonal. `run.backend` is the device; if several processes train together,
-# `backend.share` cuts out the part of a batch that this one takes, and `backend.parallel` averages
-# their gradients. `run` is the run's folder:
+# Of the helpers below the rule, these matter here. `Optimizer` is AdamW; in our presets Muon, which
+# makes the step of a matrix orthogonal, trains the matrices inside the networks in its place.
+# `run.backend` is the device; if several processes train together, `backend.share` cuts out the
+# part of a batch that this one takes, and `backend.parallel` averages their gradients. `run` is the
+# run's folder:
 #   run.resumed       the checkpoint to go on from, or {}; `start_stage` restores and empties it
 #   run.wants_first_stage   is False if stage 1 is done, was copied from a run, or does not exist
 #   run.start_stage   restores or begins a stage, and returns the first step to do
@@ -247,7 +250,8 @@ def train_first_stage(run, dataset, model):
     quantizer = autoencoder.quantizer
     steps = config.vq_steps
     recipe = FIRST_STAGE[config.first_stage]
-    # In these steps latents are not rounded: the autoencoder's quantizer waits for `initialise`.
+    # In these steps latents are not rounded. By itself the quantizer would start from the latents
+    # of one process; we start it from those of the whole batch.
     warmup = min(200, steps // 2)
 
     criterion = vq.FirstStageLoss(autoencoder, recipe["squared"]).to(backend.device)
@@ -510,7 +514,7 @@ def split_for_muon(model):
 
     Muon is for matrices inside a network: the weights of linear layers and convolutions. AdamW
     keeps where a network begins and ends (`model.ends()`), and all that is no such weight: biases,
-    norms, the codebook, learned positions and queries.
+    norms, the codebook and learned queries.
     """
     ends = set()
     for end in model.ends():

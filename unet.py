@@ -1,13 +1,14 @@
 """The denoiser: a U-Net that predicts the noise in a latent, cross-attending to concept tokens.
 
-WHERE     Read after encdiff.py, before vq.py. Imports torch only, so it can be copied alone.
+WHERE     Read after encdiff.py, before train.py. Imports torch only, so it can be copied alone.
 PAPER     arXiv 2402.09712, Sec. 3.1 ("Diffusion Model with Cross Attention"), Appendix D (Table 7);
           blocks: latent diffusion (Rombach et al. 2022) and ADM (Dhariwal & Nichol 2021).
 SHAPES    B batch, N concept tokens, d width of a token, c channels, h x w latent grid, P = h*w
           positions, H heads, e = c/H channels of a head, E width of the timestep embedding.
 IDEA      A query is a position of the latent image; keys and values are the N concept tokens.
-          At each position the softmax over the tokens makes the concepts compete. So a token gains
-          by telling what is drawn in one region, and by getting little attention elsewhere.
+          At each position the softmax over the tokens makes the concepts compete. The idea is that
+          a token gains by telling what is drawn in one region, and by getting little attention
+          elsewhere. `python sample.py attention` shows for which tokens it holds.
           The denoiser also sees z_t, but the image in z_t is noisy. The tokens are the only clean
           view of the image.
           The last layer of each block starts at zero, so a block adds nothing at first. The last
@@ -43,8 +44,7 @@ def timestep_embedding(t, width):
 
 
 def group_norm(channels, eps=1e-5):
-    """GroupNorm. Its groups are the greatest common divisor of 32 and half the channels in number:
-    8 for 48 channels."""
+    """GroupNorm with at most 32 groups of at least two channels each: 8 groups for 48 channels."""
     # With one channel per group, a channel's mean and scale would be lost.
     groups = math.gcd(32, channels // 2, channels)
     return nn.GroupNorm(groups, channels, eps=eps)
@@ -317,7 +317,8 @@ class UNet(nn.Module):
         x = self.middle(x, emb, tokens)
 
         for stack in self.up:
-            # Dropping channels of a skip makes the network rely on the tokens (Jun et al. 2024).
+            # What comes through a skip need not be in a token, so training drops some of it
+            # ("skip dropout", Jun et al., arXiv 2410.23820).
             skip = F.dropout2d(skips.pop(), self.skip_dropout, self.training)
             x = torch.cat([x, skip], dim=1)  # (B, c, ...), (B, c_skip, ...) -> (B, c + c_skip, ...)
             x = stack(x, emb, tokens)
