@@ -111,12 +111,16 @@ class Dataset:
 
     @property
     def is_complete(self):
-        """Whether there are factors, and every combination of their values has an image."""
+        """Whether there are factors, every combination of their values has an image, and images of
+        one combination are equal (64 are looked at): so the factors say what an image shows."""
         combinations = math.prod(self.factor_sizes)
         if not self.factor_sizes or self.count < combinations:
             return False
         _, keys, _ = self.factor_keys
-        return len(np.unique(keys)) == combinations
+        if len(np.unique(keys)) < combinations:
+            return False
+        some = np.linspace(0, self.count - 1, 64).astype(int)
+        return torch.equal(self.images(some), self.images(self.find(self.factors(some))))
 
     def find(self, factors):
         """factors (B, F) integers -> (B,) int64: for each row the first image that has them, in any
@@ -499,7 +503,7 @@ LABEL_NAMES = ("factors", "labels", "label", "latents_classes", "latents/classes
                "targets", "y")
 MOST_LEVELS = 1000  # a factor of more values is an identity or a measurement
 BLOCK = 1 << 22  # bytes that are read at a time; as floats they take eight times as much
-CONVERSION = 2  # counted up whenever a conversion's result changes: older caches are not used
+CONVERSION = 3  # counted up whenever a conversion's result changes: older caches are not used
 
 
 def open_files(path, size, cache):
@@ -590,6 +594,8 @@ def find_rows(dataset, factors):
     names = dataset.factor_names
     if wanted.shape[1] != len(names):
         raise ValueError(f"{wanted.shape[1]} factors; {dataset.name} has {len(names)}: {names}")
+    if wanted.dtype.kind not in "iu":
+        raise ValueError(f"factors of type {wanted.dtype}; expected whole numbers, from 0 on")
     digit_values, keys, order = dataset.factor_keys
 
     impossible = (wanted < 0) | (wanted >= dataset.factor_sizes)
@@ -803,21 +809,25 @@ def is_shapes3d(columns):
 def number(column):
     """(n,) labels of any type -> how many different values there are and, (n,), which one each
     image has, in their order. ValueError, in a few words, if that makes no factor."""
-    if column.dtype.kind == "f":
-        column = column.astype(float)
-        if not np.isfinite(column).all():
-            raise ValueError("has gaps")
-        if (column % 1).any():  # what differs by rounding alone is one level
-            column = np.round(column / (np.ptp(column) or 1), 6)
+    is_float = column.dtype.kind == "f"
+    if is_float and not np.isfinite(column).all():
+        raise ValueError("has gaps")
+    values, numbers = np.unique(column, return_inverse=True)
+    if is_float and (values % 1).any():
+        # What differs by rounding alone is one level.
+        size = np.abs(values.astype(float))
+        rounding = 1e-6 * size[1:] + max(1e-10, np.finfo(column.dtype).eps) * size.max()
+        is_new = np.diff(values.astype(float)) > rounding
+        numbers = np.append(0, is_new.cumsum())[numbers]
 
-    levels, numbers = np.unique(column, return_inverse=True)
-    if len(levels) == 1:
+    levels = int(numbers.max()) + 1
+    if levels == 1:
         raise ValueError("never varies")
-    if len(levels) > MOST_LEVELS:
-        raise ValueError(f"{len(levels):,} values; at most {MOST_LEVELS:,} are used")
-    if len(levels) > len(column) * 3 / 4:
+    if levels > MOST_LEVELS:
+        raise ValueError(f"{levels:,} values; at most {MOST_LEVELS:,} are used")
+    if levels > len(column) * 3 / 4:
         raise ValueError("nearly as many values as images")
-    return len(levels), numbers
+    return levels, numbers
 
 
 # ---- 7. HDF5, .npz and .npy files ---------------------------------------------------------------
@@ -851,6 +861,9 @@ class ZippedArray:
             self.shape, self.fortran, self.dtype = read_header(file)
 
     def whole(self):
+        if self.dtype.hasobject:  # reading them could run a program
+            raise ValueError("it holds Python objects; expected numbers or text: save "
+                             "values.astype(str)")
         with self.archive.open(self.member) as file:
             return np.lib.format.read_array(file, allow_pickle=False)
 
@@ -910,13 +923,13 @@ def open_arrays(path):
 def read_arrays(path, arrays, size):
     """-> the Dataset in a file, without its pixels, with its labels if it has any; and a function
     that gives its images in order, as blocks (b, 3, size, size) uint8."""
-    images = find_images(arrays)
+    key, images = find_images(arrays)
     dataset = Dataset(path.stem, images.shape[0], size)
     channels_first = is_channels_first(images.shape)
     shape = images.shape
     if channels_first:
         shape = (shape[0], shape[2], shape[3], shape[1])
-    find_labels(dataset, arrays, shape)
+    find_labels(dataset, arrays_near(arrays, key), shape)
 
     def blocks(scratch):
         with one_line(path):
@@ -950,14 +963,25 @@ def has_image_layout(array):
 
 
 def find_images(arrays):
-    """The images among the arrays of a file: what has their name, or else is alone in its shape."""
+    """The images among the arrays of a file, and their name there: what is called so, or else is
+    alone in its shape."""
     named = [key for key in arrays if key.lower().split("/")[-1] in IMAGE_NAMES]
     keys = [key for key in named or arrays if has_image_layout(arrays[key])]
     if len(keys) == 1:
-        return arrays[keys[0]]
+        return keys[0], arrays[keys[0]]
     known = [f"{key} {array.dtype} {array.shape}" for key, array in arrays.items()]
     raise ValueError(f"it holds {', '.join(known[:9]) or 'no arrays'}; expected one array 'images',"
                      " numbers of shape (n, h, w), (n, h, w, 1 to 4) or (n, 1 to 4, h, w)")
+
+
+def arrays_near(arrays, key):
+    """The arrays of a file by their names in small letters. Those in the group of the images, whose
+    name is key, are named as there, and win."""
+    group = key.lower().rpartition("/")[0] + "/"
+    names = {name.lower(): array for name, array in arrays.items()}
+    inside = {name.removeprefix(group): array for name, array in names.items()
+              if name.startswith(group)}
+    return {**names, **inside}
 
 
 def find_labels(dataset, arrays, shape):
@@ -1012,14 +1036,14 @@ COMPRESSED = 15  # a type of element in a MATLAB file
 
 def files_below(folder):
     """-> the files in a folder that we read, sorted, and a note of how many others there are.
-    Hidden ones do not count. Links are followed, but each folder is entered once: a link upwards
-    would never end."""
+    Hidden ones do not count, and neither do the pictures of a run of ours. Links are followed, but
+    each folder is entered once: a link upwards would never end."""
     files = []
     unused = []
     unreadable = []
     entered = {str(parent) for parent in folder.resolve().parents}
     for place, folders, names in os.walk(folder, onerror=unreadable.append, followlinks=True):
-        if os.path.realpath(place) in entered:
+        if os.path.realpath(place) in entered or {"checkpoint.pt", "config.json"} <= set(names):
             folders.clear()
             continue
         entered.add(os.path.realpath(place))
@@ -1175,7 +1199,7 @@ def read_mat(content):
     for kind, body in mat_elements(content[128:]):
         if kind == COMPRESSED:
             kind, body = next(mat_elements(zlib.decompress(body)))
-        flags, shape, name, values = [part for _, part in mat_elements(body)][:4]
+        flags, shape, name, values, *_ = [*(part for _, part in mat_elements(body)), *[b""] * 4]
         if name == b"im":
             shape = np.frombuffer(shape, "<i4")
             return np.frombuffer(values, np.uint8).reshape(shape, order="F")
@@ -1380,9 +1404,12 @@ def read_combination(dataset, words):
     names = list(dataset.factor_names)
     combination = {}
     for part in words.split("&"):
-        name, _, value = part.rpartition("=")
+        name, sign, value = part.rpartition("=")
         name = name.strip()
         value = value.strip()
+        if not sign:
+            raise ValueError(f"{part.strip()!r} is no factor with a value; expected NAME=VALUE, as "
+                             "in 'floor hue=0 & shape=3'")
         if name not in names:
             known = ", ".join(names) or "none"
             raise ValueError(f"no factor is called {name!r}; expected one of {known}, as in "

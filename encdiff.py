@@ -75,6 +75,7 @@ class ScalarTokens(nn.Module):
 
     No two tokens share a weight. Attention does not see the order of the tokens, so it is a token's
     own MLP that says which token it is. With width_in above 1, codes are (B, N, width_in).
+    ValueError for codes of another shape.
     """
 
     def __init__(self, num_tokens, token_dim, width_in=1):
@@ -94,6 +95,10 @@ class ScalarTokens(nn.Module):
     def forward(self, codes):
         if codes.ndim == 2:
             codes = codes[:, :, None]  # (B, N) -> (B, N, 1)
+        N, width_in = self.weights[0].shape[:2]
+        if codes.shape[1:] != (N, width_in):
+            raise ValueError(f"codes have shape {tuple(codes.shape)}; expected (B, {N}) or "
+                             f"(B, {N}, {width_in})")
         x = codes.transpose(0, 1)  # (B, N, 1) -> (N, B, 1)
         for layer, (weight, bias) in enumerate(zip(self.weights, self.biases)):
             if layer > 0:
@@ -175,7 +180,7 @@ class EncDiff(nn.Module):
         self.encoder = encoder
         self.token_map = token_map
         self.denoiser = denoiser
-        self.latent_shape = latent_shape
+        self.latent_shape = tuple(latent_shape)
 
         alpha_bar = alpha_bars(beta_schedule(schedule, timesteps))
         self.register_buffer("alpha_bar", alpha_bar.to(torch.get_default_dtype()))
@@ -197,6 +202,9 @@ class EncDiff(nn.Module):
         """Before training: the std of these images' latents becomes the unit of z_0."""
         parts = [self.first_stage.encode(part) for part in images.split(64)]
         latents = torch.cat(parts).float()
+        if latents.shape[1:] != self.latent_shape:
+            raise ValueError(f"latents have shape {tuple(latents.shape[1:])}; expected "
+                             f"{self.latent_shape}, EncDiff's latent_shape")
         std = latents.std()
         rms = latents.flatten(1).square().mean(1).sqrt()  # (B,): root mean square of each
         self.latent_std.copy_(std)
@@ -210,6 +218,8 @@ class EncDiff(nn.Module):
 
     def represent(self, images):
         """images -> codes (B, N), what the encoder knows of each image."""
+        if not images.is_floating_point():
+            raise ValueError(f"images are {images.dtype}; expected floats in [-1, 1]")
         return self.encoder(images)
 
     def tokens(self, codes):
@@ -286,6 +296,8 @@ class EncDiff(nn.Module):
             raise ValueError(f"sampler is {sampler!r}; expected one of {names}")
         options = {}
         if sampler == "ddim":
+            if not 0 <= eta <= 1:
+                raise ValueError(f"eta is {eta}; expected 0 to 1")
             options = {"eta": eta}
         elif eta:
             raise ValueError(f"eta is {eta} with sampler {sampler!r}; expected sampler 'ddim'")

@@ -38,7 +38,7 @@ def evaluate(codes, factors, seed=0, dci_train=10_000, dci_test=5_000):
 
     codes      (n, N), or (n, N, d) of vector-valued codes; finite numbers in any unit
     factors    (n, F) labels: numbers, names, booleans
-    seed       of the votes, of the split and of ties between codes
+    seed       of the votes, of the split and of ties between codes; 0 or more
     dci_train  samples that DCI's trees learn from
     dci_test   other samples, on which the trees are tested. If there are too few samples for both,
                the trees learn from two thirds and are tested on the rest.
@@ -48,6 +48,9 @@ def evaluate(codes, factors, seed=0, dci_train=10_000, dci_test=5_000):
     that were left out. ValueError: the two tables do not belong together, or hold NaN.
     """
     codes, factors = check_tables(codes, factors)
+    seed, dci_train, dci_test = int(seed), int(dci_train), int(dci_test)
+    if seed < 0:
+        raise ValueError(f"seed is {seed}; expected 0 or more")
     if min(dci_train, dci_test) < 1:
         raise ValueError(f"DCI on {dci_train} + {dci_test} samples; expected 1 or more of each")
 
@@ -148,7 +151,11 @@ def focus(importance):
     """Does each row keep to one column? 0 to 1. Rows are codes for D; for C pass the transpose.
 
     A row scores 1 - entropy / (largest entropy possible). Rows count by their share of the total.
+    ValueError for a single column: it has no entropy.
     """
+    importance = importance_table(importance)
+    if importance.shape[1] < 2:
+        raise ValueError(f"importance has shape {importance.shape}; expected two columns or more")
     share = importance + 1e-11  # as in disentanglement_lib: an unused code has equal shares
     share = share / share.sum(axis=1, keepdims=True)
     disorder = -(share * np.log(share)).sum(axis=1)  # entropy of each row
@@ -160,6 +167,14 @@ def focus(importance):
         weight = weight + 1
     total = (score * weight).sum()
     return float(total / weight.sum())
+
+
+def importance_table(importance):
+    """DCI's matrix (N, F) as numpy, from a list of lists, too; ValueError for another shape."""
+    importance = to_floats(importance, "importance")
+    if importance.ndim != 2 or importance.size == 0:
+        raise ValueError(f"importance has shape {importance.shape}; expected (codes, factors)")
+    return importance
 
 
 # ---- The trees behind DCI: gradient boosting, written out ----------------------------------------
@@ -540,6 +555,8 @@ def to_numpy(values):
         if values.is_floating_point():
             values = values.double()  # numpy has no bfloat16
         return values.numpy()
+    if isinstance(values, np.ma.MaskedArray) and np.ma.is_masked(values):
+        return values.astype(object).filled(np.nan)  # what is masked is missing
     if isinstance(values, (list, tuple)):
         if any(torch.is_tensor(value) for value in values):
             return np.stack([to_numpy(value) for value in values])
@@ -838,6 +855,8 @@ def psi(numbers):
     return torch.digamma(torch.as_tensor(numbers, dtype=torch.float64)).numpy()
 
 
+@torch.inference_mode(False)  # it learns by gradients, whatever the caller's mode
+@torch.enable_grad()
 def linear_loss(inputs, label):
     """Mean cross entropy of a label (n,), as read from inputs (n, N) by logistic regression.
 
@@ -946,11 +965,12 @@ def exchanges_that_land(model, dataset, importance, device="cpu", pairs=32, seed
 
     Returns {factor: (share of exchanges that land, control)}, both 0 to 1. The control does the
     same without an exchange: is the source, redrawn from its own tokens, nearest to itself? A
-    factor whose value no pair changes is left out. ValueError if there are no factors, or if a
-    combination has no image.
+    factor whose value no pair changes is left out, and so is one that DCI left out. ValueError if
+    there are no factors, or if a combination has no image, or several that differ.
     """
     if not dataset.is_complete:
-        raise ValueError(f"{dataset.name} has not an image of every combination of factors")
+        raise ValueError(f"{dataset.name} has a combination of factors without an image, or with "
+                         "several that differ")
     generator = torch.Generator().manual_seed(seed)
     indices = torch.randint(len(dataset), (2 * pairs,), generator=generator)
     source, target = indices.split(pairs)
@@ -968,8 +988,9 @@ def exchange_pairs(model, dataset, importance, source, target, noise, factors=No
     source_codes, target_codes = batched(model.represent, images).split(len(source))
     source = dataset.factors(source)  # (B, F)
     target = dataset.factors(target)
+    importance = importance_table(importance)
     if factors is None:
-        factors = range(len(dataset.factor_names))
+        factors = np.flatnonzero(importance.any(axis=0)).tolist()
 
     # The source as it is, and once for each factor with that factor's tokens exchanged.
     variants = [source_codes]
@@ -981,14 +1002,16 @@ def exchange_pairs(model, dataset, importance, source, target, noise, factors=No
 
     shares = {}
     for j, images in zip(factors, exchanged):
-        differ = source[:, j] != target[:, j]
-        if differ.any():
-            candidates = images_of_values(dataset, source, j).to(noise.device)  # (B, K, 3, S, S)
-            landed = nearest(images, candidates) == target[:, j]
-            recognised = nearest(redrawn, candidates) == source[:, j]
-            share = landed[differ].float().mean().item()
-            control = recognised[differ].float().mean().item()
-            shares[dataset.factor_names[j]] = (share, control)
+        landed = []
+        recognised = []
+        for i in (source[:, j] != target[:, j]).nonzero().flatten().tolist():
+            # One pair at a time: a factor of many values has many candidates, (1, K, 3, S, S).
+            candidates = images_of_values(dataset, source[i:i + 1], j).to(noise.device)
+            landed.append(nearest(images[i:i + 1], candidates).item() == target[i, j].item())
+            recognised.append(nearest(redrawn[i:i + 1], candidates).item() == source[i, j].item())
+        if landed:
+            shares[dataset.factor_names[j]] = (sum(landed) / len(landed),
+                                               sum(recognised) / len(recognised))
     return shares
 
 
@@ -1028,6 +1051,7 @@ def tokens_of_factors(importance, least=0.02):
     importance (N, F), DCI's -> F lists of tokens, in each the most important one at first. A token
     that matters for no factor is in no list.
     """
+    importance = importance_table(importance)
     lists = [[] for _ in range(importance.shape[1])]
     most_important_first = np.argsort(-importance.max(1), kind="stable")
     for token in most_important_first.tolist():
@@ -1138,6 +1162,8 @@ def check_pair(x, y):
         raise ValueError(f"images of shape {tuple(x.shape)} and {tuple(y.shape)}; "
                          f"expected one shape (B, C, H, W), none of them 0")
     for images in (x, y):
+        if images.is_complex():
+            raise ValueError("images are complex; expected floats in [0, 1]")
         low, high = images.min(), images.max()
         if not (images.is_floating_point() and low >= 0 and high <= 1):
             raise ValueError(f"images are {images.dtype} from {low:.4g} to {high:.4g}; "
@@ -1218,6 +1244,9 @@ def lpips(x, y, weights):
     each pixel, weighted as fitted to human judgements. 0 if equal, no upper end, mostly < 1.
     weights: of load_lpips."""
     x, y = check_pair(x, y)
+    if x.shape[1] != 3 or min(x.shape[2:]) < 32:
+        raise ValueError(f"images of shape {tuple(x.shape)}; expected (B, 3, H, W), 32 x 32 pixels "
+                         "or more")
     # The mean and the spread of ImageNet's channels, for images in [-1, 1].
     shift = x.new_tensor((-0.030, -0.088, -0.188)).view(3, 1, 1)
     scale = x.new_tensor((0.458, 0.448, 0.450)).view(3, 1, 1)
@@ -1261,18 +1290,33 @@ def frechet_distance(feats_a, feats_b):
     return max(0.0, float(distance))  # rounding may go below 0
 
 
+def load_inception(path):
+    """The network of `fid` from its file. OSError, ValueError: unreadable, or another file."""
+    path = pathlib.Path(path).expanduser()
+    with open(path, "rb"):  # the words of a system are clearer than torch's
+        pass
+    try:
+        return torch.jit.load(str(path), map_location="cpu").eval()
+    except RuntimeError:  # its words are for programmers
+        raise ValueError(f"{path} is no TorchScript file; expected NVIDIA's "
+                         "inception-2015-12-05.pt") from None
+
+
 def fid(images_a, images_b, inception_file, batch=64):
     """FID (Heusel et al., NeurIPS 2017) of two sets of uint8 images (n, 3, H, W) and (m, 3, H, W).
 
     inception_file: NVIDIA's TorchScript inception-2015-12-05.pt, which resizes the images itself.
-    TorchScript is a program: run only a file you trust. The paper takes 10,000 images a side.
+    TorchScript is a program: run only a file you trust. Or what load_inception returns. The paper
+    takes 10,000 images a side.
     """
     images_a = torch.as_tensor(images_a)
     images_b = torch.as_tensor(images_b)
     if not images_a.dtype == images_b.dtype == torch.uint8:
         raise ValueError(f"images are {images_a.dtype} and {images_b.dtype}; expected uint8")
-    path = str(pathlib.Path(inception_file).expanduser())
-    network = torch.jit.load(path, map_location=images_a.device).eval()
+    network = inception_file
+    if not callable(network):
+        network = load_inception(inception_file)
+    network = network.to(images_a.device)
 
     features = []
     with torch.no_grad():
@@ -1313,15 +1357,18 @@ def worked_example():
 
 def report(path, seed, dci_train, dci_test):
     """Prints all scores of the arrays `codes` and `factors` of an .npz file."""
+    found = "no arrays"
     try:
         with np.load(path) as table:
+            found = "the arrays " + ", ".join(table.files)
             codes = table["codes"]
             factors = table["factors"]
     except OSError as error:
         raise OSError(f"{path} cannot be read: {error.strerror or error}") from None
     except Exception:  # a dozen kinds, whose words are for programmers or advise unsafe loading
-        raise ValueError(f"{path} is damaged or lacks an array of numbers; expected an .npz by "
-                         f"np.savez(path, codes=codes, factors=factors)") from None
+        raise ValueError(f"{path} has {found}, or is damaged; expected codes and factors, numbers "
+                         "or text but no Python objects, by np.savez(path, codes=codes, "
+                         "factors=factors)") from None
 
     scores = evaluate(codes, factors, seed, dci_train, dci_test)
     importance = scores.pop("importance", [])

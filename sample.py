@@ -203,6 +203,10 @@ def print_exchanges(run, args):
         print_safely(f"no share of exchanges that land: {error}")
         return
 
+    if not shares:
+        print_safely("no share of exchanges that land: no pair differs in a factor")
+        return
+
     print_safely("exchanges that land       share   without exchange")
     shares["mean"] = np.mean(list(shares.values()), axis=0)
     for name, (share, control) in shares.items():
@@ -296,6 +300,9 @@ def print_attention_on_changes(run, indices, maps):
     images = run.load(indices)[:, None]  # (B, 1, 3, S, S)
     try:
         check_factors(run.dataset, run.importance)
+        if not run.dataset.is_complete:
+            raise ValueError(f"{run.dataset.name} has a combination of factors without an image, "
+                             "or with several that differ")
         factors = run.dataset.factors(indices)  # (B, F)
         for j, tokens in enumerate(tokens_of_factors(run.importance)):
             if tokens:
@@ -388,12 +395,13 @@ def importance(run, args):
             squares.append(torch.where(inside, colour, 0.9))
         rows.append(torch.stack(squares))  # (N, 3, 64, 64)
         labels.append(f"{name}\nC {focus(matrix[:, j])}")
-    headings = [f"{i} D {focus(matrix[i])}" for i in order]
+    scored = matrix.any(axis=0)  # (F,): not those that DCI left out
+    headings = [f"{i} D {focus(matrix[i, scored])}" for i in order]
 
     print_safely(NAMED)
-    if matrix.shape[1] > 1:
-        D, C = metrics.focus(matrix), metrics.focus(matrix.T)
-        print_safely(f"disentanglement D {D:.3f}   completeness C {C:.3f}")
+    for name in ("disentanglement", "completeness"):
+        if name in run.scores:
+            print_safely(f"{name} {name[0].upper()} {run.scores[name]:.3f}")
     save(args, run.folder, grid(rows, labels, headings))
 
 
@@ -473,8 +481,8 @@ def worth(run, args):
     dataset = run.dataset
     if not removes_noise(run.model):
         raise ValueError(f"{run.path} draws without noise; expected a model that removes noise")
-    require(dataset.factor_sizes, "data", dataset.name,
-            "a dataset whose images are labelled with factors")
+    require(dataset.is_complete, "data", dataset.name,
+            "a dataset with an image of every combination of its factors")
     count = run.count(args.count, usual=256)
     factors = dataset.factors(run.random_indices(count)).numpy()  # (B, F)
     z0 = run.model.latents(run.load(dataset.find(factors)))
@@ -552,6 +560,7 @@ def fid(run, args):
     of them from one. The network that FID compares by is a file that has to be fetched elsewhere:
     NVIDIA's inception-2015-12-05.pt. It is a program: use only a file that you trust. This verb
     was tested with a stand-in for that file, so check its first result against a published one."""
+    network = metrics.load_inception(args.inception)
     count = run.count(args.count, usual=10_000)
     indices = run.random_indices(count)
     codes = train.encode(run.model, run.dataset, indices, run.device)  # (n, N) or (n, N, d)
@@ -561,7 +570,7 @@ def fid(run, args):
     drawn = []
     for part in codes.split(256):
         drawn.append(train.to_bytes(run.draw(part.to(run.device), run.noise(len(part)))))
-    distance = metrics.fid(torch.cat(drawn), run.dataset.images(indices), args.inception)
+    distance = metrics.fid(torch.cat(drawn), run.dataset.images(indices), network)
     print_safely(f"FID {distance:.2f} of {count} drawn images and as many of the dataset")
 
 
@@ -709,6 +718,8 @@ def complexity(run, args):
 
 def encode(run, args):
     """the codes of the run's dataset, or of other images, into an .npz file for work downstream"""
+    if args.out:
+        require_new(args.out)
     count = run.count(args.count, usual=len(run.dataset))
     print_safely(f"encoding {count} images of {run.dataset}")
     indices = run.random_indices(count).sort().values
@@ -728,6 +739,7 @@ def export(run, args):
     if Path(args.file).name == "checkpoint.pt":
         raise ValueError(f"{args.file} is the name by which a run goes on, which an export cannot; "
                          "expected another name")
+    require_new(args.file)
 
     # Half precision for what was learned. Buffers stay: half of abar_T = 2e-9 would be 0.
     learned = {name for name, _ in run.model.named_parameters()}
@@ -741,7 +753,13 @@ def export(run, args):
     train.write_atomically(args.file, lambda file: torch.save(content, file))
     megabytes = Path(args.file).stat().st_size / 1e6
     print_safely(f"wrote {args.file}, {megabytes:.1f} MB; "
-                 f"try it: python sample.py swap {args.file}")
+                 f"try it: {train.in_shell('python', 'sample.py', 'swap', args.file)}")
+
+
+def require_new(path):
+    """ValueError if the file exists: weights, a dataset or codes that it has would be lost."""
+    if Path(path).exists():
+        raise ValueError(f"{path} exists; expected the name of a new file")
 
 
 # ---- Pages for the browser ---------------------------------------------------------------------

@@ -516,6 +516,9 @@ WRONG_USES = [
     (lambda: encdiff.TransformerEncoder(7, queries=2), "7 outputs of 2 queries"),
     (lambda: method().sample(NO_TOKENS, sampler="euler"), "expected one of ddpm, ddim, dpm"),
     (lambda: method().sample(NO_TOKENS, eta=0.5), "eta is 0.5 with sampler 'dpm'"),
+    (lambda: method().sample(NO_TOKENS, sampler="ddim", eta=2), "eta is 2; expected 0 to 1"),
+    (lambda: method().represent(torch.zeros(1, 3, 64, 64).byte()), "images are torch.uint8"),
+    (lambda: encdiff.ScalarTokens(3, 8)(torch.zeros(2, 4)), r"(2, 4, 1); expected (B, 3)"),
     (lambda: method().sample(NO_TOKENS, steps=1001), "steps is 1001; expected 1 to 1000"),
 ]
 
@@ -1475,7 +1478,11 @@ UNSCORABLE = [
     ("agreement", ([PERFECT, PERFECT[:9]],), "the same images"),
     ("tad", (NOISY, PERFECT * 2), "attributes has the values"),
     ("ssim", (-GREY_IMAGE, GREY_IMAGE), r"from -0.5 to -0.5; .*\[0, 1\]"),
+    ("evaluate", (np.ma.masked_greater(NOISY, 2), PERFECT), r"codes\[.* is nan.*drop"),
     ("fid", (GREY_IMAGE, GREY_IMAGE, ""), "expected uint8"),
+    ("load_inception", (HERE / "README.md",), "README.md is no TorchScript file"),
+    ("lpips", (GREY_IMAGE, GREY_IMAGE, {}), "32 x 32 pixels"),
+    ("tokens_of_factors", ([0.5, 0.5],), "expected .codes, factors."),
     ("load_lpips", (HERE / "README.md", "alex.pth"), "README.md has no .*, a git-lfs pointer"),
 ]
 
@@ -1788,6 +1795,7 @@ def test_labels_are_never_invented(official, name, images):
 
 @pytest.mark.parametrize("labels", [
     ROWS % 3 * 0.1 + ROWS * 1e-13,
+    np.array([1e-9, 1e-8, 1])[ROWS % 3],
     ROWS % 3 + 10**18,
     (ROWS % 3).astype(np.uint64) + np.uint64(2**63),
     (ROWS % 3).reshape(1, 12),
@@ -1813,11 +1821,12 @@ def test_a_table_of_labels_is_read_in_any_layout(labels):
 
 
 @pytest.mark.parametrize("ending, arrays", [
-    ("npz", {"labels": FIELDS}),
-    ("h5", {"labels/hue": ROWS % 3, "labels/kind": [*"xy"] * 6}),
+    ("npz", {"images": noise(), "labels": FIELDS}),
+    ("h5", {"images": noise(), "labels/hue": ROWS % 3, "labels/kind": [*"xy"] * 6}),
+    ("h5", {"train/images": noise(), "train/Labels": FIELDS, "labels": ROWS}),
 ])
 def test_labels_with_names_keep_them(ending, arrays):
-    dataset = dataset_of(ending, images=noise(), **arrays)
+    dataset = dataset_of(ending, **arrays)
     assert dataset.factor_names == ("hue", "kind")
     assert same(dataset.factors(ROWS), np.stack([ROWS % 3, ROWS % 2], 1))
 
@@ -1865,6 +1874,12 @@ def test_hidden_files_are_no_pictures():
     dataset = data.open_dataset("set")
     assert same(shown(dataset), np.concatenate([noise(1, seed=0), noise(1, seed=4)]))
     assert "1 files are not used, such as readme.txt" in dataset.note
+
+    for name in ("config.json", "checkpoint.pt"):  # a run in the folder of its data
+        Path("set", "run").mkdir(exist_ok=True)
+        Path("set", "run", name).touch()
+    save_picture("set/run/samples.png", noise(1)[0])
+    assert data.open_dataset("set").identity == dataset.identity
 
 
 def link(place, target):
@@ -2160,6 +2175,14 @@ def test_a_signal_during_the_scores_ends_a_finished_run(copied_run, pictures):
     assert equal(weights(copied_run), before)
 
 
+def test_a_run_that_is_being_trained_is_left_alone(copied_run, pictures):
+    pytest.importorskip("fcntl")
+    with train.alone_in(Path(copied_run)):
+        line = refused(lambda: train.main(["--resume", copied_run]), "by another process")
+    assert "--resume" not in line
+    go_on(copied_run, data.open_dataset(pictures, 32))
+
+
 def test_a_second_signal_ends_at_once(pictures):
     dataset = Interrupted(pictures, {3: [KILL, KILL]})
     with pytest.raises(KeyboardInterrupt, match="stopped at once; go on with"):
@@ -2354,7 +2377,7 @@ def test_a_held_out_combination_is_scored_and_not_trained_on():
     ("shape=3", "names one factor"),
     ("floor hue=0 & shape=4", "'4'; expected 0 to 3"),
     ("floor hue=0 & shape=-1", "'-1'; expected 0 to 3"),
-    ("floor hue=0 & shape", "''; expected one of floor hue"),
+    ("floor hue=0 & shape", "'shape' is no factor with a value; expected NAME=VALUE"),
     ("floor hue=0 & colour=1", "'colour'; expected one of floor hue"),
     ("shape=1 & shape=2", "shape is named twice"),
 ])
@@ -2422,7 +2445,9 @@ def test_what_may_not_change_is_refused(copied_run, words, said):
 
 
 def test_a_taken_folder_is_refused(copied_run, pictures):
-    refused(lambda: train.main(["--out", copied_run, *flags(data=pictures)]), "or --resume run")
+    refused(lambda: train.main(["--out", copied_run, *flags(data=pictures)]), "--resume run")
+    Path("file").touch()
+    refused(lambda: train.main(["--out", "file", *flags(data=pictures)]), "this is a file")
 
 
 def test_a_run_of_an_older_format_names_the_commit_that_reads_it(copied_run):
@@ -2503,17 +2528,17 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(copied_run, capsys):
 def test_advice_for_a_loss_that_is_not_finite_works(pictures):
     options = dict(variant="beta-vae", steps=4, lr=3e-3, data=str(pictures))
     with pytest.raises(KeyboardInterrupt):
-        train_new("run", Interrupted(pictures, {2: [KILL]}), **options)
+        train_new("a run", Interrupted(pictures, {2: [KILL]}), **options)
 
-    good = saved("run")
-    broken = saved("run")
+    good = saved("a run")
+    broken = saved("a run")
     broken["model"]["decoder.0.bias"][0] = math.nan
-    save_checkpoint(broken, "run")
-    line = refused(lambda: train.main(["--resume", "run"]), f"in step {good['step'] + 1} of the")
+    save_checkpoint(broken, "a run")
+    line = refused(lambda: train.main(["--resume", "a run"]), f"in step {good['step'] + 1} of the")
 
-    save_checkpoint(good, "run")
-    train.main(line.split("train.py ")[1].split())
-    assert train.load_run("run")[1].lr == 1e-3
+    save_checkpoint(good, "a run")
+    train.main(shlex.split(line.split("train.py ")[1]))
+    assert train.load_run("a run")[1].lr == 1e-3
 
 
 # Threads, memory, terminal
@@ -2674,7 +2699,7 @@ def test_a_row_is_a_factor_unless_tokens_are_asked_for(runs, name, words, tokens
 
 # Exchanges that land
 def test_an_exchange_of_no_token_never_lands(perfect):
-    nothing = np.zeros((6, 2))
+    nothing = np.full((6, 2), 0.01)  # too little for a token to belong to a factor
     shares = metrics.exchanges_that_land(perfect.model, perfect.dataset, nothing)
     assert shares == {"factor 0": (0, 1), "factor 1": (0, 1)}
 
@@ -2695,8 +2720,9 @@ def test_exchanges_into_a_combination_start_without_it(perfect, importance, shar
         perfect.model, perfect.dataset, np.array(importance), wanted, noise)
     assert shares == {"factor 0": (share, 1), "factor 1": (share, 1)}
 
-    # For each factor, 16 sources and 16 targets are read, and then the candidates.
-    for pairs, exchanged, other in [(read[0], 0, 1), (read[2], 1, 0)]:
+    # For each factor, 16 sources and 16 targets are read at once.
+    pairs_of_factors = [rows for rows in read if len(rows) == 32]
+    for pairs, exchanged, other in zip(pairs_of_factors, (0, 1), (1, 0), strict=True):
         source, target = pairs.split(16)
         assert (source[:, exchanged] != wanted[exchanged]).all()
         assert (source[:, other] == wanted[other]).all()
@@ -2803,6 +2829,7 @@ def test_a_name_that_cannot_be_drawn_is_replaced_by_a_number(name, capsys):
 # Files
 def test_encode_writes_the_codes_of_the_dataset_for_metrics(runs, capsys):
     show("encode", runs / "run", "--out", "codes.npz")
+    refused(lambda: show("encode", runs / "run", "--out", "codes.npz"), "name of a new file")
     run, _ = opened(runs / "run")
     with np.load("codes.npz") as arrays:
         codes = run.codes(run.load(torch.arange(300)))
@@ -2815,6 +2842,7 @@ def test_encode_writes_the_codes_of_the_dataset_for_metrics(runs, capsys):
 
 def test_an_exported_file_is_the_run_in_half_precision(runs, monkeypatch, capsys):
     show("export", runs / "run", "small.pt")
+    refused(lambda: show("export", "small.pt"), "expected the name of a new file")
     half, half_config, half_about = train.load_run("small.pt")
     model, config, about = train.load_run(runs / "run")
     assert half_config == config

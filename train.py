@@ -28,6 +28,7 @@ import math
 import os
 import random
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -35,6 +36,11 @@ import threading
 import time
 import warnings
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 import numpy as np
 import torch
@@ -366,7 +372,7 @@ def score(run, dataset, model, samples, final=False):
     seed = run.config.seed
     device = run.backend.device
     if not dataset.factor_sizes and not dataset.attribute_names:
-        return {"note": "the dataset has no labels: nothing is scored"}
+        return {"note": "the dataset has no labels that are factors: nothing is scored"}
 
     # Without repetition: no image may be in both of DCI's samples, for training and for testing.
     generator = torch.Generator().manual_seed(seed)
@@ -666,8 +672,9 @@ def final_scores(run, dataset, model, codes, factors, scores):
         importance = np.array(scores["importance"])
         shares = metrics.exchanges_that_land(model, dataset, importance, device, seed=seed)
         landed = {name: share for name, (share, _) in shares.items()}
-        further["exchanges"] = sum(landed.values()) / len(landed)
-        further["exchanges_by_factor"] = landed
+        if landed:
+            further["exchanges"] = sum(landed.values()) / len(landed)
+            further["exchanges_by_factor"] = landed
     if run.config.hold_out:
         further.update(held_out_scores(run, dataset, model, codes, factors, scores))
     return further
@@ -720,7 +727,8 @@ def held_out_scores(run, dataset, model, codes, factors, scores):
         shares = metrics.exchanges_into(model, dataset, importance, combination, noise,
                                         run.config.seed)
         landed = [share for share, _ in shares.values()]
-        further["held_out_exchanges"] = sum(landed) / len(landed)
+        if landed:
+            further["held_out_exchanges"] = sum(landed) / len(landed)
     return further
 
 
@@ -972,6 +980,38 @@ class OutdatedRun(ValueError):
     """A run that another version of this code has written."""
 
 
+def in_shell(*words):
+    """A command as one types it: a word with spaces gets quotes."""
+    return shlex.join(str(word) for word in words)
+
+
+def how_to_resume(folder, *flags):
+    return "go on with: " + in_shell("python", "train.py", "--resume", folder, *flags)
+
+
+@contextlib.contextmanager
+def alone_in(folder):
+    """Within, no second process of this machine can train the run in this folder: ValueError there.
+
+    The system frees the lock when this process ends, however it ends. Windows has no such lock.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"{folder} is being trained by another process; expected a run "
+                                 "that is at rest: wait for it, or stop it first") from None
+        yield
+    finally:
+        os.close(lock)
+
+
 def load_checkpoint(path):
     """The dict in a run's folder or an exported file, else ValueError. Nothing in it is run."""
     path = Path(path).expanduser()
@@ -1006,7 +1046,7 @@ def load_run(path, device="cpu"):
     config = checkpoint["config"]
     if checkpoint["stage"] == "first stage":
         raise ValueError(f"{path} has not finished its first stage; "
-                         f"go on with: python train.py --resume {path}")
+                         f"{how_to_resume(path)}")
 
     model = build_model(config)
     with reading(path):
@@ -1020,7 +1060,7 @@ def load_run(path, device="cpu"):
     about["folder"] = path if path.is_dir() else Path()
     scores = path / "metrics.json"
     if scores.is_file():
-        with reading(scores, f"JSON; for a new one: train.py --resume {path}"):
+        with reading(scores, f"JSON; for a new one {how_to_resume(path)}"):
             content = json.loads(scores.read_text(encoding="utf-8"))
             if content["config"]["steps"] == checkpoint["step"]:  # not the scores of fewer steps
                 about["scores"] = content
@@ -1132,11 +1172,12 @@ class Run:
         if math.isfinite(norm):  # the same in all processes: gradients are averaged
             return
 
-        advice = f"python train.py --resume {self.folder} --precision fp32"
+        flags = ["--precision", "fp32"]
         if self.stage == "joint training":  # of the first stage, --lr is not the learning rate
-            advice += f" --lr {self.config.lr / 3:.1g}"
+            flags += ["--lr", f"{self.config.lr / 3:.1g}"]
         raise ValueError(f"loss {loss:.4g} and gradient norm {norm} in step {step + 1} of the "
-                         f"{self.stage}; the last good checkpoint is kept. Go on with: {advice}")
+                         f"{self.stage}; the last good checkpoint is kept; "
+                         f"{how_to_resume(self.folder, *flags)}")
 
     def due(self, step):
         """Whether to report after this many steps; after 20, to say how long it will take."""
@@ -1214,18 +1255,16 @@ class Run:
             self.save(step)
         if stop:
             place = f"step {step} of the {self.stage}"
-            raise KeyboardInterrupt(f"stopped after {place}; {self.advice()}")
-
-    def advice(self):
-        return f"go on with: python train.py --resume {self.folder}"
+            raise KeyboardInterrupt(f"stopped after {place}; {how_to_resume(self.folder)}")
 
     def stop(self, number=None, frame=None):
         """What Ctrl-C, a kill and a closed terminal do: end after this step, or at once if all is
         saved, or if asked a second time."""
+        advice = how_to_resume(self.folder)
         if self.all_saved:
-            raise KeyboardInterrupt(f"stopped; the weights are saved, {self.advice()}")
+            raise KeyboardInterrupt(f"stopped; the weights are saved, {advice}")
         if self.stopping:
-            raise KeyboardInterrupt(f"stopped at once; {self.advice()}")
+            raise KeyboardInterrupt(f"stopped at once; {advice}")
         self.stopping = True
         with contextlib.suppress(OSError):  # not `print`, which may be at work at this moment
             os.write(2, b"stopping after this step; once more to stop at once\n")
@@ -1273,7 +1312,7 @@ class Run:
         self.print(f"done in {minutes:.0f} minutes; weights and scores are in {self.folder}")
         self.print(f"look at {self.folder / 'samples.png'}: images, what their latents decode to, "
                    f"samples from their tokens")
-        self.print(f"next: python sample.py swap {self.folder}")
+        self.print(f"next: {in_shell('python', 'sample.py', 'swap', self.folder)}")
 
 
 # ---- The command line ---------------------------------------------------------------------------
@@ -1487,7 +1526,10 @@ def main(arguments=()):
         config.precision = "bf16" if backend.fast_bf16() else "fp32"
     if not checkpoint:
         taken = (folder / "checkpoint.pt").exists()
-        require(not taken, "out", folder, f"a folder that holds no run yet, or --resume {folder}")
+        require(folder.is_dir() or not folder.exists(), "out", folder,
+                "a folder, and this is a file")
+        require(not taken, "out", folder, "a folder that holds no run yet; or "
+                + how_to_resume(folder))
         foreign = [name for name in Run.FILES if (folder / name).exists()]
         require(not foreign, "out", folder, "a folder without " + ", ".join(foreign))
     if config.first_stage_from and not checkpoint:
@@ -1516,7 +1558,8 @@ def main(arguments=()):
 
     without_held_out(dataset, config)  # raises ValueError if there is no such combination
 
-    train_run(Run(folder, config, backend, dataset.identity, checkpoint), dataset)
+    with alone_in(folder) if backend.main else contextlib.nullcontext():
+        train_run(Run(folder, config, backend, dataset.identity, checkpoint), dataset)
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 

@@ -211,6 +211,8 @@ class UNet(nn.Module):
     def __init__(self, latent_channels=3, channels=64, multipliers=(1, 2, 4, 4), blocks=2,
                  attention_at=(1, 2, 4), heads=8, token_dim=32, dropout=0.1, skip_dropout=0.0):
         super().__init__()
+        if not multipliers or blocks < 1:
+            raise ValueError(f"multipliers {multipliers} and {blocks} blocks; expected one or more")
         self.latent_channels = latent_channels
         self.channels = channels
         self.widths = [channels * multiplier for multiplier in multipliers]

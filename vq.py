@@ -297,6 +297,7 @@ def codebook_usage(counts):
     The share of entries that are used, in [0, 1]; and the perplexity, in [1, K]: the number of
     equally used entries that would have the same entropy.
     """
+    counts = torch.as_tensor(counts)
     share_used = (counts > 0).double().mean()
     p = counts.double() / counts.sum().clamp(min=1)
     entropy = -(p * p.clamp(min=1e-12).log()).sum()
