@@ -979,6 +979,7 @@ def arrays_near(arrays, key):
     name is key, are named as there, and win."""
     group = key.lower().rpartition("/")[0] + "/"
     names = {name.lower(): array for name, array in arrays.items()}
+
     inside = {name.removeprefix(group): array for name, array in names.items()
               if name.startswith(group)}
     return {**names, **inside}
@@ -1414,6 +1415,7 @@ def read_combination(dataset, words):
             known = ", ".join(names) or "none"
             raise ValueError(f"no factor is called {name!r}; expected one of {known}, as in "
                              f"'floor hue=0 & shape=3'")
+
         column = names.index(name)
         size = dataset.factor_sizes[column]
         if not value.isdecimal() or int(value) >= size:

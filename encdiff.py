@@ -97,8 +97,11 @@ class ScalarTokens(nn.Module):
             codes = codes[:, :, None]  # (B, N) -> (B, N, 1)
         N, width_in = self.weights[0].shape[:2]
         if codes.shape[1:] != (N, width_in):
-            raise ValueError(f"codes have shape {tuple(codes.shape)}; expected (B, {N}) or "
-                             f"(B, {N}, {width_in})")
+            shape = tuple(codes.shape)
+            raise ValueError(
+                f"codes have shape {shape}; "
+                f"expected (B, {N}) or (B, {N}, {width_in})")
+
         x = codes.transpose(0, 1)  # (B, N, 1) -> (N, B, 1)
         for layer, (weight, bias) in enumerate(zip(self.weights, self.biases)):
             if layer > 0:
@@ -203,8 +206,11 @@ class EncDiff(nn.Module):
         parts = [self.first_stage.encode(part) for part in images.split(64)]
         latents = torch.cat(parts).float()
         if latents.shape[1:] != self.latent_shape:
-            raise ValueError(f"latents have shape {tuple(latents.shape[1:])}; expected "
-                             f"{self.latent_shape}, EncDiff's latent_shape")
+            shape = tuple(latents.shape[1:])
+            raise ValueError(
+                f"latents have shape {shape}; "
+                f"expected {self.latent_shape}, EncDiff's latent_shape")
+
         std = latents.std()
         rms = latents.flatten(1).square().mean(1).sqrt()  # (B,): root mean square of each
         self.latent_std.copy_(std)

@@ -986,6 +986,7 @@ def in_shell(*words):
 
 
 def how_to_resume(folder, *flags):
+    """The advice to go on with a run, as an error or a last line gives it."""
     return "go on with: " + in_shell("python", "train.py", "--resume", folder, *flags)
 
 
