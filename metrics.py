@@ -82,9 +82,9 @@ def evaluate(codes, factors, seed=0, dci_train=10_000, dci_test=5_000):
         notes += result.pop("note", "").split("; ")
         scores.update(result)
 
-    scores.pop("nmi", None)
-    if "importance" in scores:
-        scores["importance"] = scores["importance"].tolist()
+    for name in ("importance", "nmi"):
+        if name in scores:
+            scores[name] = scores[name].tolist()
     said_once = [note for note in dict.fromkeys(notes) if note]
     scores["note"] = "; ".join(said_once)
     return scores
@@ -153,7 +153,7 @@ def focus(importance):
     A row scores 1 - entropy / (largest entropy possible). Rows count by their share of the total.
     ValueError for a single column: it has no entropy.
     """
-    importance = importance_table(importance)
+    importance = matrix(importance, "importance")
     if importance.shape[1] < 2:
         raise ValueError(f"importance has shape {importance.shape}; expected two columns or more")
     share = importance + 1e-11  # as in disentanglement_lib: an unused code has equal shares
@@ -169,12 +169,12 @@ def focus(importance):
     return float(total / weight.sum())
 
 
-def importance_table(importance):
-    """DCI's matrix (N, F) as numpy, from a list of lists, too; ValueError for another shape."""
-    importance = to_floats(importance, "importance")
-    if importance.ndim != 2 or importance.size == 0:
-        raise ValueError(f"importance has shape {importance.shape}; expected (codes, factors)")
-    return importance
+def matrix(values, name):
+    """A table (N, F) as numpy, from a list of lists, too; ValueError for another shape."""
+    values = to_floats(values, name)
+    if values.ndim != 2 or values.size == 0:
+        raise ValueError(f"{name} has shape {values.shape}; expected (codes, factors)")
+    return values
 
 
 # ---- The trees behind DCI: gradient boosting, written out ----------------------------------------
@@ -946,7 +946,7 @@ def ranks(codes):
 
 # ---- Exchanges that land: what a user of the model sees ------------------------------------------
 @torch.no_grad()
-def exchanges_that_land(model, dataset, importance, device="cpu", pairs=32, seed=0, **options):
+def exchanges_that_land(model, dataset, nmi, device="cpu", pairs=32, seed=0, **options):
     """Exchange one factor's tokens: how often is the image drawn that was asked for?
 
     Two random images are a source and its target. For each factor, that factor's tokens of the
@@ -955,17 +955,17 @@ def exchanges_that_land(model, dataset, importance, device="cpu", pairs=32, seed
     exchange lands if that one has the target's value. Pairs that share the value do not count.
     This score is ours.
 
-    model       trained, with represent, tokens, sample and latent_shape
-    dataset     data.Dataset that is_complete: with an image of every combination of its factors
-    importance  DCI's matrix (N, F): whose token is whose, see tokens_of_factors
-    device      where the model is
-    pairs       how many sources and targets
-    seed        of the choice of pairs and of the noise z_T
-    options     of model.sample: steps, sampler, eta
+    model    trained, with represent, tokens, sample and latent_shape
+    dataset  data.Dataset that is_complete: with an image of every combination of its factors
+    nmi      (N, F), as from `infomec`: whose token is whose, see tokens_of_factors
+    device   where the model is
+    pairs    how many sources and targets
+    seed     of the choice of pairs and of the noise z_T
+    options  of model.sample: steps, sampler, eta
 
     Returns {factor: (share of exchanges that land, control)}, both 0 to 1. The control does the
     same without an exchange: is the source, redrawn from its own tokens, nearest to itself? A
-    factor whose value no pair changes is left out, and so is one that DCI left out. ValueError if
+    factor whose value no pair changes is left out, and so is one that is 0 in nmi. ValueError if
     there are no factors, or if a combination has no image, or several that differ.
     """
     if not dataset.is_complete:
@@ -975,10 +975,10 @@ def exchanges_that_land(model, dataset, importance, device="cpu", pairs=32, seed
     indices = torch.randint(len(dataset), (2 * pairs,), generator=generator)
     source, target = indices.split(pairs)
     noise = torch.randn(pairs, *model.latent_shape, generator=generator).to(device)
-    return exchange_pairs(model, dataset, importance, source, target, noise, **options)
+    return exchange_pairs(model, dataset, nmi, source, target, noise, **options)
 
 
-def exchange_pairs(model, dataset, importance, source, target, noise, factors=None, **options):
+def exchange_pairs(model, dataset, nmi, source, target, noise, factors=None, **options):
     """What `exchanges_that_land` returns, of sources and targets that are given.
 
     source, target  (B,) rows of the dataset; noise (B, ...): z_T, on the model's device
@@ -988,13 +988,13 @@ def exchange_pairs(model, dataset, importance, source, target, noise, factors=No
     source_codes, target_codes = batched(model.represent, images).split(len(source))
     source = dataset.factors(source)  # (B, F)
     target = dataset.factors(target)
-    importance = importance_table(importance)
+    nmi = matrix(nmi, "nmi")
     if factors is None:
-        factors = np.flatnonzero(importance.any(axis=0)).tolist()
+        factors = np.flatnonzero(nmi.any(axis=0)).tolist()
 
     # The source as it is, and once for each factor with that factor's tokens exchanged.
     variants = [source_codes]
-    groups = tokens_of_factors(importance)
+    groups = tokens_of_factors(nmi)
     for j in factors:
         variants.append(exchange(source_codes, target_codes, groups[j]))
     drawn = draw(model, torch.cat(variants), torch.cat([noise] * len(variants)), **options)
@@ -1015,7 +1015,7 @@ def exchange_pairs(model, dataset, importance, source, target, noise, factors=No
     return shares
 
 
-def exchanges_into(model, dataset, importance, combination, noise, seed=0, **options):
+def exchanges_into(model, dataset, nmi, combination, noise, seed=0, **options):
     """Can exchanges reach a combination of factors that was never trained on? Ours.
 
     combination  {column of a factor: its value}, two or more; noise (B, ...): z_T of B pairs
@@ -1040,23 +1040,23 @@ def exchanges_into(model, dataset, importance, combination, noise, seed=0, **opt
         others = [has[k] for k in combination if k != j]
         source = some(torch.stack(others).all(0) & ~has[j])
         target = some(has[j] & ~unseen)
-        shares.update(exchange_pairs(model, dataset, importance, source, target, noise, [j],
-                                     **options))
+        shares.update(exchange_pairs(model, dataset, nmi, source, target, noise, [j], **options))
     return shares
 
 
-def tokens_of_factors(importance, least=0.02):
-    """A token belongs to the factor that it is most important for, if to that at least `least`.
+def tokens_of_factors(nmi, least=0.05):
+    """A token belongs to the factor of which its code tells most, if it tells at least `least`.
 
-    importance (N, F), DCI's -> F lists of tokens, in each the most important one at first. A token
-    that matters for no factor is in no list.
+    nmi (N, F), as from `infomec` -> F lists of tokens, in each the one that tells most at first. A
+    token that tells of no factor is in no list. (DCI's importance would not do: a code that repeats
+    what a better one says is not asked by the trees, and would be left out of an exchange.)
     """
-    importance = importance_table(importance)
-    lists = [[] for _ in range(importance.shape[1])]
-    most_important_first = np.argsort(-importance.max(1), kind="stable")
-    for token in most_important_first.tolist():
-        factor = importance[token].argmax()
-        if importance[token, factor] >= least:
+    nmi = matrix(nmi, "nmi")
+    lists = [[] for _ in range(nmi.shape[1])]
+    best_first = np.argsort(-nmi.max(1), kind="stable")
+    for token in best_first.tolist():
+        factor = nmi[token].argmax()
+        if nmi[token, factor] >= least:
             lists[factor].append(token)
     return lists
 
@@ -1371,14 +1371,18 @@ def report(path, seed, dci_train, dci_test):
                          "factors=factors)") from None
 
     scores = evaluate(codes, factors, seed, dci_train, dci_test)
-    importance = scores.pop("importance", [])
+    tables = {
+        "importance of each code (row) for each factor (column)": scores.pop("importance", []),
+        "what each code (row) tells of each factor (column), NMI": scores.pop("nmi", []),
+    }
     note = scores.pop("note")
     for name, value in scores.items():
         print(f"{name:<22}{round(value, 4)}")
     print("note:", note or "every score was computed")
-    print("importance of each code (row) for each factor (column)")
-    for code, row in enumerate(importance):
-        print(f"{code:4d} " + "".join(f"{value:6.2f}" for value in row))
+    for heading, table in tables.items():
+        print(heading)
+        for code, row in enumerate(table):
+            print(f"{code:4d} " + "".join(f"{value:6.2f}" for value in row))
 
 
 class Parser(argparse.ArgumentParser):

@@ -16,7 +16,7 @@ IDEA      All rows of a picture start from the same noise z_T, so what differs i
             agree       do runs of different seeds find the same codes? This needs no labels
             explore     all of it by hand, in the browser; page: a file of it to pass on
           The model never sees a label. Where a token has a name, it was named after training: by
-          the labels and DCI's importance.
+          the factor of which its code tells most (metrics.tokens_of_factors).
 DIFFERS   The paper samples in 200 steps, we in 20 of DPM-Solver++ (200 of DDIM: --sampler ddim
           --steps 200). A sweep visits quantiles of the values in the data, not equal distances;
           so it also works for vector-valued tokens, in the order of their principal component.
@@ -59,7 +59,7 @@ from metrics import batched, exchange, tokens_of_factors
 from train import print_safely, require, to_float
 
 SHIPPED = Path(__file__).parent / "assets" / "small.pt"  # the model that comes with the code
-NAMED = "tokens are named afterwards, by labels (DCI importance); the model never saw them"
+NAMED = "tokens are named afterwards, by labels that the model never saw"
 
 # ---- A trained run, opened ----------------------------------------------------------------------
 
@@ -75,9 +75,9 @@ class OpenedRun:
     sampler  a key of encdiff.SAMPLERS; steps: how many steps it takes
     eta      noise that the sampler ddim adds, 0 (none) to 1 (as much as ddpm); None: its default
 
-    It has model (with averaged weights), config, scores and factor_names of the run, and
-    importance, DCI's matrix (N, F), or (0,) without scores. Raises ValueError, one line, for what
-    cannot be opened.
+    It has model (with averaged weights), config, scores and factor_names of the run, and two
+    tables (N, F), or (0,) without scores: importance, DCI's, and nmi, InfoMEC's, by which tokens
+    are named. Raises ValueError, one line, for what cannot be opened.
     """
 
     def __init__(self, path=None, data=None, cache=None, device=None, seed=0,
@@ -93,6 +93,7 @@ class OpenedRun:
         self.scores = about["scores"]
         self.factor_names = about["data"].get("factor_names", [])
         self.importance = np.array(self.scores.get("importance", ()), float)
+        self.nmi = np.array(self.scores.get("nmi", ()), float)
         self.data = os.path.expanduser(data) if data else None
         self.cache = os.path.expanduser(cache) if cache else None
 
@@ -188,7 +189,7 @@ def swap(run, args):
         labels.append(row_label(name, tokens))
     drawn = run.draw_all(variants, run.noise(count))
     save(args, run.folder, grid([source, target, *drawn], labels))
-    if run.importance.size:
+    if run.nmi.size:
         print_exchanges(run, args)
 
 
@@ -196,8 +197,8 @@ def print_exchanges(run, args):
     """The table of metrics.exchanges_that_land, or why there is none."""
     seed = args.seed % 2**64  # torch takes no larger ones
     try:
-        check_factors(run.dataset, run.importance)
-        shares = metrics.exchanges_that_land(run.model, run.dataset, run.importance, run.device,
+        check_factors(run.dataset, run.nmi)
+        shares = metrics.exchanges_that_land(run.model, run.dataset, run.nmi, run.device,
                                              seed=seed, **run.options)
     except ValueError as error:
         print_safely(f"no share of exchanges that land: {error}")
@@ -290,7 +291,7 @@ def attention(run, args):
     print_safely("colours: from the lowest to the highest share of a row; "
                  f"an equal share is {1 / run.config.num_tokens:.2f}")
     save(args, run.folder, grid(images, labels))
-    if run.importance.size:
+    if run.nmi.size:
         print_attention_on_changes(run, indices, maps)
 
 
@@ -299,17 +300,17 @@ def print_attention_on_changes(run, indices, maps):
     lines = ["on the pixels that change  attention  of the image"]
     images = run.load(indices)[:, None]  # (B, 1, 3, S, S)
     try:
-        check_factors(run.dataset, run.importance)
+        check_factors(run.dataset, run.nmi)
         if not run.dataset.is_complete:
             raise ValueError(f"{run.dataset.name} has a combination of factors without an image, "
                              "or with several that differ")
         factors = run.dataset.factors(indices)  # (B, F)
-        for j, tokens in enumerate(tokens_of_factors(run.importance)):
+        for j, tokens in enumerate(tokens_of_factors(run.nmi)):
             if tokens:
                 variants = metrics.images_of_values(run.dataset, factors, j)
                 differ = (variants.to(run.device) - images).abs() > 0.1  # (B, K, 3, S, S)
                 mask = differ.any(2).any(1).float()  # (B, S, S)
-                of_token = maps[:, tokens[0]]  # of the most important one, (B, S, S)
+                of_token = maps[:, tokens[0]]  # of the one that tells most, (B, S, S)
                 share = (of_token * mask).sum() / of_token.sum()
                 name = run.factor_names[j]
                 lines.append(f"  {name:22.22s}{share:10.2f}{mask.mean():12.2f}")
@@ -412,15 +413,16 @@ def focus(importance):
     return f"{metrics.focus(importance[None]):.2f}"
 
 
-def check_factors(dataset, importance):
-    """ValueError unless the dataset has the factors of DCI's importance (N, F)."""
-    if len(dataset.factor_sizes) != importance.shape[1]:
+def check_factors(dataset, nmi):
+    """ValueError unless the dataset has as many factors as the table nmi (N, F)."""
+    if len(dataset.factor_sizes) != nmi.shape[1]:
         raise ValueError(f"{dataset.name} has {len(dataset.factor_sizes)} factors; expected the "
-                         f"{importance.shape[1]} that the run was scored with")
+                         f"{nmi.shape[1]} that the run was scored with")
 
 
 def picture_rows(run, asked):
-    """What the rows of a picture show: a list of (name, tokens), the most important token first.
+    """What the rows of a picture show: a list of (name, tokens); the token that tells most of the
+    factor comes first.
 
     asked is --tokens: a list of numbers or "all", or None. Without it a row is a factor with all of
     its tokens, if tokens have names; otherwise a row is a single token.
@@ -449,9 +451,9 @@ def picture_rows(run, asked):
 def token_groups(run):
     """[(factor, its tokens), ..., ("no factor", tokens)]; without scores [("", all tokens)]."""
     N = run.config.num_tokens
-    if not run.importance.size:
+    if not run.nmi.size:
         return [("", list(range(N)))]
-    lists = tokens_of_factors(run.importance)
+    lists = tokens_of_factors(run.nmi)
     named = set(itertools.chain(*lists))
     unnamed = [token for token in range(N) if token not in named]
     return [*zip(run.factor_names, lists), ("no factor", unnamed)]
@@ -774,7 +776,7 @@ def page(run, args):
     if not groups:
         raise ValueError(f"{run.path} has no scores; expected a run with labels: without them no "
                          "token has a name")
-    check_factors(run.dataset, run.importance)
+    check_factors(run.dataset, run.nmi)
     print_safely(NAMED)
 
     count = run.count(None, usual=3, images_each=2)
@@ -881,16 +883,18 @@ class Explorer:
             groups.append({"name": name, "tokens": sliders})
         self.removes_noise = removes_noise(run.model)
         setup = {"run": shortest_path(run.path), "images": len(run.dataset), "groups": groups,
-                 "named": NAMED if run.importance.size else "",
+                 "named": NAMED if run.nmi.size else "",
                  "removesNoise": self.removes_noise, **run.options}
         self.page = page_text("explore.html", setup)
 
-    def mixed_factors(self, token, least=0.02):
-        """The names of the factors that a token is important for, if these are several."""
-        if not self.run.importance.size:
+    def mixed_factors(self, token, least=0.05):
+        """The names of the factors that a token tells of, if these are several: of the others at
+        least half as much as of its own."""
+        if not self.run.nmi.size:
             return []
-        important = np.flatnonzero(self.run.importance[token] >= least)
-        names = [self.run.factor_names[j] for j in important]
+        nmi = self.run.nmi[token]
+        told = np.flatnonzero(nmi >= max(least, nmi.max() / 2))
+        names = [self.run.factor_names[j] for j in told]
         return names if len(names) > 1 else []
 
     def draw(self, asked):

@@ -2570,9 +2570,10 @@ def test_a_lack_of_memory_is_one_line(library, capsys):
 # ---- Pictures, tables and pages of a trained run ------------------------------------------------
 
 
-# What six tokens matter for the two factors of the pictures.
-IMPORTANCE = [[0.0, 0.1], [0.6, 0.0], [0.0, 0.0], [0.0, 0.8], [0.4, 0.0], [0.0, 0.1]]
-OF_FACTORS = [[1, 4], [3, 0, 5]]  # the tokens of each factor, the most important one first
+# What six codes tell of the two factors of the pictures. The trees ask the first of equal ones.
+NMI = [[0.0, 0.1], [0.6, 0.0], [0.0, 0.0], [0.0, 0.8], [0.4, 0.0], [0.0, 0.1]]
+IMPORTANCE = [[0.0, 0.0], [1.0, 0.0], [0.0, 0.0], [0.0, 1.0], [0.0, 0.0], [0.0, 0.0]]
+OF_FACTORS = [[1, 4], [3, 0, 5]]  # the tokens of each factor, the one that tells most first
 
 
 def write_scores(folder, **scores):
@@ -2588,7 +2589,7 @@ def runs(tmp_path_factory):
     dataset has 3 x 4 colours, of the upper and the lower half. Nothing in it is to be changed."""
     folder = tmp_path_factory.mktemp("runs")
     toy = save_pictures(folder / "toy.npz", labels=FACTORS)
-    with mock.patch("train.score", return_value={"importance": IMPORTANCE}):
+    with mock.patch("train.score", return_value={"importance": IMPORTANCE, "nmi": NMI}):
         train_new(folder / "run", toy, vq_steps=2, steps=4, score_every=2)
         train_new(folder / "vae", toy, variant="beta-vae", steps=2)
         for name in ("vector", "direct", "adagn"):
@@ -2697,6 +2698,16 @@ def test_a_row_is_a_factor_unless_tokens_are_asked_for(runs, name, words, tokens
     assert [group for _, group in sample.picture_rows(run, args.tokens)] == tokens
 
 
+def test_a_code_that_repeats_a_better_one_is_named_after_its_factor():
+    rng = np.random.default_rng(0)
+    factors = rng.integers(0, 5, size=(3000, 2))
+    noise = rng.normal(size=(3000, 4))
+    codes = factors[:, [0, 0, 1, 1]] + noise * [0.01, 0.3, 0.01, 100]  # better, worse; better, none
+    scores = metrics.evaluate(codes, factors)
+    assert scores["importance"][1][0] < 0.02  # the trees ask the better one
+    assert metrics.tokens_of_factors(scores["nmi"]) == [[0, 1], [2]]
+
+
 # Exchanges that land
 def test_an_exchange_of_no_token_never_lands(perfect):
     nothing = np.full((6, 2), 0.01)  # too little for a token to belong to a factor
@@ -2704,8 +2715,8 @@ def test_an_exchange_of_no_token_never_lands(perfect):
     assert shares == {"factor 0": (0, 1), "factor 1": (0, 1)}
 
 
-@pytest.mark.parametrize("importance, share", [(IMPORTANCE, 1), (np.zeros((6, 2)), 0)])
-def test_exchanges_into_a_combination_start_without_it(perfect, importance, share):
+@pytest.mark.parametrize("nmi, share", [(NMI, 1), (np.zeros((6, 2)), 0)])
+def test_exchanges_into_a_combination_start_without_it(perfect, nmi, share):
     read = []
     images = perfect.dataset.images
 
@@ -2716,8 +2727,7 @@ def test_exchanges_into_a_combination_start_without_it(perfect, importance, shar
     perfect.dataset.images = note_and_read
     wanted = {0: 1, 1: 2}
     noise = torch.zeros(16, 1)
-    shares = metrics.exchanges_into(
-        perfect.model, perfect.dataset, np.array(importance), wanted, noise)
+    shares = metrics.exchanges_into(perfect.model, perfect.dataset, nmi, wanted, noise)
     assert shares == {"factor 0": (share, 1), "factor 1": (share, 1)}
 
     # For each factor, 16 sources and 16 targets are read at once.

@@ -668,9 +668,8 @@ def final_scores(run, dataset, model, codes, factors, scores):
             if name in of_tokens:
                 further[f"mapped_{name}"] = of_tokens[name]
 
-    if "importance" in scores and dataset.is_complete:
-        importance = np.array(scores["importance"])
-        shares = metrics.exchanges_that_land(model, dataset, importance, device, seed=seed)
+    if "nmi" in scores and dataset.is_complete:
+        shares = metrics.exchanges_that_land(model, dataset, scores["nmi"], device, seed=seed)
         landed = {name: share for name, (share, _) in shares.items()}
         if landed:
             further["exchanges"] = sum(landed.values()) / len(landed)
@@ -722,9 +721,8 @@ def held_out_scores(run, dataset, model, codes, factors, scores):
         further[name] = ((images - samples) / 2).square().mean().item()  # black is 0, white is 1
     draw_samples(run, held_out, model, "held_out.png")
 
-    if "importance" in scores and dataset.is_complete:
-        importance = np.array(scores["importance"])
-        shares = metrics.exchanges_into(model, dataset, importance, combination, noise,
+    if "nmi" in scores and dataset.is_complete:
+        shares = metrics.exchanges_into(model, dataset, scores["nmi"], combination, noise,
                                         run.config.seed)
         landed = [share for share, _ in shares.values()]
         if landed:
@@ -902,8 +900,8 @@ def core_times():
 
 # ---- The run's folder ---------------------------------------------------------------------------
 
-FORMAT = 8  # of checkpoint.pt; to be raised when its contents change
-LAST_COMMIT = {6: "efa1742", 7: "26559b5"}  # the last ones that read earlier formats
+FORMAT = 9  # of checkpoint.pt; to be raised when its contents or its scores change
+LAST_COMMIT = {6: "efa1742", 7: "26559b5", 8: "a4ee699"}  # the last that read earlier formats
 CHECKPOINT_SECONDS = 120  # between two checkpoints
 
 
