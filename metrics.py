@@ -43,6 +43,7 @@ def evaluate(codes, factors, seed=0, dci_train=10_000, dci_test=5_000):
     dci_test   other samples, on which the trees are tested. If there are too few samples for both,
                the trees learn from two thirds and are tested on the rest.
 
+    Two entries are tables (N, F), lists of lists: "importance", DCI's, and "nmi", InfoMEC's.
     FactorVAE score and MIG use all samples, InfoMEC at most INFOMEC_SAMPLES of them. A score that
     cannot be computed is absent, and "note" says in one line why; so does it of codes and factors
     that were left out. ValueError: the two tables do not belong together, or hold NaN.
