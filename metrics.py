@@ -1045,7 +1045,10 @@ def exchanges_into(model, dataset, nmi, combination, noise, seed=0, **options):
     return shares
 
 
-def tokens_of_factors(nmi, least=0.05):
+LEAST_NMI = 0.05  # a code that tells less of every factor belongs to none
+
+
+def tokens_of_factors(nmi, least=LEAST_NMI):
     """A token belongs to the factor of which its code tells most, if it tells at least `least`.
 
     nmi (N, F), as from `infomec` -> F lists of tokens, in each the one that tells most at first. A

@@ -887,13 +887,13 @@ class Explorer:
                  "removesNoise": self.removes_noise, **run.options}
         self.page = page_text("explore.html", setup)
 
-    def mixed_factors(self, token, least=0.05):
+    def mixed_factors(self, token):
         """The names of the factors that a token tells of, if these are several: of the others at
         least half as much as of its own."""
         if not self.run.nmi.size:
             return []
         nmi = self.run.nmi[token]
-        told = np.flatnonzero(nmi >= max(least, nmi.max() / 2))
+        told = np.flatnonzero(nmi >= max(metrics.LEAST_NMI, nmi.max() / 2))
         names = [self.run.factor_names[j] for j in told]
         return names if len(names) > 1 else []
 
