@@ -27,6 +27,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import signal
 import struct
@@ -214,7 +215,8 @@ SUPERSAMPLE = 3  # rays per pixel and axis
 class RenderedShapes3D(Dataset):
     """All 480,000 images, coloured on demand from the planes of the 480 geometries."""
     def __init__(self, size=64, planes=None):
-        super().__init__("rendered Shapes3D", TOTAL, size, FACTORS, SIZES, table=grid(SIZES))
+        table = all_combinations(SIZES)
+        super().__init__("rendered Shapes3D", TOTAL, size, FACTORS, SIZES, table=table)
         self.planes = render_planes(size) if planes is None else planes
 
     def images(self, indices):
@@ -243,14 +245,15 @@ class RenderedShapes3D(Dataset):
         self.__init__(size, planes.reshape(GEOMETRIES, 6, size**2))
 
 
-def grid(sizes):
+def all_combinations(sizes):
     """(n, F): every combination of factors once, the last one turning fastest."""
     return np.indices(sizes, np.int32).reshape(len(sizes), -1).T  # (F, *sizes) -> (n, F)
 
 
 def render_planes(size):
-    """(480, 6, size * size) int16, in 1 / UNIT grey levels; the first three per fifth of colour.
-    Rays are cast finer and shrunk, as for the real images: their edges ring like Lanczos."""
+    """(480, 6, size * size) int16, in 1 / UNIT grey levels. The first three planes are multiplied
+    by FIFTHS, so they hold a fifth of the light. Pixels are cast finer and shrunk by Lanczos, as
+    the edges of the real images look."""
     n = size * SUPERSAMPLE
     unit = 255 * UNIT / np.array([[5], [5], [5], [1], [1], [1]])
     planes = np.empty((GEOMETRIES, 6, size * size), np.int16)
@@ -678,7 +681,7 @@ def to_bytes(values, black, white):
         return values
     values = np.nan_to_num(values.astype(np.float64), nan=black).clip(black, white)
     span = (white - black) or 1  # 1: all images are black
-    return np.rint((values - black) * 255 / span).astype(np.uint8)
+    return np.rint((values - black) / span * 255).astype(np.uint8)
 
 
 def add_brightness(dataset, black, white):
@@ -729,7 +732,7 @@ def add_official_labels(dataset, shape):
         if dataset.count == np.prod(sizes) and known_size and known_name:
             dataset.factor_names = factor_names
             dataset.factor_sizes = sizes
-            dataset.table = grid(sizes)
+            dataset.table = all_combinations(sizes)
             dataset.add_note("it holds no labels, these are of the published order")
             return
     dataset.add_note(f"no labels ({', '.join(LABEL_NAMES)})")
@@ -788,7 +791,10 @@ def unique_names(names):
     """The names as text. One that stands there twice gets its column's number."""
     names = [name.decode(errors="replace") if isinstance(name, bytes) else str(name)
              for name in names]
-    return [f"{name} {j}" if names.count(name) > 1 else name for j, name in enumerate(names)]
+    names = [name.strip() for name in names]  # text of a fixed width ends in blanks
+    while len(set(names)) < len(names):  # "x 0" may stand there, too
+        names = [f"{name} {j}" if names.count(name) > 1 else name for j, name in enumerate(names)]
+    return names
 
 
 def is_one_hot(labels):
@@ -810,7 +816,7 @@ def number(column):
     """(n,) labels of any type -> how many different values there are and, (n,), which one each
     image has, in their order. ValueError, in a few words, if that makes no factor."""
     is_float = column.dtype.kind == "f"
-    if is_float and not np.isfinite(column).all():
+    if (column != column).any() or (is_float and np.isinf(column).any()):  # NaN is not itself
         raise ValueError("has gaps")
     values, numbers = np.unique(column, return_inverse=True)
     if is_float and (values % 1).any():
@@ -899,8 +905,9 @@ def open_arrays(path):
             def visit(name, item):
                 if isinstance(item, h5py.Dataset):
                     arrays[name] = StoredArray(item)
-                if "factor_names" in item.attrs:
-                    arrays["factor_names"] = StoredArray(np.asarray(item.attrs["factor_names"]))
+                names = item.attrs.get("factor_names")
+                if names is not None and not isinstance(names, h5py.Empty):
+                    arrays["factor_names"] = StoredArray(np.asarray(names))
 
             visit("", file)
             file.visititems(visit)
@@ -955,8 +962,8 @@ def has_image_layout(array):
         return False
     if is_channels_first(shape):
         return True
-    if shape[0] == shape[1] != shape[2]:  # (h, w, n): squares, but their number comes last
-        return False
+    if len(shape) == 3 and shape[0] == shape[1] != shape[2]:
+        return False  # (h, w, n): squares, but their number comes last
     if len(shape) == 3:
         return min(shape[1:]) > 4  # else it is a single image (h, w, 3)
     return shape[3] <= 4
@@ -1138,7 +1145,8 @@ def decode(picture, black, white):
     """A PIL picture of any mode -> (h, w) or (h, w, 3 or 4) uint8, as a viewer shows it: upright as
     its EXIF says, and the first of several frames."""
     deep = is_deep(picture)
-    picture = ImageOps.exif_transpose(picture)
+    with contextlib.suppress(Exception):  # a damaged EXIF block: the pixels may be whole
+        picture = ImageOps.exif_transpose(picture)
     if deep:
         return to_bytes(np.asarray(picture), black, white)
     return np.asarray(picture.convert("RGBA" if picture.has_transparency_data else "RGB"))
@@ -1180,7 +1188,7 @@ def read_cars3d(path, cars, files, size):
     order = {Path(name).stem: k for k, name in enumerate(itertools.chain(*listed))}
     cars = sorted(cars, key=lambda file: (order.get(file.stem, len(order)), str(file)))
     dataset = Dataset("Cars3D", 96 * len(cars), size)
-    elevation, azimuth, car = grid((4, 24, len(cars))).T
+    elevation, azimuth, car = all_combinations((4, 24, len(cars))).T
     by_car = np.lexsort((azimuth, elevation, car))
     columns = {"elevation": elevation, "azimuth": azimuth, "object": car}
     add_factors(dataset, {name: column[by_car] for name, column in columns.items()})
@@ -1404,7 +1412,7 @@ def read_combination(dataset, words):
     """
     names = list(dataset.factor_names)
     combination = {}
-    for part in words.split("&"):
+    for part in re.split(r"(?<=\d)\s*&", words):  # a name may have an & of its own
         name, sign, value = part.rpartition("=")
         name = name.strip()
         value = value.strip()

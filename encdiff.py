@@ -65,7 +65,7 @@ class CNNEncoder(nn.Module):
     def forward(self, images):
         return self.layers(images)
 
-    def ends(self):
+    def adamw_layers(self):
         """The last layer, which train.py's optimizer Muon leaves to AdamW."""
         return [self.layers[-1]]
 
@@ -120,13 +120,15 @@ def beta_schedule(name, steps=1000, start=0.0015, end=0.0155):
 
     name          one of SCHEDULES, else ValueError. The names are the latent diffusion code's, and
                   odd: "linear" is linear in sqrt(beta), "sqrt_linear" is the straight line.
-    steps         T
+    steps         T, 1 or more, else ValueError
     start, end    beta_1 and beta_T of "linear" and "sqrt_linear" with T = 1000; "sqrt" takes the
                   roots of the straight line. For another T one step does what 1000 / T of these
                   steps do, so that abar_T is about the same for every T.
 
     Returns a float64 tensor (steps,).
     """
+    if steps < 1:
+        raise ValueError(f"{steps} timesteps; expected 1 or more")
     line = torch.linspace(start, end, steps, dtype=torch.float64)
     if name == "cosine":  # Nichol & Dhariwal 2021: abar_t falls as a squared cosine
         t = torch.arange(steps + 1, dtype=torch.float64) / steps
@@ -173,7 +175,7 @@ class EncDiff(nn.Module):
 
     Raises ValueError where it is used after `.half()` or `.bfloat16()`, which are too coarse for
     abar_t. Use torch.autocast.
-    Encoder and denoiser of your own need `ends()` only for train.py's optimizers.
+    Encoder and denoiser of your own need `adamw_layers` only for train.py's optimizers.
     """
 
     def __init__(self, first_stage, encoder, token_map, denoiser, latent_shape=(3, 16, 16),
@@ -195,10 +197,10 @@ class EncDiff(nn.Module):
         self.first_stage.eval()  # it is frozen, so it stays in eval mode
         return self
 
-    def ends(self):
-        """The layers that train.py's optimizer Muon leaves to AdamW: the denoiser's first and last
-        one, the encoder's last one, and the token map."""
-        return [*self.encoder.ends(), self.token_map, *self.denoiser.ends()]
+    def adamw_layers(self):
+        """The layers that train.py's Muon leaves to AdamW: the denoiser's first and last one, the
+        encoder's last one, and the token map."""
+        return [*self.encoder.adamw_layers(), self.token_map, *self.denoiser.adamw_layers()]
 
     @torch.no_grad()
     def set_latent_scale(self, images):
@@ -212,6 +214,9 @@ class EncDiff(nn.Module):
                 f"expected {self.latent_shape}, EncDiff's latent_shape")
 
         std = latents.std()
+        if not 0 < std < math.inf:
+            raise ValueError(f"the latents of these images have a std of {std}; expected images "
+                             "that differ")
         rms = latents.flatten(1).square().mean(1).sqrt()  # (B,): root mean square of each
         self.latent_std.copy_(std)
         self.largest_rms.copy_(rms.max() / std)
@@ -321,7 +326,7 @@ class EncDiff(nn.Module):
         return self.first_stage.decode(z0 * self.latent_std).float().clamp(-1, 1)
 
 
-# ---- Samplers, each a short function, and noise as a bottleneck, eq. (4)-(5) --------------------
+# ---- Samplers, each a short function, eq. (4) ----------------------------------------------------
 # predict(z_t, t) estimates z_0 from z_t (B, C, h, w) at timestep t, an int. All start at z_T = z
 # (B, C, h, w), include t = T, add no noise in their last step, and return z_0 (B, C, h, w). The
 # one that `sample` takes by default, dpm_solver, needs fewer steps; it is defined further down.
@@ -375,30 +380,6 @@ def ddim(predict, alpha_bar, z, steps, eta=0.0):
         if s > 0:
             z = z + sigma * torch.randn_like(z)
     return z
-
-
-def kl_bottleneck(betas, second_moment=1.0):
-    """Eq. (5), C_t / n: KL(q(z_{t-1} | z_t, z_0) || N(0, I)), for each number of a latent, in nats.
-
-    betas float64 (T,), second_moment E[z_0^2] of one number -> float64 (T,), entry t - 1 for t.
-    Skip it on first reading: only `python sample.py kl` needs it, to draw the paper's Figure 2(b).
-    mu~_t and beta~_t are the mean and the variance of eq. (4).
-
-    The paper calls this a bottleneck that opens as t falls. No loss contains it. It includes
-    information that z_t shows already, without any token.
-
-    Eq. (5): C_t / n = 1/2 [beta~_t - 1 - log beta~_t + E|mu~_t|^2 / n]. (The paper prints -beta~_t
-    in the place of the first beta~_t; the KL of two Gaussians has a plus.) With z_t from eq. (2),
-    and as a + b sqrt(abar_t) = sqrt(abar_{t-1}), the mean mu~_t = a z_0 + b z_t of eq. (4) is
-    sqrt(abar_{t-1}) z_0 + b sqrt(1 - abar_t) eps. So the expectation has a closed form.
-    beta~_1 = 0 is clipped at 1e-20.
-    """
-    alpha_bar = alpha_bars(betas)
-    t = torch.arange(1, len(betas) + 1)
-    _, b, v = posterior(alpha_bar, t)
-    mean_square = alpha_bar[t - 1] * second_moment + b**2 * (1 - alpha_bar[t])  # E|mu~_t|^2 / n
-    v = v.clamp(min=1e-20)
-    return 0.5 * (v - 1 - v.log() + mean_square)
 
 
 # ---- The toy: the whole method on 8x8 pictures, python encdiff.py --------------------------------
@@ -645,7 +626,7 @@ def main(arguments=None):
     print_scores(encoder, num_factors)
 
 
-# ---- Another sampler and encoder; variants (Tables 3, 5, 11, 12). Skip on first reading. ---------
+# ---- Another sampler and encoder, eq. (5), variants. Skip on first reading. ----------------------
 
 
 def dpm_solver(predict, alpha_bar, z, steps):
@@ -680,6 +661,30 @@ def dpm_solver(predict, alpha_bar, z, steps):
 
 
 SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm": dpm_solver}
+
+
+def kl_bottleneck(betas, second_moment=1.0):
+    """Eq. (5), C_t / n: KL(q(z_{t-1} | z_t, z_0) || N(0, I)), for each number of a latent, in nats.
+
+    betas float64 (T,), second_moment E[z_0^2] of one number -> float64 (T,), entry t - 1 for t.
+    Only `python sample.py kl` needs it, to draw the paper's Figure 2(b).
+    mu~_t and beta~_t are the mean and the variance of eq. (4).
+
+    The paper calls this a bottleneck that opens as t falls. No loss contains it. It includes
+    information that z_t shows already, without any token.
+
+    Eq. (5): C_t / n = 1/2 [beta~_t - 1 - log beta~_t + E|mu~_t|^2 / n]. (The paper prints -beta~_t
+    in the place of the first beta~_t; the KL of two Gaussians has a plus.) With z_t from eq. (2),
+    and as a + b sqrt(abar_t) = sqrt(abar_{t-1}), the mean mu~_t = a z_0 + b z_t of eq. (4) is
+    sqrt(abar_{t-1}) z_0 + b sqrt(1 - abar_t) eps. So the expectation has a closed form.
+    beta~_1 = 0 is clipped at 1e-20.
+    """
+    alpha_bar = alpha_bars(betas)
+    t = torch.arange(1, len(betas) + 1)
+    _, b, v = posterior(alpha_bar, t)
+    mean_square = alpha_bar[t - 1] * second_moment + b**2 * (1 - alpha_bar[t])  # E|mu~_t|^2 / n
+    v = v.clamp(min=1e-20)
+    return 0.5 * (v - 1 - v.log() + mean_square)
 
 
 class CNNBatchNormEncoder(nn.Module):
@@ -722,8 +727,8 @@ class CNNBatchNormEncoder(nn.Module):
             x = x + block(x)
         return self.out(F.relu(x).flatten(1))  # (B, width, size/16, size/16) -> (B, outputs)
 
-    def ends(self):
-        """The last layer, for train.py's choice of an optimizer."""
+    def adamw_layers(self):
+        """The last layer, which train.py's optimizer Muon leaves to AdamW."""
         return [self.out]
 
 
@@ -752,8 +757,14 @@ class VectorEncoder(nn.Module):
     def forward(self, images):
         return self.encoder(images).unflatten(1, self.shape)  # (B, N*d) -> (B, N, d)
 
-    def ends(self):
-        return self.encoder.ends()
+    def adamw_layers(self):
+        return self.encoder.adamw_layers()
+
+
+def check_codes(codes, expected):
+    """ValueError unless the codes of each image have the expected shape."""
+    if codes.shape[1:] != tuple(expected):
+        raise ValueError(f"codes have shape {tuple(codes.shape)}; expected (B, {expected[0]})")
 
 
 class EulerTokens(ScalarTokens):
@@ -771,9 +782,10 @@ class EulerTokens(ScalarTokens):
         self.register_buffer("high", torch.full((num_tokens,), 1.0))
 
     def forward(self, codes):
+        check_codes(codes, self.low.shape)
         if self.training:  # afterwards an angle must not depend on the rest of its batch
-            self.low.lerp_(codes.detach().float().amin(0), 0.01)
-            self.high.lerp_(codes.detach().float().amax(0), 0.01)
+            self.low.lerp_(codes.detach().to(self.low).amin(0), 0.01)
+            self.high.lerp_(codes.detach().to(self.high).amax(0), 0.01)
 
         extent = (self.high - self.low).clamp(min=1e-4)
         theta = self.gamma * 2 * math.pi * (codes - self.low) / extent + self.beta  # (B, N)
@@ -822,6 +834,7 @@ class OrthogonalTokens(nn.Module):
         self.A = nn.Parameter(0.1 * torch.randn(token_dim, token_dim))
 
     def forward(self, codes):
+        check_codes(codes, (self.num_tokens,))
         with torch.autocast(codes.device.type, enabled=False):
             rotation = torch.linalg.matrix_exp(self.A - self.A.t())  # (d, d)
         return codes[:, :, None] * rotation[:self.num_tokens]  # (B, N, 1) * (N, d) -> (B, N, d)
@@ -895,8 +908,8 @@ class TransformerEncoder(nn.Module):
             x = query_layer(x, features)
         return self.out(self.norm(x)).flatten(1)  # (B, N, c) -> (B, outputs)
 
-    def ends(self):
-        """The last layer, for train.py's choice of an optimizer."""
+    def adamw_layers(self):
+        """The last layer, which train.py's optimizer Muon leaves to AdamW."""
         return [self.out]
 
 
@@ -918,8 +931,8 @@ class NoiseFromVelocity(nn.Module):
         velocity = self.network(z_t, t, tokens).float()
         return abar.sqrt() * velocity + (1 - abar).sqrt() * z_t
 
-    def ends(self):
-        return self.network.ends()
+    def adamw_layers(self):
+        return self.network.adamw_layers()
 
 
 ENCODERS = {

@@ -11,7 +11,7 @@ IDEA      Every score first finds out which code knows which factor. Then it ask
             FactorVAE score   which code stands still while one factor is held fixed? Votes.
             MIG, InfoMEC      how much do a code and a factor tell of each other? Information.
           D of DCI and the FactorVAE score allow that several codes share a factor. C and MIG do
-          not: with 20 codes for 6 factors they stay well below D. "DCI" in the paper's tables is D.
+          not: with 20 codes for 6 factors they are usually below D. The paper's "DCI" is D.
           `agreement` needs no factors: it ranks several runs by how far their codes are the same.
 DIFFERS   From disentanglement_lib 1.5: FactorVAE votes are drawn from images encoded once; a code
           is dead if its std is tiny beside those of the others, as codes have no unit; DCI never
@@ -239,17 +239,17 @@ def fit_trees(codes, labels, rounds=100, rate=0.1, depth=3, seed=0):
 
     grower = TreeGrower(codes, step, seed)
     scores = np.tile(start, (len(codes), 1)).T  # (K, n)
-    grown = []
+    all_rounds = []
     for _ in range(rounds):
         residual = target - probabilities(scores)
-        trees = [grower.grow(row, depth) for row in residual]
-        scores += [look_up(tree, grower.columns) for tree in trees]
-        grown.append(trees)
+        trees_of_round = [grower.grow(row, depth) for row in residual]
+        scores += [look_up(tree, grower.columns) for tree in trees_of_round]
+        all_rounds.append(trees_of_round)
 
     importance = grower.gains
     if importance.sum() > 0:
         importance = importance / importance.sum()
-    return Trees(classes, start, grown, importance)
+    return Trees(classes, start, all_rounds, importance)
 
 
 class TreeGrower:
@@ -369,8 +369,8 @@ def predict(trees, codes):
     """The likeliest label (n,) of each sample, from codes (n, N)."""
     columns = np.ascontiguousarray(codes.T)  # (N, n)
     scores = np.tile(trees.start, (len(codes), 1)).T  # (K, n)
-    for grown in trees.rounds:
-        scores += [look_up(tree, columns) for tree in grown]
+    for trees_of_round in trees.rounds:
+        scores += [look_up(tree, columns) for tree in trees_of_round]
     if len(scores) == 1:  # log odds of the second value against 0 of the first
         scores = np.concatenate([0 * scores, scores])
     likeliest = scores.argmax(axis=0)
@@ -631,6 +631,9 @@ def check_tables(codes, factors, prefix="", fit_on=None):
     """
     codes = scalar_codes(codes, fit_on, f"{prefix}codes")
     factors = to_numpy(factors)
+    if factors.dtype.names:  # records: each of their fields is a factor
+        columns = [factors[name] for name in factors.dtype.names]
+        factors = np.stack([column.astype(object) for column in columns], axis=-1)
     if factors.ndim == 1:
         factors = factors[:, None]
     fits = factors.ndim == 2 and factors.size > 0 and len(factors) == len(codes)
@@ -947,14 +950,16 @@ def ranks(codes):
 
 # ---- Exchanges that land: what a user of the model sees ------------------------------------------
 @torch.no_grad()
-def exchanges_that_land(model, dataset, nmi, device="cpu", pairs=32, seed=0, **options):
+def exchanges_that_land(model, dataset, nmi, device="cpu", pairs=128, seed=0, **options):
     """Exchange one factor's tokens: how often is the image drawn that was asked for?
 
     Two random images are a source and its target. For each factor, that factor's tokens of the
-    source are replaced by the target's, and the image is drawn. Of all true images that differ
-    from the source in this factor alone, which one is nearest (squared distance of pixels)? The
-    exchange lands if that one has the target's value. Pairs that share the value do not count.
-    This score is ours.
+    source are replaced by the target's, and the image is drawn. It should show the source with the
+    target's value of this factor. Let one factor of that image change: which of the true images
+    that result is nearest to the drawn one (squared distance of pixels)? If the factor that changes
+    is the exchanged one and the nearest image is the one that was asked for, the exchange lands. If
+    this holds for every factor, the exchange is clean: it changed nothing else. Pairs that share
+    the value do not count. This score is ours.
 
     model    trained, with represent, tokens, sample and latent_shape
     dataset  data.Dataset that is_complete: with an image of every combination of its factors
@@ -964,10 +969,11 @@ def exchanges_that_land(model, dataset, nmi, device="cpu", pairs=32, seed=0, **o
     seed     of the choice of pairs and of the noise z_T
     options  of model.sample: steps, sampler, eta
 
-    Returns {factor: (share of exchanges that land, control)}, both 0 to 1. The control does the
-    same without an exchange: is the source, redrawn from its own tokens, nearest to itself? A
-    factor whose value no pair changes is left out, and so is one that is 0 in nmi. ValueError if
-    there are no factors, or if a combination has no image, or several that differ.
+    Returns {factor: (share that lands, share that is clean, control)}, each 0 to 1. The control is
+    without an exchange: is the source, redrawn from its own tokens, nearest to itself, whichever
+    factor changes? A factor whose value no pair changes is left out, and so is one that is 0 in
+    nmi. ValueError if there are no factors, or if a combination has no image, or several that
+    differ.
     """
     if not dataset.is_complete:
         raise ValueError(f"{dataset.name} has a combination of factors without an image, or with "
@@ -1001,19 +1007,29 @@ def exchange_pairs(model, dataset, nmi, source, target, noise, factors=None, **o
     drawn = draw(model, torch.cat(variants), torch.cat([noise] * len(variants)), **options)
     redrawn, *exchanged = drawn.split(len(source))
 
+    control = shows(dataset, redrawn, source).all(1)  # (B,)
     shares = {}
     for j, images in zip(factors, exchanged):
-        landed = []
-        recognised = []
-        for i in (source[:, j] != target[:, j]).nonzero().flatten().tolist():
-            # One pair at a time: a factor of many values has many candidates, (1, K, 3, S, S).
-            candidates = images_of_values(dataset, source[i:i + 1], j).to(noise.device)
-            landed.append(nearest(images[i:i + 1], candidates).item() == target[i, j].item())
-            recognised.append(nearest(redrawn[i:i + 1], candidates).item() == source[i, j].item())
-        if landed:
-            shares[dataset.factor_names[j]] = (sum(landed) / len(landed),
-                                               sum(recognised) / len(recognised))
+        wanted = source.clone()
+        wanted[:, j] = target[:, j]
+        counts = wanted[:, j] != source[:, j]
+        if counts.any():
+            right = shows(dataset, images[counts.to(images.device)], wanted[counts])  # (B', F)
+            each = torch.stack([right[:, j], right.all(1), control[counts]])  # (3, B')
+            shares[dataset.factor_names[j]] = tuple(each.double().mean(1).tolist())
     return shares
+
+
+def shows(dataset, images, factors):
+    """Which of these factors (B, F) the images (B, 3, S, S) show: (B, F) bool. An image shows a
+    factor if, of the true images in which this factor alone changes, the right one is nearest."""
+    right = torch.empty(factors.shape, dtype=torch.bool)
+    for i, wanted in enumerate(factors):
+        for j, value in enumerate(wanted.tolist()):
+            # One image at a time: a factor of many values has many candidates, (1, K, 3, S, S).
+            candidates = images_of_values(dataset, wanted[None], j).to(images.device)
+            right[i, j] = nearest(images[i:i + 1], candidates).item() == value
+    return right
 
 
 def exchanges_into(model, dataset, nmi, combination, noise, seed=0, **options):
@@ -1023,8 +1039,8 @@ def exchanges_into(model, dataset, nmi, combination, noise, seed=0, **options):
 
     For each of its factors in turn, the sources have the combination but for another value of that
     factor, and the targets have its value and not the combination: both were trained on. Their
-    exchange asks for the combination. Returns {factor: (share that land, control)}, as
-    `exchanges_that_land` does.
+    exchange asks for the combination. Returns {factor: (share that lands, share that is clean,
+    control)}, as `exchanges_that_land` does.
     """
     pairs = len(noise)
     generator = torch.Generator().manual_seed(seed)
@@ -1157,11 +1173,18 @@ def auroc(codes, attributes):
 
 
 # ---- Distances between images --------------------------------------------------------------------
+def to_tensor(images):
+    """An array, tensor or list as a tensor; torch refuses arrays that are flipped views."""
+    if isinstance(images, np.ndarray):
+        images = np.ascontiguousarray(images)
+    return torch.as_tensor(images)
+
+
 def check_pair(x, y):
     """Two arrays or tensors as tensors of one dtype, float32 or float64, on x's device; ValueError
     unless they are batches (B, C, H, W) of one shape with floats in [0, 1]."""
-    x = torch.as_tensor(x)
-    y = torch.as_tensor(y)
+    x = to_tensor(x)
+    y = to_tensor(y)
     if x.shape != y.shape or x.ndim != 4 or x.numel() == 0:
         raise ValueError(f"images of shape {tuple(x.shape)} and {tuple(y.shape)}; "
                          f"expected one shape (B, C, H, W), none of them 0")
@@ -1313,8 +1336,8 @@ def fid(images_a, images_b, inception_file, batch=64):
     TorchScript is a program: run only a file you trust. Or what load_inception returns. The paper
     takes 10,000 images a side.
     """
-    images_a = torch.as_tensor(images_a)
-    images_b = torch.as_tensor(images_b)
+    images_a = to_tensor(images_a)
+    images_b = to_tensor(images_b)
     if not images_a.dtype == images_b.dtype == torch.uint8:
         raise ValueError(f"images are {images_a.dtype} and {images_b.dtype}; expected uint8")
     network = inception_file

@@ -174,7 +174,8 @@ def swap(run, args):
     """source, target, and the source with one factor's tokens from the target (Figures 5, 7, 8)
 
     Where every combination of factors has an image, a table follows: the share of exchanges that
-    give the image that was asked for, and the same share without an exchange."""
+    land (this factor becomes what was asked for), the share that are clean (all others stay, too),
+    and how often an image that is redrawn without an exchange stays as it is."""
     rows = picture_rows(run, args.tokens)
     count = run.count(args.count, usual=8, images_each=2)
     source, target = run.random_images(2 * count).split(count)
@@ -208,10 +209,10 @@ def print_exchanges(run, args):
         print_safely("no share of exchanges that land: no pair differs in a factor")
         return
 
-    print_safely("exchanges that land       share   without exchange")
+    print_safely("exchange of               lands    clean   redrawn without")
     shares["mean"] = np.mean(list(shares.values()), axis=0)
-    for name, (share, control) in shares.items():
-        print_safely(f"  {name:22.22s}{share:7.2f}{control:13.2f}")
+    for name, (lands, clean, control) in shares.items():
+        print_safely(f"  {name:22.22s}{lands:7.2f}{clean:9.2f}{control:13.2f}")
 
 
 def traverse(run, args):
@@ -395,9 +396,9 @@ def importance(run, args):
             inside = distance < matrix[i, j] ** 0.5  # a square whose area is the importance
             squares.append(torch.where(inside, colour, 0.9))
         rows.append(torch.stack(squares))  # (N, 3, 64, 64)
-        labels.append(f"{name}\nC {focus(matrix[:, j])}")
+        labels.append(f"{name}\nC {focus_text(matrix[:, j])}")
     scored = matrix.any(axis=0)  # (F,): not those that DCI left out
-    headings = [f"{i} D {focus(matrix[i, scored])}" for i in order]
+    headings = [f"{i} D {focus_text(matrix[i, scored])}" for i in order]
 
     print_safely(NAMED)
     for name in ("disentanglement", "completeness"):
@@ -406,9 +407,9 @@ def importance(run, args):
     save(args, run.folder, grid(rows, labels, headings))
 
 
-def focus(importance):
-    """metrics.focus of one code or factor as a text; of one number it would be 0 / 0: "-"."""
-    if len(importance) == 1:
+def focus_text(importance):
+    """metrics.focus of one code or factor as a text; "-" of fewer than two numbers."""
+    if len(importance) < 2:
         return "-"
     return f"{metrics.focus(importance[None]):.2f}"
 
@@ -644,7 +645,7 @@ def argument(args):
     for path in existing_runs(args.runs):
         try:
             name, config, reached = disentanglement_over_steps(path)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             print_safely(f"left out: {error}")
             continue
         _, points = methods.setdefault(name, (config, {}))
@@ -720,8 +721,9 @@ def complexity(run, args):
 
 def encode(run, args):
     """the codes of the run's dataset, or of other images, into an .npz file for work downstream"""
-    if args.out:
-        require_new(args.out)
+    path = args.out or run.folder / "codes.npz"
+    if args.out or run.folder == Path():  # an export has no folder: it would lie in this one
+        require_new(path)
     count = run.count(args.count, usual=len(run.dataset))
     print_safely(f"encoding {count} images of {run.dataset}")
     indices = run.random_indices(count).sort().values
@@ -729,7 +731,6 @@ def encode(run, args):
     arrays = {"codes": codes.numpy(), "indices": indices.numpy()}
     if run.dataset.factor_names:
         arrays["factors"] = run.dataset.factors(indices).numpy()
-    path = args.out or run.folder / "codes.npz"
     train.write_atomically(path, lambda file: np.savez(file, **arrays))
     print_safely(f"wrote {path}")
     for name, array in arrays.items():
@@ -774,8 +775,8 @@ def page(run, args):
     groups = [(name, tokens) for name, tokens in token_groups(run)[:-1] if tokens]
     groups = groups[:6]  # of which there are 64 combinations
     if not groups:
-        raise ValueError(f"{run.path} has no scores; expected a run with labels: without them no "
-                         "token has a name")
+        raise ValueError(f"no token of {run.path} has a name; expected a run that was scored with "
+                         f"labels of its images {run.scores.get('note', '')}".rstrip())
     check_factors(run.dataset, run.nmi)
     print_safely(NAMED)
 
@@ -1249,7 +1250,7 @@ def token(word):
 def file_with(*endings):
     """A kind of argument: the name of a file that ends in one of these, "~" expanded."""
     def file_name(word):
-        if not word.lower().endswith(endings):
+        if Path(word).suffix.lower() not in endings:  # nor is ".png" a whole name
             raise argparse.ArgumentTypeError(f"{word}; expected a name that ends in "
                                              + ", ".join(endings))
         return os.path.expanduser(word)

@@ -519,7 +519,12 @@ WRONG_USES = [
     (lambda: method().sample(NO_TOKENS, sampler="ddim", eta=2), "eta is 2; expected 0 to 1"),
     (lambda: method().represent(torch.zeros(1, 3, 64, 64).byte()), "images are torch.uint8"),
     (lambda: encdiff.ScalarTokens(3, 8)(torch.zeros(2, 4)), r"(2, 4, 1); expected (B, 3)"),
+    (lambda: encdiff.OrthogonalTokens(3, 8)(torch.zeros(2, 1)), "(2, 1); expected (B, 3)"),
+    (lambda: encdiff.EulerTokens(3, 8)(torch.zeros(2, 1)), "(2, 1); expected (B, 3)"),
     (lambda: method().sample(NO_TOKENS, steps=1001), "steps is 1001; expected 1 to 1000"),
+    (lambda: method(timesteps=0), "0 timesteps; expected 1 or more"),
+    (lambda: method().set_latent_scale(torch.ones(2, 3, 4, 4)), "expected images that differ"),
+    (lambda: small_autoencoder()(torch.zeros(1, 3, 64, 64).byte()), "images are torch.uint8"),
 ]
 
 
@@ -803,7 +808,7 @@ def test_a_denoiser_works_in_other_precisions(name, dtype):
     assert_close(out.float(), expected, atol=tolerance, rtol=0)
 
 
-@pytest.mark.parametrize("heads, channels", [(8, 20), (32, 16)])
+@pytest.mark.parametrize("heads, channels", [(8, 20), (32, 16), (0, 16)])
 def test_heads_that_do_not_divide_the_channels_are_refused(heads, channels):
     with pytest.raises(ValueError, match=f"{channels} channels.* {heads} heads"):
         unet.UNet(channels=channels, heads=heads)
@@ -830,11 +835,11 @@ def test_shapes_that_do_not_fit_are_refused(argument, shape):
 
 
 # The first stage
-def ready_quantizer():
+def ready_quantizer(far=0):
     """A Quantizer of 50 entries after its first training batch, and that batch: z (2, 3, 4, 4)."""
     torch.manual_seed(0)
     quantizer = vq.Quantizer(50, 3)
-    z = torch.randn(2, 3, 4, 4, requires_grad=True)
+    z = torch.randn(2, 3, 4, 4).add(far).requires_grad_()
     quantizer(z)
     return quantizer, z
 
@@ -850,8 +855,9 @@ def small_autoencoder(**options):
     return vq.VQAutoencoder(multipliers=(1,), blocks=1, patch=4, codebook_size=64, **options)
 
 
-def test_the_quantiser_rounds_to_the_nearest_entry():
-    quantizer, z = ready_quantizer()
+@pytest.mark.parametrize("far", [0, 1000])
+def test_the_quantiser_rounds_to_the_nearest_entry(far):
+    quantizer, z = ready_quantizer(far)
     z_q, _, indices = quantizer(z)
     nearest = nearest_by_distances(z, quantizer.codebook)
     assert torch.equal(indices, nearest)
@@ -991,7 +997,7 @@ class SmallEncoder(nn.Module):
         super().__init__()
         self.out = nn.Linear(3 * 16 * 16, 12)
 
-    def ends(self):
+    def adamw_layers(self):
         return [self.out]
 
     def forward(self, images):
@@ -1286,6 +1292,7 @@ LABELS = {
     "fraction": PERFECT / 7,
     "tensor": torch.tensor(PERFECT).bfloat16(),
     "list": [[LARGE[a], "xyz"[b]] for a, b in PERFECT.tolist()],
+    "records": np.array([(a, "xyz"[b]) for a, b in PERFECT.tolist()], [("a", int), ("b", "U1")]),
 }
 
 
@@ -1363,7 +1370,8 @@ def test_ssim_and_mse_equal_their_definitions():
         bottom = (m*m + n*n + 1e-4) * (v + u + 9e-4)
         local.append(top / bottom)
 
-    assert metrics.ssim(x, y).tolist() == approx([1, torch.stack(local).mean().item()])
+    flipped = x.flip(2).numpy()[:, :, ::-1]  # a view of negative stride, as OpenCV's users have
+    assert metrics.ssim(flipped, y).tolist() == approx([1, torch.stack(local).mean().item()])
     squared = (x[1] - y[1]).square().mean()
     assert metrics.mse(x, y).tolist() == approx([0, squared.item()])
 
@@ -1650,7 +1658,7 @@ def test_images_are_found_by_factors_in_any_order_of_the_set():
 
 @pytest.mark.parametrize("factors", [[3, 4], [-1, 5]])
 def test_a_combination_that_no_image_has_is_named(factors):
-    dataset = dataset_of(images=noise(19, 8, 8), labels=data.grid((4, 5))[:19])
+    dataset = dataset_of(images=noise(19, 8, 8), labels=data.all_combinations((4, 5))[:19])
     refused(lambda: dataset.find([[0, 0], factors]), str(tuple(factors)))
     refused(lambda: dataset.find([0, 0, 0]), "3 factors")
 
@@ -1676,6 +1684,10 @@ def test_images_of_any_layout_are_read(ending, layout, monkeypatch):
     array, images = LAYOUTS[layout]
     dataset = dataset_of(ending, images=array)
     assert same(shown(dataset), images)
+
+
+def test_there_may_be_as_many_wide_images_as_they_have_rows():
+    assert len(dataset_of(images=noise(48, 48, 64))) == 48
 
 
 @pytest.mark.parametrize("ending", ["npz", "h5"])
@@ -1765,6 +1777,7 @@ PICTURES = {  # a picture, what a viewer shows, options for saving
     "opacity.png": (Image.fromarray(np.dstack([RAMP, CLEAR])), np.where(CLEAR, RAMP, 255), {}),
     "print.tif": (Image.fromarray(COLOUR).convert("CMYK"), COLOUR, {}),
     "turned.png": (Image.fromarray(COLOUR), np.rot90(COLOUR, -1), {"exif": ON_ITS_SIDE}),
+    "damaged.png": (Image.fromarray(COLOUR), COLOUR, {"exif": b"Exif\0\0no directory"}),
 }
 
 
@@ -1907,7 +1920,7 @@ def test_a_known_set_is_known_by_its_name_even_if_that_is_a_link(folder, officia
 
     dataset = data.open_dataset("snapshot/mpi3d_real.npz")
     assert dataset.factor_names == ("shape", "size")
-    assert same(dataset.factors(ROWS), data.grid((3, 4)))
+    assert same(dataset.factors(ROWS), data.all_combinations((3, 4)))
     assert len(listing("snapshot")) == 3 and len(listing("blobs")) == 1
 
 
@@ -2346,7 +2359,7 @@ def test_a_run_with_labels_ends_with_scores():
     dataset = data.open_dataset(save_pictures("labelled.npz", labels=FACTORS), 32)
     train_new("run", dataset, variant="beta-vae", steps=2, score_every=1)
     scores = json.loads(Path("run/metrics.json").read_text())
-    for name in (*train.Run.SCORES, "exchanges"):
+    for name in (*train.Run.SCORES, "exchanges", "clean_exchanges"):
         assert 0 <= scores[name] <= 1
     quick = [value for step, value in log("run", "step", "disentanglement") if value]
     assert len(quick) == 1
@@ -2383,6 +2396,18 @@ def test_a_held_out_combination_is_scored_and_not_trained_on():
 ])
 def test_a_combination_that_does_not_exist_is_refused(combination, found, rendered):
     refused(lambda: data.read_combination(rendered, combination), found)
+
+
+def test_factors_of_any_name_can_be_held_out():
+    table = np.indices((2, 2, 3)).reshape(3, -1).T
+    names = ["a & b  ", "x", "x"]  # of fixed width, and one of them twice
+    dataset = dataset_of(images=noise(), labels=table, factor_names=names)
+    assert dataset.factor_names == ("a & b", "x 1", "x 2")
+    assert data.read_combination(dataset, "a & b=1&x 2=0") == {0: 1, 2: 0}
+
+    names = ["x", "x", "x 0"]
+    dataset = dataset_of(images=noise(), labels=table, factor_names=names)
+    assert dataset.factor_sizes == (2, 2, 3)
 
 
 def test_two_processes_train_like_one(pictures):
@@ -2446,6 +2471,8 @@ def test_what_may_not_change_is_refused(copied_run, words, said):
 
 def test_a_taken_folder_is_refused(copied_run, pictures):
     refused(lambda: train.main(["--out", copied_run, *flags(data=pictures)]), "--resume run")
+    Path("pictures").mkdir()
+    refused(lambda: train.main(["--out", "pictures", *flags(data="./pictures")]), "of the data")
     Path("file").touch()
     refused(lambda: train.main(["--out", "file", *flags(data=pictures)]), "this is a file")
 
@@ -2564,7 +2591,7 @@ def test_cores_that_others_use_get_no_threads(monkeypatch):
 def test_a_lack_of_memory_is_one_line(library, capsys):
     status, line = ended(capsys, lambda: library.empty(2**58))
     assert status == 2
-    assert line == "error: out of memory; try a smaller --batch\n"
+    assert line == "error: out of memory; try a smaller batch, count or model\n"
 
 
 # ---- Pictures, tables and pages of a trained run ------------------------------------------------
@@ -2712,7 +2739,14 @@ def test_a_code_that_repeats_a_better_one_is_named_after_its_factor():
 def test_an_exchange_of_no_token_never_lands(perfect):
     nothing = np.full((6, 2), 0.01)  # too little for a token to belong to a factor
     shares = metrics.exchanges_that_land(perfect.model, perfect.dataset, nothing)
-    assert shares == {"factor 0": (0, 1), "factor 1": (0, 1)}
+    assert shares == {"factor 0": (0, 0, 1), "factor 1": (0, 0, 1)}
+
+
+def test_an_exchange_that_changes_another_factor_too_lands_but_is_not_clean(perfect):
+    all_tokens = np.full((6, 2), [0.9, 0.1])  # every token belongs to factor 0
+    shares = metrics.exchanges_that_land(perfect.model, perfect.dataset, all_tokens, pairs=500)
+    values = len(np.unique(FACTORS[:, 1]))
+    assert shares["factor 0"] == (1, pytest.approx(1 / values, abs=0.07), 1)
 
 
 @pytest.mark.parametrize("nmi, share", [(NMI, 1), (np.zeros((6, 2)), 0)])
@@ -2728,7 +2762,7 @@ def test_exchanges_into_a_combination_start_without_it(perfect, nmi, share):
     wanted = {0: 1, 1: 2}
     noise = torch.zeros(16, 1)
     shares = metrics.exchanges_into(perfect.model, perfect.dataset, nmi, wanted, noise)
-    assert shares == {"factor 0": (share, 1), "factor 1": (share, 1)}
+    assert shares == {"factor 0": (share, share, 1), "factor 1": (share, share, 1)}
 
     # For each factor, 16 sources and 16 targets are read at once.
     pairs_of_factors = [rows for rows in read if len(rows) == 32]
@@ -2756,7 +2790,7 @@ def test_a_dataset_of_other_factors_is_drawn_without_a_table(runs, capsys, verb,
 # What the pictures show
 def test_swap_takes_one_factor_from_the_target(perfect, drawn_rows, capsys):
     sample.swap(perfect, set_flags("swap"))
-    assert re.search(r"mean +1.00 +1.00", capsys.readouterr().out)  # all exchanges land
+    assert re.search(r"mean +1.00 +1.00 +1.00", capsys.readouterr().out)  # all exchanges land
     source = values_in(drawn_rows["source"])
     target = values_in(drawn_rows["target"])
     assert not torch.equal(source, target)
@@ -2871,7 +2905,8 @@ def test_the_ending_of_a_picture_is_its_format(runs, name, kind):
 
 
 @pytest.mark.parametrize("words", [
-    "swap {}/run --out a.tiff", "encode {}/run --out a.csv", "traverse {}/run --gif --out a.png"])
+    "swap {}/run --out a.tiff", "encode {}/run --out a.csv", "traverse {}/run --gif --out a.png",
+    "swap {}/run --out .png"])
 def test_an_ending_that_does_not_fit_is_refused(runs, words):
     refused(lambda: show(*words.format(runs).split()), "a name that ends in ")
 
@@ -3157,7 +3192,7 @@ def test_a_verb_of_the_readme_works_without_a_run(verb, rendered, folder, monkey
     fewer += ["--steps", 2] if "steps" in parameters else []
 
     monkeypatch.setattr(data, "RenderedShapes3D", lambda size: rendered)
-    monkeypatch.setattr(metrics, "exchanges_that_land", lambda *_, **__: {"scale": (1.0, 1.0)})
+    monkeypatch.setattr(metrics, "exchanges_that_land", lambda *_, **__: {"scale": (1.0, 1.0, 1.0)})
     sample.main([*commands[0], *fewer])
     assert any(path.stat().st_size > 1000 for path in folder.iterdir())
 

@@ -233,8 +233,9 @@ def draw_timesteps(config, step):
     """t for each image of a batch, (B,) int64 in 1..T.
 
     "uniform" is the paper's t ~ U{1..T}. "weak-first" is ours: it draws three and takes the lowest
-    in the first third of training, then the highest. With one seed each, codes came apart sooner
-    this way on Shapes3D, and later on sprites, which move (assets/log.md, 2026-11-29).
+    in the first third of training, then the highest. On Shapes3D DCI was higher this way in two
+    seeds, together with dropped skips, and equal in a third; on sprites and letters it is open
+    (assets/log.md, 2026-11-29, and assets/results.md).
     """
     if config.noise_order == "uniform":
         return torch.randint(1, config.timesteps + 1, (config.batch,))
@@ -256,9 +257,9 @@ def train_first_stage(run, dataset, model):
     quantizer = autoencoder.quantizer
     steps = config.vq_steps
     recipe = FIRST_STAGE[config.first_stage]
-    # In these steps latents are not rounded. By itself the quantizer would start from the latents
-    # of one process; we start it from those of the whole batch.
-    warmup = min(200, steps // 2)
+    # In these steps latents are not rounded; a short run has fewer of them. By itself the quantizer
+    # would start from the latents of one process; we start it from those of the whole batch.
+    warmup = min(quantizer.warmup, steps // 2)
 
     criterion = vq.FirstStageLoss(autoencoder, recipe["squared"]).to(backend.device)
     criterion.requires_grad_(True).train()
@@ -277,10 +278,11 @@ def train_first_stage(run, dataset, model):
 
         # The loss, and one step downhill.
         with torch.autocast(backend.kind, torch.bfloat16, enabled=config.precision == "bf16"):
-            loss, reconstruction, entries = network(images)
+            loss, reconstruction, codebook_indices = network(images)
         loss.backward()
         if 0 < recipe["encoder_steps"] <= step:
-            autoencoder.encoder.zero_grad()  # the latent stays as it is, the decoder goes on
+            # The decoder goes on. Without a gradient the optimizer leaves the encoder as it is.
+            autoencoder.encoder.zero_grad()
         norm = clip_grad_norm_(criterion.parameters(), CLIP)
         lr = learning_rate(recipe["lr"], step, steps, decay=0.6)
         run.track(step, loss.item(), norm.item())
@@ -288,8 +290,8 @@ def train_first_stage(run, dataset, model):
         criterion.zero_grad()  # frees the memory before the next forward pass
 
         # Report and save.
-        chosen = torch.bincount(entries.flatten(), minlength=len(quantizer.codebook))
-        run.counts = run.counts + chosen.cpu()  # `run.report` sets them back to 0
+        counts = torch.bincount(codebook_indices.flatten(), minlength=len(quantizer.codebook))
+        run.counts = run.counts + counts.cpu()  # `run.report` sets them back to 0
         if run.due(step + 1):
             numbers = {"mse": (reconstruction - images).square().mean().item()}
             if step >= warmup:
@@ -366,8 +368,8 @@ def score(run, dataset, model, samples, final=False):
     """All scores that the labels allow, of this many images, as a dict.
 
     Its "note" says why one is missing. final: also the scores of the tokens, each brought to one
-    number by PCA (Table 9), under names that begin with "mapped_", and the share of exchanges that
-    give the image that was asked for.
+    number by PCA (Table 9), under names that begin with "mapped_", and the shares of exchanges that
+    land and that are clean.
     """
     seed = run.config.seed
     device = run.backend.device
@@ -519,12 +521,12 @@ def split_for_muon(model):
     """-> (names of the weights that Muon trains, names of all others that are trained).
 
     Muon is for matrices inside a network: the weights of linear layers and convolutions. AdamW
-    keeps where a network begins and ends (`model.ends()`), and all that is no such weight: biases,
-    norms, the codebook and learned queries.
+    keeps the layers where a network begins and ends, which the model names, and all that is no such
+    weight: biases, norms, the codebook and learned queries.
     """
-    ends = set()
-    for end in model.ends():
-        ends.update(id(parameter) for parameter in end.parameters())
+    excluded = set()
+    for layer in model.adamw_layers():
+        excluded.update(id(parameter) for parameter in layer.parameters())
 
     inside = set()
     layers = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.MultiheadAttention)
@@ -538,7 +540,7 @@ def split_for_muon(model):
         if not parameter.requires_grad:
             continue
         matrix = parameter.ndim in (2, 4)
-        if matrix and id(parameter) in inside and id(parameter) not in ends:
+        if matrix and id(parameter) in inside and id(parameter) not in excluded:
             for_muon.append(name)
         else:
             for_adamw.append(name)
@@ -654,7 +656,7 @@ def quick_look(run, dataset, average, step):
 
 
 def final_scores(run, dataset, model, codes, factors, scores):
-    """Scores of the tokens, where they are not the codes, and the share of exchanges that land.
+    """Scores of the tokens, where they are not the codes, and what their exchanges do.
 
     codes (n, N) or (n, N, d), factors (n, F); scores: those of the codes. Returns a dict.
     """
@@ -670,10 +672,13 @@ def final_scores(run, dataset, model, codes, factors, scores):
 
     if "nmi" in scores and dataset.is_complete:
         shares = metrics.exchanges_that_land(model, dataset, scores["nmi"], device, seed=seed)
-        landed = {name: share for name, (share, _) in shares.items()}
+        landed = {name: share for name, (share, _, _) in shares.items()}
+        clean = {name: share for name, (_, share, _) in shares.items()}
         if landed:
             further["exchanges"] = sum(landed.values()) / len(landed)
+            further["clean_exchanges"] = sum(clean.values()) / len(clean)
             further["exchanges_by_factor"] = landed
+            further["clean_exchanges_by_factor"] = clean
     if run.config.hold_out:
         further.update(held_out_scores(run, dataset, model, codes, factors, scores))
     return further
@@ -724,7 +729,7 @@ def held_out_scores(run, dataset, model, codes, factors, scores):
     if "nmi" in scores and dataset.is_complete:
         shares = metrics.exchanges_into(model, dataset, scores["nmi"], combination, noise,
                                         run.config.seed)
-        landed = [share for share, _ in shares.values()]
+        landed = [share for share, _, _ in shares.values()]
         if landed:
             further["held_out_exchanges"] = sum(landed) / len(landed)
     return further
@@ -1299,7 +1304,8 @@ class Run:
             if isinstance(value, float):
                 self.print(f"{name:28s} {value:.3f}")
         for name, share in scores.get("exchanges_by_factor", {}).items():
-            self.print(f"  {name:26s} {share:.2f}")
+            clean = scores["clean_exchanges_by_factor"][name]
+            self.print(f"  {name:26s} {share:.2f}, clean {clean:.2f}")
         if scores.get("note"):
             self.print(scores["note"])
         self.write("metrics.json", json.dumps(content, indent=1), needed=True)
@@ -1414,7 +1420,7 @@ def one_line_errors():
         if not memory:
             raise  # no fault of the user
         status = 2
-        text = "error: out of memory; try a smaller --batch"
+        text = "error: out of memory; try a smaller batch, count or model"
     with contextlib.redirect_stdout(sys.stderr):
         print_safely(text)
     sys.exit(status)
@@ -1531,6 +1537,8 @@ def main(arguments=()):
                 + how_to_resume(folder))
         foreign = [name for name in Run.FILES if (folder / name).exists()]
         require(not foreign, "out", folder, "a folder without " + ", ".join(foreign))
+        of_data = config.data and Path(config.data).resolve() == folder.resolve()
+        require(not of_data, "out", folder, "another folder than that of the data")
     if config.first_stage_from and not checkpoint:
         lender = load_run(config.first_stage_from)[0]
         require(has_first_stage(lender), "first_stage", config.first_stage_from,

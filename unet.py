@@ -36,7 +36,7 @@ def timestep_embedding(t, width):
     # apart, the long ones far timesteps.
     half = math.ceil(width / 2)
     exponents = -math.log(10_000) * torch.arange(half, device=t.device) / half
-    frequencies = exponents.exp()  # 1, falling to about 1 / 10,000
+    frequencies = exponents.exp()  # 1, falling to 1 / 7,499 at width 64
     angles = t[:, None].float() * frequencies  # (B, 1) * (half,) -> (B, half)
 
     sinusoids = torch.cat([angles.cos(), angles.sin()], dim=1)  # 2x (B, half) -> (B, 2 half)
@@ -75,7 +75,7 @@ class ResidualBlock(nn.Module):
         self.resample = resample
         self.norm1 = group_norm(c_in)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.emb = nn.Linear(emb_width, 2 * c_out)  # a scale and a shift for each channel
+        self.emb = nn.Linear(emb_width, 2 * c_out)  # -> a scale and a shift for each channel
         self.norm2 = group_norm(c_out)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zero(nn.Conv2d(c_out, c_out, 3, padding=1))
@@ -108,9 +108,9 @@ class Attention(nn.Module):
 
     def __init__(self, channels, context_width, heads):
         super().__init__()
-        if channels % heads != 0:
+        if heads < 1 or channels % heads != 0:
             raise ValueError(f"{channels} channels cannot be split among {heads} heads; "
-                             f"expected a multiple of {heads} channels")
+                             "expected a number of heads that divides the channels")
         self.heads = heads
         self.record = None  # a list inside of `record_attention`
         self.to_q = nn.Linear(channels, channels, bias=False)
@@ -291,8 +291,8 @@ class UNet(nn.Module):
     def transformer(self, c):
         return SpatialTransformer(c, self.heads, self.token_dim)
 
-    def ends(self):
-        """The layers where the network begins and ends."""
+    def adamw_layers(self):
+        """Where the network begins and ends: train.py's optimizer Muon leaves these to AdamW."""
         return [self.conv_in, self.conv_out]
 
     def forward(self, z_t, t, tokens):
@@ -473,7 +473,7 @@ class DirectDecoder(UNet):
         self.norm_out = group_norm(self.widths[0])
         self.conv_out = zero(nn.Conv2d(self.widths[0], self.latent_channels, 3, padding=1))
 
-    def ends(self):
+    def adamw_layers(self):
         return [self.conv_out]
 
     def forward(self, tokens):

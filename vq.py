@@ -108,7 +108,7 @@ class Quantizer(nn.Module):
         chosen = vectors[rows]  # (K, C)
 
         # Equal patches, such as plain sky, give equal vectors. A little noise tells them apart.
-        noise = 0.02 * vectors.std() * torch.randn_like(chosen)
+        noise = 0.02 * vectors.std(unbiased=False) * torch.randn_like(chosen)
         self.codebook.copy_(chosen + noise)
         if dist.is_available() and dist.is_initialized():
             dist.broadcast(self.codebook.data, src=0)
@@ -118,6 +118,10 @@ class Quantizer(nn.Module):
     def nearest(self, vectors):
         """Vectors (M, C) -> indices of the nearest codebook entries, (M,) int64."""
         codebook = self.codebook.to(vectors.dtype)
+        # Distances stay if both move by the same vector. Near 0 less is lost by rounding.
+        centre = codebook.mean(0)
+        codebook = codebook - centre
+        vectors = vectors - centre
         # |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 is the same for all entries e.
         squares = codebook.pow(2).sum(1)  # (K,)
         scores = torch.addmm(squares, vectors, codebook.t(), alpha=-2)  # (M, C), (C, K) -> (M, K)
@@ -220,8 +224,7 @@ class VQAutoencoder(nn.Module):
     """Image -> small latent -> nearest codebook vectors -> image.
 
     channels         width at full resolution, a multiple of 32
-    multipliers      level i has channels * multipliers[i]; each level halves the resolution once
-                     more than the level before it
+    multipliers      level i has channels * multipliers[i]; the resolution has been halved i times
     blocks           residual blocks a level, in the decoder one more
     latent_channels  C
     codebook_size    K
@@ -246,8 +249,8 @@ class VQAutoencoder(nn.Module):
         self.quantizer = Quantizer(codebook_size, latent_channels, commitment, warmup)
         self.decoder = deep_decoder(widths, blocks, latent_channels, patch)
 
-    def ends(self):
-        """The layers where encoder and decoder begin and end."""
+    def adamw_layers(self):
+        """Where encoder and decoder begin and end: train.py's Muon leaves these to AdamW."""
         return [self.encoder[1], self.encoder[-1], self.decoder[0], self.decoder[-2]]
 
     def encode(self, x):
@@ -327,8 +330,10 @@ def check_shape(name, tensor, *expected):
 
 
 def check_images(images, factor):
-    """ValueError unless these are images whose sides are multiples of the downsampling factor."""
+    """ValueError unless these are images, floats, whose sides are multiples of this factor."""
     check_shape("images", images, "B", 3, "S", "S")
+    if not images.is_floating_point():
+        raise ValueError(f"images are {images.dtype}; expected floats in [-1, 1]")
     h, w = images.shape[2:]
     if h % factor != 0 or w % factor != 0:
         raise ValueError(f"images have {h} x {w} pixels; expected multiples of {factor}")
@@ -462,12 +467,12 @@ class VAE(nn.Module):
         )
         self.discriminator = Discriminator(num_codes) if objective == "factor" else None
 
-    def ends(self):
-        """The layers where the networks begin and end, and the whole discriminator."""
-        ends = [*self.encoder.ends(), self.decoder[0], self.decoder[-1]]
+    def adamw_layers(self):
+        """Where the networks begin and end, and the whole discriminator: see VQAutoencoder."""
+        layers = [*self.encoder.adamw_layers(), self.decoder[0], self.decoder[-1]]
         if self.discriminator is not None:
-            ends.append(self.discriminator)
-        return ends
+            layers.append(self.discriminator)
+        return layers
 
     def represent(self, images):
         """images (B, 3, S, S) in [-1, 1] -> codes (B, N), the means of q(z|x)."""
