@@ -199,6 +199,7 @@ def print_exchanges(run, args):
     seed = args.seed % 2**64  # torch takes no larger ones
     try:
         check_factors(run.dataset, run.nmi)
+        print_safely("counting exchanges: about a minute on one core")
         shares = metrics.exchanges_that_land(run.model, run.dataset, run.nmi, run.device,
                                              seed=seed, **run.options)
     except ValueError as error:
@@ -209,7 +210,7 @@ def print_exchanges(run, args):
         print_safely("no share of exchanges that land: no pair differs in a factor")
         return
 
-    print_safely("exchange of               lands    clean   redrawn without")
+    print_safely("exchange of               lands    clean   no exchange")
     shares["mean"] = np.mean(list(shares.values()), axis=0)
     for name, (lands, clean, control) in shares.items():
         print_safely(f"  {name:22.22s}{lands:7.2f}{clean:9.2f}{control:13.2f}")
