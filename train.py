@@ -412,7 +412,7 @@ def train_run(run, dataset):
         average = train_jointly(run, training, model)
 
         if run.backend.main:
-            with run.silence("the weights are saved; scores and pictures take about two minutes"):
+            with run.silence("the weights are saved; scores and pictures take a few minutes"):
                 scores = score(run, dataset, average, 15_000, final=True)
                 draw_samples(run, dataset, average)
             run.finish(scores)
