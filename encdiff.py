@@ -761,10 +761,10 @@ class VectorEncoder(nn.Module):
         return self.encoder.adamw_layers()
 
 
-def check_codes(codes, expected):
-    """ValueError unless the codes of each image have the expected shape."""
-    if codes.shape[1:] != tuple(expected):
-        raise ValueError(f"codes have shape {tuple(codes.shape)}; expected (B, {expected[0]})")
+def check_codes(codes, N):
+    """ValueError unless the codes have the shape (B, N)."""
+    if codes.shape[1:] != (N,):
+        raise ValueError(f"codes have shape {tuple(codes.shape)}; expected (B, {N})")
 
 
 class EulerTokens(ScalarTokens):
@@ -782,7 +782,7 @@ class EulerTokens(ScalarTokens):
         self.register_buffer("high", torch.full((num_tokens,), 1.0))
 
     def forward(self, codes):
-        check_codes(codes, self.low.shape)
+        check_codes(codes, len(self.low))
         if self.training:  # afterwards an angle must not depend on the rest of its batch
             self.low.lerp_(codes.detach().to(self.low).amin(0), 0.01)
             self.high.lerp_(codes.detach().to(self.high).amax(0), 0.01)
@@ -834,7 +834,7 @@ class OrthogonalTokens(nn.Module):
         self.A = nn.Parameter(0.1 * torch.randn(token_dim, token_dim))
 
     def forward(self, codes):
-        check_codes(codes, (self.num_tokens,))
+        check_codes(codes, self.num_tokens)
         with torch.autocast(codes.device.type, enabled=False):
             rotation = torch.linalg.matrix_exp(self.A - self.A.t())  # (d, d)
         return codes[:, :, None] * rotation[:self.num_tokens]  # (B, N, 1) * (N, d) -> (B, N, d)

@@ -776,8 +776,9 @@ def page(run, args):
     groups = [(name, tokens) for name, tokens in token_groups(run)[:-1] if tokens]
     groups = groups[:6]  # of which there are 64 combinations
     if not groups:
-        raise ValueError(f"no token of {run.path} has a name; expected a run that was scored with "
-                         f"labels of its images {run.scores.get('note', '')}".rstrip())
+        raise ValueError(f"no token of {run.path} has a name: "
+                         f"{run.scores.get('note') or 'there are no scores'}; expected a run that "
+                         "was scored with labels")
     check_factors(run.dataset, run.nmi)
     print_safely(NAMED)
 

@@ -2949,7 +2949,7 @@ def test_any_whole_number_is_a_seed(runs, seed):
 @pytest.mark.parametrize("words, said", [
     ("swap {}/moved --count 1", "say where it is with --data"),
     ("importance {}/direct", "has no importance matrix (no labels)"),
-    ("page {}/direct page.html", "a run that was scored with labels"),
+    ("page {}/direct page.html", "no token of "),
     ("explore {}/run --port 70000", "--port 70000 cannot be used"),
     ("swap {}/unfinished", "has not finished its first stage"),
     ("swap {}/damaged", "metrics.json cannot be read"),

@@ -1415,6 +1415,9 @@ def one_line_errors():
     except (ValueError, OSError) as error:
         status = 2
         text = f"error: {' '.join(str(error).split())}"
+        if getattr(error, "filename", None):  # the system's own words: they do not say what to do
+            text = (f"error: {error.filename}: {error.strerror}; expected a place that this user "
+                    "may read and write")
     except (MemoryError, RuntimeError) as error:  # torch raises RuntimeError for a lack of memory
         memory = isinstance(error, MemoryError) or re.search("out of memory|allocate", str(error))
         if not memory:
