@@ -902,15 +902,19 @@ def open_arrays(path):
         with h5py.File(path, "r") as file:
             arrays = {}
 
-            def visit(name, item):
-                if isinstance(item, h5py.Dataset):
-                    arrays[name] = StoredArray(item)
+            def visit(name, item, above=()):
                 names = item.attrs.get("factor_names")
                 if names is not None and not isinstance(names, h5py.Empty):
                     arrays["factor_names"] = StoredArray(np.asarray(names))
+                if isinstance(item, h5py.Dataset):
+                    arrays[name] = StoredArray(item)
+                elif isinstance(item, h5py.Group) and item not in above:  # links may go round
+                    for key in item:
+                        below = item.get(key)  # links are followed; None: it leads nowhere
+                        if below is not None:
+                            visit(f"{name}/{key}".lstrip("/"), below, (*above, item))
 
             visit("", file)
-            file.visititems(visit)
             yield arrays
     elif path.is_file() and zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:

@@ -116,6 +116,11 @@ def dci(train_codes, train_factors, test_codes, test_factors, seed=0):
     usable, notes = usable_factors(train_factors)
     if not usable:
         raise ValueError("; ".join(notes))
+    for j in usable:
+        known = set(train_factors[:, j].tolist())
+        if known.isdisjoint(test_factors[:, j].tolist()):
+            raise ValueError(f"test_factors has in column {j} no value that train_factors has "
+                             f"there; expected the same labels in both")
     warn_if_slow(train_codes, train_factors[:, usable])
 
     N = train_codes.shape[1]
@@ -152,9 +157,11 @@ def focus(importance):
     """Does each row keep to one column? 0 to 1. Rows are codes for D; for C pass the transpose.
 
     A row scores 1 - entropy / (largest entropy possible). Rows count by their share of the total.
-    ValueError for a single column: it has no entropy.
+    ValueError for a single column, which has no entropy, and for entries below 0.
     """
     importance = matrix(importance, "importance")
+    if importance.min() < 0:
+        raise ValueError(f"importance has an entry of {importance.min()}; expected 0 or more")
     if importance.shape[1] < 2:
         raise ValueError(f"importance has shape {importance.shape}; expected two columns or more")
     share = importance + 1e-11  # as in disentanglement_lib: an unused code has equal shares

@@ -1278,6 +1278,11 @@ def test_tables_that_do_not_belong_together_are_named_with_both_shapes(name, cod
     assert f"factors ({len(factors)}, " in line
 
 
+def test_dci_refuses_test_labels_that_no_tree_has_learned():
+    line = refused(lambda: metrics.dci(NOISY, PERFECT, NOISY, PERFECT.astype(str)), "same labels")
+    assert line.startswith("test_factors has in column 0 ")
+
+
 def test_slow_trees_are_announced():
     codes = np.zeros((10_000, 1024), dtype=np.float32)
     factors = np.arange(10_000)[:, None] % 10
@@ -1592,6 +1597,20 @@ def test_a_file_in_the_published_layout_has_the_published_factors(rendered):
     assert read.factor_names == data.FACTORS
     assert same(read.factors(slice(None)), rendered.factors(rows))
     assert listing() == ["part.h5", "part.h5.64.cache.npy", "part.h5.64.cache.npz"]
+
+
+def test_links_of_an_hdf5_file_are_followed():
+    save("stored.h5", pixels=noise())
+    with h5py.File("linked.h5", "w") as file:
+        file["images"] = h5py.ExternalLink("stored.h5", "/pixels")
+        file["labels"] = h5py.SoftLink("/other/classes")
+        file["other/classes"] = np.arange(12) % 3
+        file["other/up"] = h5py.SoftLink("/")  # a circle
+        file["other/lost"] = h5py.SoftLink("/nowhere")
+
+    read = data.open_dataset("linked.h5")
+    assert same(shown(read), noise())
+    assert same(read.factors(slice(None)), np.arange(12)[:, None] % 3)
 
 
 # Use as a dataset
