@@ -131,19 +131,19 @@ OUR_RECIPE = dict(
     lr=1e-3,  # of AdamW; so Muon's is 1e-2
     lr_decay=0.4,
     vq_steps=5_000,
-    steps=4_000,
 )
 SMALL = dict(
     OUR_RECIPE,
     first_stage="linear",
     token_dim=16,
-    channels=48,
+    channels=32,  # codes need many steps more than a wide U-Net (assets/log.md, 2026-11-29)
     multipliers=(1, 2),
     blocks=1,
     heads=4,
-    score_every=1_000,
+    steps=8_000,
+    score_every=2_000,
 )
-LARGE = dict(OUR_RECIPE, score_every=500)
+LARGE = dict(OUR_RECIPE, steps=4_000, score_every=500)
 PRESETS = {"small": SMALL, "large": LARGE, "paper": {}}
 
 # How each kind of vq.KINDS is trained: images a step, learning rate, weight of the squared error
