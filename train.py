@@ -1203,6 +1203,7 @@ class Run:
         self.counts = 0
         self.since = time.monotonic()
         self.since_step = step
+
         speed = self.batch / seconds
         self.log(stage=self.stage, step=step, loss=loss, grad_norm=self.norm,
                  images_per_second=speed, **row)
@@ -1211,6 +1212,7 @@ class Run:
         if self.stage == "first stage":  # in its steps, what joint training will take
             ratio = self.flops["joint training"] / self.flops["first stage"]
             left += self.config.steps * ratio
+
         words = [f"{self.stage} {step}/{self.steps}", f"loss {loss:.4f}"]
         words += [f"{name.replace('_', ' ')} {value:.3g}" for name, value in row.items()]
         minutes = round(left * seconds / 60)
