@@ -234,8 +234,9 @@ def draw_timesteps(config, step):
 
     "uniform" is the paper's t ~ U{1..T}. "weak-first" is ours: it draws three and takes the lowest
     in the first third of training, then the highest. On sprites, which move, DCI ends at .827 this
-    way, together with dropped skips, and at .596 in the paper's way. On Shapes3D it differs from
-    seed to seed. It seems that weak noise teaches form, strong noise place (assets/log.md).
+    way, together with dropped skips, and at .596 in the paper's way (one seed). On Shapes3D it
+    differs from seed to seed. It seems that weak noise teaches form, strong noise place: see
+    assets/log.md.
     """
     if config.noise_order == "uniform":
         return torch.randint(1, config.timesteps + 1, (config.batch,))
