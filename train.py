@@ -136,7 +136,7 @@ SMALL = dict(
     OUR_RECIPE,
     first_stage="linear",
     token_dim=16,
-    channels=32,  # codes need many steps more than a wide U-Net (assets/log.md, 2026-11-29)
+    channels=24,  # codes need many steps more than a wide U-Net (assets/log.md, 2026-11-29)
     multipliers=(1, 2),
     blocks=1,
     heads=4,
