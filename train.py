@@ -99,7 +99,6 @@ class Config:
     blocks: int = field(2, "residual blocks of each width in the U-Net", "1 or more")
     heads: int = field(8, "", "1 or more")  # attention heads of the U-Net
     dropout: float = field(0.1, "dropout in the U-Net's residual blocks", "0 to below 1")
-    skip_dropout: float = field(0.0, "dropout of channels in the U-Net's skips", "0 to below 1")
     # Joint training
     schedule: str = field("cosine", "noise schedule", encdiff.SCHEDULES)
     timesteps: int = field(1000, "", "1 or more")  # T
@@ -125,7 +124,6 @@ class Config:
 OUR_RECIPE = dict(
     encoder="cnn_patch",  # much cheaper than the paper's
     dropout=0.0,
-    skip_dropout=0.3,  # see UNet.forward
     noise_order="weak-first",  # see `draw_timesteps`
     optimizer="muon",  # learns in fewer steps than AdamW (assets/log.md)
     lr=1e-3,  # of AdamW; so Muon's is 1e-2
@@ -196,7 +194,6 @@ def make_denoiser(config, first_stage, kind=unet.UNet, **options):
         heads=config.heads,
         token_dim=config.token_dim,
         dropout=config.dropout,
-        skip_dropout=config.skip_dropout,
         **options,
     )
 
@@ -906,8 +903,9 @@ def core_times():
 
 # ---- The run's folder ---------------------------------------------------------------------------
 
-FORMAT = 9  # of checkpoint.pt; to be raised when its contents or its scores change
-LAST_COMMIT = {6: "efa1742", 7: "26559b5", 8: "a4ee699"}  # the last that read earlier formats
+FORMAT = 10  # of checkpoint.pt; to be raised when its contents or its scores change
+# The last commit that read each earlier format.
+LAST_COMMIT = {6: "efa1742", 7: "26559b5", 8: "a4ee699", 9: "81cd6b0"}
 CHECKPOINT_SECONDS = 120  # between two checkpoints
 
 

@@ -18,8 +18,7 @@ IDEA      A query is a position of the latent image; keys and values are the N c
           `norm_out`), and the tokens from step 3 on.
 DIFFERS   The layers are the paper's: 37,549,507 parameters with the defaults, 37,469,635 with token
           width 16, as in the authors' code. Attention is written out, as torch's fused
-          one has a slow backward pass on CPUs. One option is ours: `skip_dropout` drops features of
-          the skip connections.
+          one has a slow backward pass on CPUs.
 TRY       python unet.py   ->   parameters, shapes, and an attention map whose rows sum to 1
 """
 import contextlib
@@ -205,11 +204,10 @@ class UNet(nn.Module):
     heads            attention heads; divides every width
     token_dim        width d of a concept token
     dropout          share of the features that a residual block drops in training
-    skip_dropout     share of the channels that each skip connection drops in training
     """
 
     def __init__(self, latent_channels=3, channels=64, multipliers=(1, 2, 4, 4), blocks=2,
-                 attention_at=(1, 2, 4), heads=8, token_dim=32, dropout=0.1, skip_dropout=0.0):
+                 attention_at=(1, 2, 4), heads=8, token_dim=32, dropout=0.1):
         super().__init__()
         if not multipliers or blocks < 1:
             raise ValueError(f"multipliers {multipliers} and {blocks} blocks; expected one or more")
@@ -221,7 +219,6 @@ class UNet(nn.Module):
         self.heads = heads
         self.token_dim = token_dim
         self.dropout = dropout
-        self.skip_dropout = skip_dropout
         self.emb_width = 4 * channels
         self.build()
 
@@ -319,10 +316,8 @@ class UNet(nn.Module):
         x = self.middle(x, emb, tokens)
 
         for stack in self.up:
-            # What comes through a skip need not be in a token, so training drops some of it
-            # ("skip dropout", Jun et al., arXiv 2410.23820).
-            skip = F.dropout2d(skips.pop(), self.skip_dropout, self.training)
-            x = torch.cat([x, skip], dim=1)  # (B, c, ...), (B, c_skip, ...) -> (B, c + c_skip, ...)
+            # (B, c, ...), (B, c_skip, ...) -> (B, c + c_skip, ...)
+            x = torch.cat([x, skips.pop()], dim=1)
             x = stack(x, emb, tokens)
 
         return self.conv_out(F.silu(self.norm_out(x)))  # (B, channels, h, w) -> (B, C, h, w)
