@@ -230,9 +230,9 @@ def draw_timesteps(config, step):
     """t for each image of a batch, (B,) int64 in 1..T.
 
     "uniform" is the paper's t ~ U{1..T}. "weak-first" is ours: it draws three and takes the lowest
-    in the first third of training, then the highest. On sprites, which move, DCI ends at .827 this
-    way, together with dropped skips, and at .596 in the paper's way (one seed). On Shapes3D it
-    differs from seed to seed. It seems that weak noise teaches form, strong noise place: see
+    in the first third of training, then the highest. On sprites, which move, DCI ends at .795 this
+    way, and at .596 in the paper's way (one seed each; the second with 32 channels). On Shapes3D
+    it differs from seed to seed. It seems that weak noise teaches form, strong noise place: see
     assets/log.md.
     """
     if config.noise_order == "uniform":
