@@ -17,8 +17,8 @@ IDEA      A query is a position of the latent image; keys and values are the N c
           also the last layers of the blocks and what lies beside them (`conv_in`, `skip`,
           `norm_out`), and the tokens from step 3 on.
 DIFFERS   The layers are the paper's: 37,549,507 parameters with the defaults, 37,469,635 with token
-          width 16, as in the authors' code. Attention is written out, as torch's fused
-          one has a slow backward pass on CPUs.
+          width 16, as in the authors' code. Attention is written out, as torch's fused one has a
+          slow backward pass on CPUs.
 TRY       python unet.py   ->   parameters, shapes, and an attention map whose rows sum to 1
 """
 import contextlib
