@@ -68,8 +68,9 @@ class Dataset:
     factor_sizes     how many values each factor has
     attribute_names  the 40 of CelebA; a dataset has factors or attributes, not both
     note             how its files were understood, and what is not used of them
-    table            (count, F or 40) int32: the factors or attributes of every image
-    pixels           (count, 3, size, size) uint8, mapped from disk
+    table            (count, F or 40) int32: the factors or attributes of every image; (count, 0)
+                     without labels
+    pixels           (count, 3, size, size) uint8, mapped from disk; None if they are rendered
     """
     name: str
     count: int
@@ -165,7 +166,8 @@ class Dataset:
         """A pickle, as a worker process gets one, names the file of the pixels."""
         state = vars(self).copy()
         state.pop("factor_keys", None)
-        if isinstance(self.pixels, np.memmap):
+        whole_file = not isinstance(getattr(self.pixels, "base", None), np.ndarray)  # not a view
+        if isinstance(self.pixels, np.memmap) and whole_file:
             state["pixels"] = str(self.pixels.filename)
         return state
 
@@ -335,8 +337,8 @@ def camera_rays(angle, n):
     return eye, rays / np.linalg.norm(rays, axis=0)
 
 
-# Points of a ray are o + t d. Here t is the length of the way from the eye, o (3, N or 1) where
-# the ray begins, d (3, N) its direction. The root of a negative number is NaN, which fails every
+# Points of a ray are o + t d. Here o (3, N or 1) is where the ray begins, d (3, N or 1) its
+# direction, and t the distance from o. The root of a negative number is NaN, which fails every
 # comparison and so counts as a miss.
 def meet_round(o, d, r):
     """The smaller t with |o + t d| = r, in the axes given: three for a ball, two for a tube."""

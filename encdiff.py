@@ -93,14 +93,13 @@ class ScalarTokens(nn.Module):
             self.biases.append(nn.Parameter(bias))
 
     def forward(self, codes):
+        N, width_in = self.weights[0].shape[:2]
+        shape = codes.shape
         if codes.ndim == 2:
             codes = codes[:, :, None]  # (B, N) -> (B, N, 1)
-        N, width_in = self.weights[0].shape[:2]
         if codes.shape[1:] != (N, width_in):
-            shape = tuple(codes.shape)
-            raise ValueError(
-                f"codes have shape {shape}; "
-                f"expected (B, {N}) or (B, {N}, {width_in})")
+            expected = f"(B, {N})" if width_in == 1 else f"(B, {N}, {width_in})"
+            raise ValueError(f"codes have shape {tuple(shape)}; expected {expected}")
 
         x = codes.transpose(0, 1)  # (B, N, 1) -> (N, B, 1)
         for layer, (weight, bias) in enumerate(zip(self.weights, self.biases)):
@@ -173,8 +172,8 @@ class EncDiff(nn.Module):
     latent_shape  (C, h, w)
     schedule      a name for beta_schedule; timesteps: T
 
-    Raises ValueError where it is used after `.half()` or `.bfloat16()`, which are too coarse for
-    abar_t. Use torch.autocast.
+    After `.half()` or `.bfloat16()`, which are too coarse for abar_t, `loss`, `add_noise` and
+    `sample` raise ValueError. Use torch.autocast.
     Encoder and denoiser of your own need `adamw_layers` only for train.py's optimizers.
     """
 
@@ -603,7 +602,8 @@ def main(arguments=None):
     """The toy's command line."""
     parser = argparse.ArgumentParser(description="the whole method on 8x8 pictures",
                                      usage=argparse.SUPPRESS)  # so that an error is one line
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0,
+                        help="fixes everything random (default: 0)")
     parser.add_argument("--no-attention", action="store_true",
                         help="every position gets the average of the tokens")
     parser.add_argument("--moving", action="store_true",
@@ -616,7 +616,7 @@ def main(arguments=None):
         arguments = [str(word) for word in arguments]
     args = parser.parse_args(arguments)
 
-    torch.manual_seed(args.seed % 2**63)  # torch takes no larger ones
+    torch.manual_seed(args.seed % 2**64)  # torch takes no larger ones
     if args.bayes:
         print_bayes()
         return

@@ -102,9 +102,10 @@ def dci(train_codes, train_factors, test_codes, test_factors, seed=0):
     seed           of ties between codes that are equally good
 
     "importance" (N, F): how much the trees of factor j used code i; each column sums to 1.
-    "disentanglement" and "completeness", 0 to 1: one code a factor scores 1, codes that know
-    nothing about 0. "informativeness_train" and "informativeness_test": the share of labels that
-    are read correctly, averaged over factors. "note" names the factors that were left out.
+    "disentanglement" and "completeness", 0 to 1: 1 if each factor has one code of its own, about 0
+    if the codes know nothing. "informativeness_train" and "informativeness_test": the share of
+    labels that are read correctly, averaged over factors. "note" names the factors that were left
+    out.
     ValueError: no factor can be learnt, or the tables do not belong together.
     """
     tested = check_tables(test_codes, test_factors, "test_", fit_on=train_codes)
@@ -863,7 +864,8 @@ def neighbour_information(code, label, neighbours=10):
 
 def psi(numbers):
     """The digamma function."""
-    return torch.digamma(torch.as_tensor(numbers, dtype=torch.float64)).numpy()
+    numbers = torch.as_tensor(numbers, dtype=torch.float64, device="cpu")
+    return torch.digamma(numbers).numpy()
 
 
 @torch.inference_mode(False)  # it learns by gradients, whatever the caller's mode
@@ -884,8 +886,8 @@ def linear_loss(inputs, label):
         values = inputs.max(dim=0).values + 1  # (N,): values of each code
         inputs = inputs + values.cumsum(0) - values  # the row of its weights
         width = int(values.sum())
-    weight = torch.zeros(width, len(counts), dtype=torch.float64, requires_grad=True)
-    bias = torch.zeros(len(counts), dtype=torch.float64, requires_grad=True)
+    weight = inputs.new_zeros(width, len(counts), dtype=torch.float64, requires_grad=True)
+    bias = inputs.new_zeros(len(counts), dtype=torch.float64, requires_grad=True)
 
     def predict_logits():
         if discrete:  # a sum of N rows, (n, K)
@@ -986,9 +988,9 @@ def exchanges_that_land(model, dataset, nmi, device="cpu", pairs=128, seed=0, **
         raise ValueError(f"{dataset.name} has a combination of factors without an image, or with "
                          "several that differ")
     generator = torch.Generator().manual_seed(seed)
-    indices = torch.randint(len(dataset), (2 * pairs,), generator=generator)
+    indices = torch.randint(len(dataset), (2 * pairs,), generator=generator, device="cpu")
     source, target = indices.split(pairs)
-    noise = torch.randn(pairs, *model.latent_shape, generator=generator).to(device)
+    noise = torch.randn(pairs, *model.latent_shape, generator=generator, device="cpu").to(device)
     return exchange_pairs(model, dataset, nmi, source, target, noise, **options)
 
 
@@ -1057,7 +1059,7 @@ def exchanges_into(model, dataset, nmi, combination, noise, seed=0, **options):
 
     def some(rows):
         rows = rows.nonzero().flatten()
-        return rows[torch.randint(len(rows), (pairs,), generator=generator)]
+        return rows[torch.randint(len(rows), (pairs,), generator=generator, device="cpu")]
 
     shares = {}
     for j in combination:
@@ -1227,7 +1229,8 @@ def ssim(x, y):
     window = window.expand(channels, 1, 11, 11)
 
     def local_mean(images):
-        return functional.conv2d(images, window, padding=5, groups=channels)
+        with torch.autocast(x.device.type, enabled=False):  # half precision is too coarse
+            return functional.conv2d(images, window, padding=5, groups=channels)
 
     mean_x = local_mean(x)
     mean_y = local_mean(y)
@@ -1292,13 +1295,15 @@ def lpips(x, y, weights):
             features = functional.max_pool2d(features, 3, 2)
         kernel = weights[f"features.{layer.index}.weight"].to(x)
         bias = weights[f"features.{layer.index}.bias"].to(x)
-        features = functional.conv2d(features, kernel, bias, layer.stride, layer.padding)
+        with torch.autocast(x.device.type, enabled=False):  # half precision is too coarse
+            features = functional.conv2d(features, kernel, bias, layer.stride, layer.padding)
         features = functional.relu(features)
 
         length = features.square().sum(1, keepdim=True).sqrt() + 1e-10
         a, b = (features / length).chunk(2)  # (2B, c, h, w) -> (B, c, h, w)
         linear = weights[f"lin{level}.model.1.weight"].to(x)  # (1, c, 1, 1)
-        judged = functional.conv2d((a - b).square(), linear)  # (B, 1, h, w)
+        with torch.autocast(x.device.type, enabled=False):
+            judged = functional.conv2d((a - b).square(), linear)  # (B, 1, h, w)
         total = total + judged.mean((1, 2, 3))
     return total
 

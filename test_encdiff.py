@@ -1379,6 +1379,10 @@ def test_ssim_and_mse_equal_their_definitions():
     squared = (x[1] - y[1]).square().mean()
     assert metrics.mse(x, y).tolist() == approx([0, squared.item()])
 
+    single = metrics.ssim(x.float(), y.float())
+    with torch.autocast("cpu", torch.bfloat16):  # as inside of somebody's training loop
+        assert torch.equal(metrics.ssim(x.float(), y.float()), single)
+
 
 def wave(step, scale, *shape):
     t = torch.arange(math.prod(shape), dtype=torch.float64)
@@ -1665,6 +1669,15 @@ def test_a_pickle_does_not_carry_the_images():
     packed = pickle.dumps(dataset)
     assert len(packed) < 12 * 64 * 64
     assert torch.equal(pickle.loads(packed).images([3, 1]), dataset.images([3, 1]))
+
+
+def test_the_pickle_of_a_part_of_a_file_has_the_same_images():
+    images = torch.randint(256, (6, 3, 32, 32), dtype=torch.uint8)
+    np.save("images.npy", images.numpy())
+    mapped = np.load("images.npy", mmap_mode="r")
+    part = data.Dataset("part", 3, 32, (), (), pixels=mapped[::-2])
+    assert torch.equal(pickle.loads(pickle.dumps(part)).images([0, 2]), images[[5, 1]])
+
 
 
 def test_images_are_found_by_factors_in_any_order_of_the_set():

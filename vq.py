@@ -2,7 +2,7 @@
 
 WHERE     Read after train.py, before metrics.py. Imports torch only, so it can be copied alone.
 PAPER     arXiv 2402.09712, Sec. 4.1 ("VQ-reg") after latent diffusion (Rombach et al. 2022);
-          VQ-VAE: van den Oord et al. 2017. Eq. (6) and Table 1: the VAEs below the rule.
+          VQ-VAE: van den Oord et al. 2017. Eq. (6) and Table 1: the VAEs at the end.
 SHAPES    B batch, image (B, 3, S, S) in [-1, 1], latent (B, C, S/f, S/f) where f is the
           downsampling factor, K codebook entries.
 IDEA      Each of the (S/f)^2 latent vectors is replaced by the nearest of K codebook vectors, and
@@ -117,14 +117,18 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def nearest(self, vectors):
         """Vectors (M, C) -> indices of the nearest codebook entries, (M,) int64."""
-        codebook = self.codebook.to(vectors.dtype)
+        # At least float32: in half precision many entries would be equally near.
+        dtype = torch.promote_types(vectors.dtype, torch.float32)
+        vectors = vectors.to(dtype)
+        codebook = self.codebook.to(dtype)
         # Distances stay if both move by the same vector. Near 0 less is lost by rounding.
         centre = codebook.mean(0)
         codebook = codebook - centre
         vectors = vectors - centre
         # |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 is the same for all entries e.
         squares = codebook.pow(2).sum(1)  # (K,)
-        scores = torch.addmm(squares, vectors, codebook.t(), alpha=-2)  # (M, C), (C, K) -> (M, K)
+        with torch.autocast(vectors.device.type, enabled=False):
+            scores = torch.addmm(squares, vectors, codebook.t(), alpha=-2)  # -> (M, K)
         return scores.argmin(1)
 
     def forward(self, z):
@@ -139,7 +143,7 @@ class Quantizer(nn.Module):
             if self.batches > self.warmup:
                 self.initialise(z)
 
-        # At least float32: in bfloat16 many entries would be equally near.
+        # In half precision the loss would be too coarse.
         B, C, h, w = z.shape
         dtype = torch.promote_types(z.dtype, torch.float32)
         with torch.autocast(z.device.type, enabled=False):
@@ -523,8 +527,8 @@ class VAE(nn.Module):
             loss = loss + self.discriminator.loss(z.to(images.dtype))
         return loss
 
-    def forward(self, *arguments):
-        return self.loss(*arguments)  # under the name that DistributedDataParallel calls
+    def forward(self, images, t=None, noise=None):
+        return self.loss(images, t, noise)  # under the name that DistributedDataParallel calls
 
     def penalty(self, kl, total_correlation):
         """What the objective adds to -log p(x|z), in nats an image, from two scalars in nats."""
