@@ -14,7 +14,7 @@ IDEA      All rows of a picture start from the same noise z_T, so what differs i
             kl          how many nats step t lets through, by Eq. (5)
             bayes       at which timesteps the toy's denoiser needs a token for a factor
             agree       do runs of different seeds find the same codes? This needs no labels
-            explore     all of it by hand, in the browser; page: a file of it to pass on
+            explore     sliders in the browser; page: one HTML file that needs no Python
           The model never sees a label. Where a token has a name, it was named after training: by
           the factor of which its code tells most (metrics.tokens_of_factors).
 DIFFERS   The paper samples in 200 steps, we in 20 of DPM-Solver++ (200 of DDIM: --sampler ddim
@@ -1310,8 +1310,9 @@ def make_parser():
 
     def add_verb(function, *parents, count=""):
         text = function.__doc__ or function.__name__  # python -OO leaves no docstrings
+        # argparse joins the lines, so the first one has to end as a sentence.
         verb = verbs.add_parser(function.__name__, parents=parents, help=text.splitlines()[0],
-                                description=text)
+                                description=text.replace("\n\n", ". ", 1))
         verb.set_defaults(function=function)
         if count:
             verb.add_argument("--count", type=positive, metavar="N", help=count)

@@ -42,7 +42,6 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -134,7 +133,7 @@ SMALL = dict(
     OUR_RECIPE,
     first_stage="linear",
     token_dim=16,
-    channels=24,  # codes need many steps more than a wide U-Net (assets/log.md, 2026-11-29)
+    channels=24,  # codes need more steps rather than more width (assets/log.md, 2026-11-30)
     multipliers=(1, 2),
     blocks=1,
     heads=4,
@@ -199,11 +198,11 @@ def make_denoiser(config, first_stage, kind=unet.UNet, **options):
 
 
 # ---- The two stages -----------------------------------------------------------------------------
-# Of the helpers below the rule, these matter here. `Optimizer` is AdamW; in our presets Muon, which
+# Of the helpers further down, these matter here. `Optimizer` is AdamW; in our presets Muon, which
 # makes the step of a matrix orthogonal, trains the matrices inside the networks in its place.
 # `run.backend` is the device; if several processes train together, `backend.share` cuts out the
-# part of a batch that this one takes, and `backend.parallel` averages their gradients. `run` is the
-# run's folder:
+# part of a batch that this one takes, and `backend.parallel` averages their gradients. `run` is a
+# Run, which keeps the folder with log and checkpoints:
 #   run.resumed       the checkpoint to go on from, or {}; `start_stage` restores and empties it
 #   run.wants_first_stage   is False if stage 1 is done, was copied from a run, or does not exist
 #   run.start_stage   restores or begins a stage, and returns the first step to do
@@ -232,7 +231,7 @@ def draw_timesteps(config, step):
     "uniform" is the paper's t ~ U{1..T}. "weak-first" is ours: it draws three and takes the lowest
     in the first third of training, then the highest. On sprites, which move, DCI ends at .795 this
     way, and at .596 in the paper's way (one seed each; the second with 32 channels). On Shapes3D
-    it differs from seed to seed. It seems that weak noise teaches form, strong noise place: see
+    it differs from run to run. It seems that weak noise teaches form, strong noise place: see
     assets/log.md.
     """
     if config.noise_order == "uniform":
@@ -1207,16 +1206,13 @@ class Run:
         self.log(stage=self.stage, step=step, loss=loss, grad_norm=self.norm,
                  images_per_second=speed, **row)
 
-        left = self.steps - step
-        if self.stage == "first stage":  # in its steps, what joint training will take
-            ratio = self.flops["joint training"] / self.flops["first stage"]
-            left += self.config.steps * ratio
-
         words = [f"{self.stage} {step}/{self.steps}", f"loss {loss:.4f}"]
         words += [f"{name.replace('_', ' ')} {value:.3g}" for name, value in row.items()]
-        minutes = round(left * seconds / 60)
-        remaining = f"about {minutes} minutes left" if minutes > 1 else "about a minute left"
-        words += [f"{speed:.0f} img/s", remaining]
+        words.append(f"{speed:.0f} img/s")
+        if step < self.steps:
+            minutes = round((self.steps - step) * seconds / 60)
+            remaining = f"about {minutes} minutes" if minutes > 1 else "about a minute"
+            words.append(f"{remaining} left in this stage")
         self.print("  ".join(words))
 
     def write(self, name, content, needed=False):
@@ -1436,7 +1432,8 @@ def make_parser():
                     description="Train EncDiff: first stage, joint training, scores.")
     parser.add_argument("--preset", choices=PRESETS, help="values of the flags below; "
                         "small (default): for two CPU cores; large: the same recipe with the "
-                        "paper's sizes, for a GPU; paper: the paper's recipe, for a GPU")
+                        "paper's sizes and 4,000 joint steps, for a GPU; paper: the paper's "
+                        "recipe, for a GPU")
     parser.add_argument("--out", help="folder of a new run (default: runs/PRESET-SEED)")
     parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
     parser.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: the best here")
@@ -1447,9 +1444,7 @@ def make_parser():
         if not text:
             continue
         options = {"type": type(spec.default)}
-        if options["type"] is bool:
-            options = {"action": argparse.BooleanOptionalAction}
-        elif options["type"] is tuple:
+        if options["type"] is tuple:
             options = {"type": int, "nargs": "+"}
 
         if isinstance(allowed, str):

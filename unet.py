@@ -13,9 +13,9 @@ IDEA      A query is a position of the latent image; keys and values are the N c
           view of the image.
           The last layer of each block starts at zero, so a block adds nothing at first. The last
           layer of all, `conv_out`, starts at zero too, so the untrained network predicts 0, the
-          mean of the noise. So in step 1 of training `conv_out` alone gets a gradient, in step 2
-          also the last layers of the blocks and what lies beside them (`conv_in`, `skip`,
-          `norm_out`), and the tokens from step 3 on.
+          mean of the noise. So in step 1 of training only `conv_out` gets a gradient. In step 2 the
+          last layer of each block does, too, and `conv_in`, `skip` and `norm_out`. The tokens get
+          one from step 3 on.
 DIFFERS   The layers are the paper's: 37,549,507 parameters with the defaults, 37,469,635 with token
           width 16, as in the authors' code. Attention is written out, as torch's fused one has a
           slow backward pass on CPUs.
