@@ -508,7 +508,7 @@ LABEL_NAMES = ("factors", "labels", "label", "latents_classes", "latents/classes
                "targets", "y")
 MOST_LEVELS = 1000  # a factor of more values is an identity or a measurement
 BLOCK = 1 << 22  # bytes that are read at a time; as floats they take eight times as much
-CONVERSION = 3  # counted up whenever a conversion's result changes: older caches are not used
+CONVERSION = 4  # counted up whenever a conversion's result changes: older caches are not used
 
 
 def open_files(path, size, cache):
@@ -741,18 +741,25 @@ def add_official_labels(dataset, shape):
 
 
 def add_factors(dataset, columns):
-    """Makes a factor of each of the columns, {name: labels (n,)}, that can be numbered; the note
-    says why another cannot."""
+    """Makes a factor of each of the columns, {name: labels (n,) or (n, 1)}, that can be numbered;
+    the note says why others cannot."""
     sizes = {}
     numbers = []
+    left_out = {}  # {why: names}
     for name, column in columns.items():
         try:
-            if column.shape != (dataset.count,):
+            if column.shape not in ((dataset.count,), (dataset.count, 1)):
                 raise ValueError(f"shape {column.shape}; expected ({dataset.count},)")
-            sizes[name], levels = number(column)
+            sizes[name], levels = number(column.reshape(-1))
             numbers.append(levels)
-        except (TypeError, ValueError) as error:
-            dataset.add_note(f"no factor: {name} ({error})")
+        except ValueError as error:
+            left_out.setdefault(str(error), []).append(name)
+
+    for why, names in left_out.items():
+        some = ", ".join(names[:6])
+        if len(names) > 6:
+            some += f" and {len(names) - 6} more"
+        dataset.add_note(f"no factor: {some} ({why})")
 
     if sizes:
         dataset.factor_names = tuple(sizes)
@@ -793,7 +800,7 @@ def unique_names(names):
     """The names as text. One that stands there twice gets its column's number."""
     names = [name.decode(errors="replace") if isinstance(name, bytes) else str(name)
              for name in names]
-    names = [name.strip() for name in names]  # text of a fixed width ends in blanks
+    names = [" ".join(name.split()) for name in names]  # text of a fixed width ends in blanks
     while len(set(names)) < len(names):  # "x 0" may stand there, too
         names = [f"{name} {j}" if names.count(name) > 1 else name for j, name in enumerate(names)]
     return names
@@ -820,7 +827,10 @@ def number(column):
     is_float = column.dtype.kind == "f"
     if (column != column).any() or (is_float and np.isinf(column).any()):  # NaN is not itself
         raise ValueError("has gaps")
-    values, numbers = np.unique(column, return_inverse=True)
+    try:
+        values, numbers = np.unique(column, return_inverse=True)
+    except TypeError as error:  # numbers and text in one column have no order
+        raise ValueError(error) from None
     if is_float and (values % 1).any():
         # What differs by rounding alone is one level.
         size = np.abs(values.astype(float))
@@ -1376,7 +1386,7 @@ def write_shapes3d(path, size=64, indices=slice(None)):
     """Writes the rendered images in the layout of the published 3dshapes.h5, for programs that read
     it: `images` (n, size, size, 3) uint8 and `labels` (n, 6) float64 in the units of LEVELS. All
     480,000 images take minutes and about a third of a gigabyte. OSError if path exists."""
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     if path.exists():
         raise FileExistsError(f"{path} exists; expected a new file")
     dataset = open_dataset(size=size)
@@ -1485,16 +1495,21 @@ def main(arguments=None):
             sheet = dataset.images(rows).unflatten(0, (5, 10))  # (5, 10, 3, S, S)
             sheet = sheet.permute(0, 3, 1, 4, 2)  # -> (5, S, 10, S, 3)
             picture = Image.fromarray(sheet.flatten(0, 1).flatten(1, 2).numpy())
-            picture.save(Path(args.grid).expanduser())
+            picture.save(os.path.expanduser(args.grid))
     except (OSError, ValueError) as error:
         parser.error(error)
     except KeyboardInterrupt:
         parser.exit(130, "data.py: interrupted; nothing half-written is left\n")
 
 
+def end_as_ctrl_c_does():
+    """From now on a kill or a closed terminal tidies up, too."""
+    for name in ("SIGTERM", "SIGHUP"):
+        ending = getattr(signal, name, None)  # Windows has no SIGHUP
+        if ending and signal.getsignal(ending) != signal.SIG_IGN:  # as under nohup
+            signal.signal(ending, signal.default_int_handler)
+
+
 if __name__ == "__main__":
-    for ending in ("SIGTERM", "SIGHUP"):  # a kill or a closed terminal tidies up, too
-        number = getattr(signal, ending, None)  # Windows has no SIGHUP
-        if number and signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
-            signal.signal(number, signal.default_int_handler)
+    end_as_ctrl_c_does()
     main()

@@ -944,4 +944,7 @@ ENCODERS = {
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None  # without a traceback

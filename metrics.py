@@ -640,8 +640,10 @@ def check_tables(codes, factors, prefix="", fit_on=None):
     codes = scalar_codes(codes, fit_on, f"{prefix}codes")
     factors = to_numpy(factors)
     if factors.dtype.names:  # records: each of their fields is a factor
-        columns = [factors[name] for name in factors.dtype.names]
-        factors = np.stack([column.astype(object) for column in columns], axis=-1)
+        columns = [factors[name].astype(object) for name in factors.dtype.names]
+        if all(column.shape[1:] == (1,) for column in columns):
+            columns = [column[:, 0] for column in columns]
+        factors = np.stack(columns, axis=-1)
     if factors.ndim == 1:
         factors = factors[:, None]
     fits = factors.ndim == 2 and factors.size > 0 and len(factors) == len(codes)
@@ -1264,7 +1266,7 @@ def load_lpips(alexnet_file, linear_file):
     weights = {}
     for path, keys in ((alexnet_file, alexnet_keys), (linear_file, linear_keys)):
         try:
-            stored = torch.load(pathlib.Path(path).expanduser(), "cpu", weights_only=True)
+            stored = torch.load(os.path.expanduser(path), "cpu", weights_only=True)
             for key in keys:
                 weights[key] = stored[key].float()
         except OSError:
@@ -1331,7 +1333,7 @@ def frechet_distance(feats_a, feats_b):
 
 def load_inception(path):
     """The network of `fid` from its file. OSError, ValueError: unreadable, or another file."""
-    path = pathlib.Path(path).expanduser()
+    path = pathlib.Path(os.path.expanduser(path))
     with open(path, "rb"):  # the words of a system are clearer than torch's
         pass
     try:
@@ -1428,7 +1430,7 @@ class Parser(argparse.ArgumentParser):
     """argparse with errors of one line."""
 
     def error(self, message):
-        self.exit(2, f"metrics.py: {message}\n")  # one line, without the usage
+        self.exit(2, f"metrics.py: {' '.join(str(message).split())}\n")  # without the usage
 
 
 def main(arguments=None):
@@ -1446,12 +1448,14 @@ def main(arguments=None):
         if options.file is None:
             worked_example()
         else:
-            report(options.file.expanduser(), options.seed, options.train, options.test)
+            report(pathlib.Path(os.path.expanduser(options.file)), options.seed, options.train, options.test)
         sys.stdout.flush()
     except BrokenPipeError:  # `| head -1` has read enough; leave nothing to flush at the exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, ValueError) as error:
         parser.error(error)
+    except KeyboardInterrupt:
+        parser.exit(130, "metrics.py: interrupted\n")
 
 
 if __name__ == "__main__":

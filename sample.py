@@ -723,7 +723,8 @@ def complexity(run, args):
 def encode(run, args):
     """the codes of the run's dataset, or of other images, into an .npz file for work downstream"""
     path = args.out or run.folder / "codes.npz"
-    if args.out or run.folder == Path():  # an export has no folder: it would lie in this one
+    own = not args.out and not args.data and run.folder != Path()  # an export has no folder
+    if not own:
         require_new(path)
     count = run.count(args.count, usual=len(run.dataset))
     print_safely(f"encoding {count} images of {run.dataset}")

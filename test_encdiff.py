@@ -1827,6 +1827,13 @@ def official(monkeypatch):
     monkeypatch.setattr(data, "OFFICIAL", [(("mpi3d",), (64,), ("shape", "size"), (3, 4))])
 
 
+def test_the_program_finds_the_labels_that_the_function_finds():
+    save("mine.npz", images=noise(), labels=np.stack([ROWS % 3, ROWS % 4], 1))
+    command = [sys.executable, HERE / "data.py", "--data", "mine.npz"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "factor 0 3, factor 1 4" in done.stdout
+
+
 @pytest.mark.parametrize("name, images", [
     ("mine.npz", noise()),
     ("mpi3d_toy.npz", noise(11)),
@@ -1843,6 +1850,7 @@ def test_labels_are_never_invented(official, name, images):
     ROWS % 3 + 10**18,
     (ROWS % 3).astype(np.uint64) + np.uint64(2**63),
     (ROWS % 3).reshape(1, 12),
+    np.rec.fromarrays([(ROWS % 3)[:, None]], names="field"),
     np.eye(4)[ROWS % 3],
     np.array(["a", "b", "ç"])[ROWS % 3],
 ])
@@ -2473,6 +2481,7 @@ def ended(capsys, run):
 BAD_FLAGS = [
     "--batch 0", "--steps many", "--lr nan", f"--seed {2**64}", "--channels 30", "--size 48",
     "--multipliers 1 2 2 2 2 2", "--learning-rate 1", "--device cuda", "--first-stage nowhere",
+    "--first-stage ~nobody/run", "--lr 1e38", "--cache=",
     "--data nowhere", "--resume nowhere", "--variant slots", "--variant ,",
     "--variant vector+vector", "--variant direct+adagn", "--variant euler+sparse",
 ]

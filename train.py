@@ -108,7 +108,7 @@ class Config:
     optimizer: str = field("adamw", "muon: Muon for matrices inside the networks, AdamW for all "
                            "else", ("adamw", "muon"))
     lr: float = field(1e-4, "AdamW's learning rate in joint training; Muon's is ten times it",
-                      "above 0")
+                      "above 0, at most 1000")
     lr_decay: float = field(0.0, "last share of the joint steps, with --lr falling", "0 to below 1")
     ema: float = field(0.9999, "decay of the averaged weights in a joint step", "0 to below 1")
     score_every: int = field(7_500, "joint steps between quick scores; 0: none", "0 or more")
@@ -1016,7 +1016,7 @@ def alone_in(folder):
 
 def load_checkpoint(path):
     """The dict in a run's folder or an exported file, else ValueError. Nothing in it is run."""
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     file = path / "checkpoint.pt" if path.is_dir() else path
     with reading(file):
         with warnings.catch_warnings():
@@ -1043,7 +1043,7 @@ def load_run(path, device="cpu"):
     Returns the model with averaged weights in float32, in eval mode; its Config; and a dict: scores
     (of metrics.json), step, commit, data (the dataset's identity), folder (for pictures).
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     checkpoint = load_checkpoint(path)
     config = checkpoint["config"]
     if checkpoint["stage"] == "first stage":
@@ -1323,7 +1323,7 @@ RANGES = {
     "0 or more": lambda value: 0 <= value < math.inf,
     "0 to below 2^63": lambda value: 0 <= value < 2**63,
     "1 or more": lambda value: 1 <= value < math.inf,
-    "above 0": lambda value: 0 < value < math.inf,
+    "above 0, at most 1000": lambda value: 0 < value <= 1000,
     "0 to below 1": lambda value: 0 <= value < 1,
     "each 1 or more": lambda values: len(values) > 0 and min(values) >= 1,
 }
@@ -1378,6 +1378,15 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise ValueError(f"{message}; see python {self.prog} --help")
+
+    def parse_args(self, args=None, namespace=None):
+        """Words -> values. An empty word is refused: it mostly is a shell's variable that is not
+        set, and would mean something else than was asked for."""
+        words = sys.argv[1:] if args is None else [str(word) for word in args]
+        for before, word in zip([self.prog, *words], words):
+            if word == "" or re.fullmatch("--[^=]+=", word):
+                self.error(f"nothing stands after {word or before}; expected a value there")
+        return super().parse_args(words, namespace)
 
 
 @contextlib.contextmanager
@@ -1461,15 +1470,13 @@ def make_parser():
 def parse(arguments):
     """-> (Config, run's folder, checkpoint to go on from or None, device or None)."""
     given = vars(make_parser().parse_args(arguments))
-    for name in ("data", "out", "resume", "first_stage"):  # a shell's variable may be empty
-        require(given.get(name) != "", name, "empty", "a path, or no such flag")
     preset = given.pop("preset", None)
     out = given.pop("out", None)
     resume = given.pop("resume", None)
     device = given.pop("device", None)
 
     if given.get("first_stage", "deep") not in vq.KINDS:  # a run; its kind is kept, as it may go
-        lender = Path(given["first_stage"]).expanduser()
+        lender = Path(os.path.expanduser(given["first_stage"]))
         known = ", ".join(vq.KINDS)
         require(lender.exists(), "first_stage", lender, f"RUN or one of {known}")
         old = load_checkpoint(lender)["config"]
@@ -1482,14 +1489,14 @@ def parse(arguments):
 
     if resume:
         require(not out and not preset, "resume", resume, "no --out and no --preset beside it")
-        folder = Path(resume).expanduser()
+        folder = Path(os.path.expanduser(resume))
         config, checkpoint = resumed_config(folder, given)
         return config, folder, checkpoint, device
     preset = preset or "small"
     config = Config(**{**PRESETS[preset], **given})
     validate(config)
     print_safely(f"preset {preset}")
-    folder = Path(out or f"runs/{preset}-{config.seed}").expanduser()
+    folder = Path(os.path.expanduser(out or f"runs/{preset}-{config.seed}"))
     return config, folder, None, device
 
 
