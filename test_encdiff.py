@@ -518,7 +518,7 @@ WRONG_USES = [
     (lambda: method().sample(NO_TOKENS, eta=0.5), "eta is 0.5 with sampler 'dpm'"),
     (lambda: method().sample(NO_TOKENS, sampler="ddim", eta=2), "eta is 2; expected 0 to 1"),
     (lambda: method().represent(torch.zeros(1, 3, 64, 64).byte()), "images are torch.uint8"),
-    (lambda: encdiff.ScalarTokens(3, 8)(torch.zeros(2, 4)), r"(2, 4, 1); expected (B, 3)"),
+    (lambda: encdiff.ScalarTokens(3, 8)(torch.zeros(2, 4)), r"(2, 4); expected (B, 3)"),
     (lambda: encdiff.OrthogonalTokens(3, 8)(torch.zeros(2, 1)), "(2, 1); expected (B, 3)"),
     (lambda: encdiff.EulerTokens(3, 8)(torch.zeros(2, 1)), "(2, 1); expected (B, 3)"),
     (lambda: method().sample(NO_TOKENS, steps=1001), "steps is 1001; expected 1 to 1000"),
