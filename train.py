@@ -230,9 +230,9 @@ def draw_timesteps(config, step):
 
     "uniform" is the paper's t ~ U{1..T}. "weak-first" is ours: it draws three and takes the lowest
     in the first third of training, then the highest. On sprites, which move, DCI ends at .795 this
-    way, and at .596 in the paper's way (one seed each; the second with 32 channels). On Shapes3D
-    it differs from run to run. It seems that weak noise teaches form, strong noise place: see
-    assets/log.md.
+    way, and at .596 in the paper's way (one seed each; the second with 32 channels). On Shapes3D,
+    after 6,000 of 8,000 steps, it is .996 and .992 this way, .890 and .980 in the paper's. It seems
+    that weak noise teaches form, strong noise place: see assets/log.md.
     """
     if config.noise_order == "uniform":
         return torch.randint(1, config.timesteps + 1, (config.batch,))
