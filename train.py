@@ -229,10 +229,8 @@ def draw_timesteps(config, step):
     """t for each image of a batch, (B,) int64 in 1..T.
 
     "uniform" is the paper's t ~ U{1..T}. "weak-first" is ours: it draws three and takes the lowest
-    in the first third of training, then the highest. On sprites, which move, DCI ends at .795 this
-    way, and at .596 in the paper's way (one seed each; the second with 32 channels). On Shapes3D,
-    after 6,000 of 8,000 steps, it is .996 and .992 this way, .890 and .980 in the paper's. It seems
-    that weak noise teaches form, strong noise place: see assets/log.md.
+    in the first third of training, then the highest. It seems that weak noise teaches form, strong
+    noise place. assets/log.md compares the two.
     """
     if config.noise_order == "uniform":
         return torch.randint(1, config.timesteps + 1, (config.batch,))
