@@ -737,13 +737,14 @@ class EncDec(EncDiff):
 
     def loss(self, images, t=None, noise=None):
         """The mean squared error of z_0; t and noise are not used."""
-        z0 = self.denoiser(self.tokens(self.represent(images))).float()
-        return F.mse_loss(z0, self.latents(images))
+        latents = self.latents(images)
+        z0 = self.denoiser(self.tokens(self.represent(images)))
+        return F.mse_loss(z0.to(latents.dtype), latents)
 
     @torch.no_grad()
     def sample(self, tokens, steps=1, sampler="none", noise=None, eta=0.0):
         """tokens (B, N, d) -> images (B, 3, size, size) in [-1, 1], in one pass."""
-        return self.decode(self.denoiser(tokens).float())
+        return self.decode(self.denoiser(tokens).to(self.alpha_bar.dtype))
 
 
 class VectorEncoder(nn.Module):
@@ -928,7 +929,7 @@ class NoiseFromVelocity(nn.Module):
 
     def forward(self, z_t, t, tokens):
         abar = expand(self.alpha_bar[t], z_t)
-        velocity = self.network(z_t, t, tokens).float()
+        velocity = self.network(z_t, t, tokens).to(z_t.dtype)
         return abar.sqrt() * velocity + (1 - abar).sqrt() * z_t
 
     def adamw_layers(self):

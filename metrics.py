@@ -231,9 +231,10 @@ def fit_trees(codes, labels, rounds=100, rate=0.1, depth=3, seed=0):
     depth   the number of questions between root and leaf
     seed    of ties between codes
 
-    Trees.classes (K,) are the values; .start holds the first scores, one a row of scores: K rows,
-    or a single one if K = 2; .rounds is a list of rounds, each a list of one tree a row. A tree is
-    a Split or, at a leaf, the step. .importance (N,) sums to 1, or to 0 if nothing was split.
+    Trees.classes (K,) are the values. .start holds the first scores, one for each row of scores:
+    there are K rows, or a single one if K = 2. .rounds is a list of rounds, and a round is a list
+    of trees, one for each row. A tree is a Split or, at a leaf, the step. .importance (N,) sums to
+    1, or to 0 if nothing was split.
     """
     classes, label = np.unique(labels, return_inverse=True)
     K = len(classes)
@@ -922,7 +923,7 @@ def agreement(tables):
                   + sum over a of max_b R_ab^2 / sum_b R_ab) / (N_i + N_j),
     0 to 1. The paper sums over codes whose KL from the prior is above .01. Our codes have no prior:
     we take those that are not dead. "pairs" holds UDR_ij as a list of lists, with 1 for a run and
-    itself; "udr", one a run, is the median over the other runs: trust the run with the largest.
+    itself. "udr" holds for each run the median over the other runs: trust the run with the largest.
     """
     tables = [scalar_codes(table, name=f"tables[{i}]") for i, table in enumerate(tables)]
     shapes = [table.shape for table in tables]
@@ -1448,7 +1449,8 @@ def main(arguments=None):
         if options.file is None:
             worked_example()
         else:
-            report(pathlib.Path(os.path.expanduser(options.file)), options.seed, options.train, options.test)
+            file = pathlib.Path(os.path.expanduser(options.file))
+            report(file, options.seed, options.train, options.test)
         sys.stdout.flush()
     except BrokenPipeError:  # `| head -1` has read enough; leave nothing to flush at the exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

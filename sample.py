@@ -1320,7 +1320,7 @@ def make_parser():
         return verb
 
     # Pictures and tables of one run, and two that need none.
-    rows = dict(type=token, nargs="+", metavar="I", help="rows, or all; default: one a factor")
+    rows = dict(type=token, nargs="+", metavar="I", help="rows, or all; default: each factor's")
 
     verb = add_verb(swap, *drawing, count="columns (default: 8)")
     verb.add_argument("--tokens", **rows)

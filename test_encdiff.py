@@ -403,6 +403,16 @@ def test_double_precision_changes_digits_alone():
     assert double.item() == approx(single.item(), rel=1e-5)
 
 
+def test_without_diffusion_a_model_in_double_precision_draws():
+    config = train.Config(**dict(train.SMALL, variant="direct", channels=8))
+    model = train.build_model(config).double()
+    images = torch.rand(2, 3, 64, 64).double() * 2 - 1
+    model.set_latent_scale(images)
+    assert model.loss(images).dtype == torch.float64
+    tokens = model.tokens(model.represent(images))
+    assert model.sample(tokens, steps=1).isfinite().all()
+
+
 def product_of_gaussians(t, beta, alpha_bar, z0, z_t):
     """Eq. (4) by Bayes: mean and variance of q(z_t | z_{t-1}) q(z_{t-1} | z_0) in z_{t-1}."""
     before = alpha_bar[t - 1]
