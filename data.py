@@ -254,8 +254,8 @@ def all_combinations(sizes):
 
 def render_planes(size):
     """(480, 6, size * size) int16, in 1 / UNIT grey levels. The first three planes are multiplied
-    by FIFTHS, so they hold a fifth of the light. Pixels are cast finer and shrunk by Lanczos, as
-    the edges of the real images look."""
+    by FIFTHS, so they hold a fifth of the light. Each pixel is shrunk by Lanczos from 3x3 rays,
+    because this gives edges like those of the real images."""
     n = size * SUPERSAMPLE
     unit = 255 * UNIT / np.array([[5], [5], [5], [1], [1], [1]])
     planes = np.empty((GEOMETRIES, 6, size * size), np.int16)
@@ -311,7 +311,7 @@ OBJECT_LIGHT = dict(
 ABOVE = np.array([-0.26, 0.957, 0.129])  # direction of the lamp of `above` and `gloss`
 TILE = 0.4  # width of a tile
 STAIN = (1.45, -0.05)  # corner of the first square with a stain
-STAINLESS = 9  # moves the floor's tiles so far from the stains that only the walls have some
+STAINLESS = 9  # the tiles of the floor are shifted by this, and the stains then lie outside of it
 
 
 def camera_rays(angle, n):

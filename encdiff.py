@@ -10,15 +10,17 @@ SYMBOLS   z_0        z0                (B, C, h, w)  latent of the image, divide
           eps        noise             (B, C, h, w)  the noise in z_t, N(0, I)
           beta_t     betas[t - 1]      (T,)          variance added in step t
           abar_t     alpha_bar[t]      (T + 1,)      share of signal variance left; alpha_bar[0] = 1
+                     codes             (B, N)        the N scalars of an image
           S          tokens            (B, N, d)     concept tokens
 IDEA      Encoder and denoiser learn together to predict noise, eq. (3). Nothing in that loss asks
-          for disentanglement. Two parts of the model are meant to bring it about. First, attention:
-          at each position the tokens compete for a softmax, so a token gains by meaning one thing.
-          Second, scalars: each token is a function of ONE number, so it has no second dimension in
-          which to put a second factor. The tokens are the denoiser's only CLEAN view of the image:
-          z_t shows the image too, but covered by noise. Where z_t is too noisy to show something,
-          only the tokens can supply it. So the noise decides what a token is needed for:
-          `python encdiff.py --bayes`.
+          for disentanglement. Three parts of the model are meant to bring it about. First,
+          attention: at each position the tokens compete for a softmax, so a token gains by meaning
+          one thing. Second, scalars: each token is a function of ONE number, so it has no second
+          dimension in which to put a second factor. Third, noise: z_t shows the image too, but
+          covered by noise, and the tokens are the denoiser's only view of it WITHOUT NOISE. Where
+          z_t is too noisy to show something, only the tokens can supply it. So the noise decides
+          what a token is needed for: `python encdiff.py --bayes`. The paper names the first and
+          the third, and calls the noise a bottleneck, eq. (5).
 DIFFERS   Eq. (3) is printed without the square; Table 7 says MSE, and so do we. While sampling, an
           estimate of z_0 is scaled back if its root mean square is larger than that of any latent
           that `set_latent_scale` saw.
@@ -128,7 +130,6 @@ def beta_schedule(name, steps=1000, start=0.0015, end=0.0155):
     """
     if steps < 1:
         raise ValueError(f"{steps} timesteps; expected 1 or more")
-    line = torch.linspace(start, end, steps, dtype=torch.float64)
     if name == "cosine":  # Nichol & Dhariwal 2021: abar_t falls as a squared cosine
         t = torch.arange(steps + 1, dtype=torch.float64) / steps
         angle = (t + 0.008) / 1.008 * math.pi / 2
@@ -136,6 +137,7 @@ def beta_schedule(name, steps=1000, start=0.0015, end=0.0155):
         betas = 1 - abar[1:] / abar[:-1]
         return betas.clamp(max=0.999)  # a beta of 1 would leave no signal at all
 
+    line = torch.linspace(start, end, steps, dtype=torch.float64)
     if name == "linear":
         roots = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64)
         betas = roots**2
@@ -159,7 +161,8 @@ def alpha_bars(betas):
 
 def expand(values, z):
     """values (B,), one for each image of z (B, C, h, w) -> (B, 1, 1, 1), to multiply z with."""
-    return values.reshape(-1, *[1] * (z.ndim - 1))
+    ones = [1] * (z.ndim - 1)
+    return values.reshape(-1, *ones)
 
 
 class EncDiff(nn.Module):
@@ -265,7 +268,7 @@ class EncDiff(nn.Module):
         if noise is None:
             noise = torch.randn_like(z0)
 
-        codes = self.represent(images)  # (B, N), the only clean view of the image
+        codes = self.represent(images)  # (B, N), the only view of the image without noise
         z_t = self.add_noise(z0, t, noise)  # Eq. (2)
         predicted = self.denoiser(z_t, t, self.tokens(codes))
         return F.mse_loss(predicted.to(noise.dtype), noise)  # Eq. (3)
@@ -288,9 +291,10 @@ class EncDiff(nn.Module):
 
         signal = z_t - (1 - abar).sqrt() * noise  # Eq. (2): sqrt(abar_t) z_0
         rms = signal.flatten(1).square().mean(1).sqrt().clamp(min=1e-20)  # (B,)
-        # Times 1 / sqrt(abar_t) it is z_0; the second factor brings its rms to the largest one.
-        factor = torch.minimum(1 / abar.sqrt(), self.largest_rms / rms)
-        return signal * expand(factor, z_t)
+        # Times 1 / sqrt(abar_t) it is z_0. Times largest_rms / rms it has the largest rms that is
+        # allowed. The smaller of the two is taken.
+        multiplier = torch.minimum(1 / abar.sqrt(), self.largest_rms / rms)
+        return signal * expand(multiplier, z_t)
 
     @torch.no_grad()
     def sample(self, tokens, steps=20, sampler="dpm", noise=None, eta=0.0):

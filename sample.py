@@ -435,6 +435,7 @@ def picture_rows(run, asked):
     groups = token_groups(run)
     names = drawable([name for name, _ in groups], "factor")
     groups = [(name, tokens) for name, (_, tokens) in zip(names, groups)]
+    # The last group belongs to no factor; without scores it is the only one.
     named = [(name, tokens) for name, tokens in groups[:-1] if tokens]
     if named:
         print_safely(NAMED)

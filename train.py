@@ -69,7 +69,8 @@ def field(default, meaning, allowed=None):
 class Config:
     """What can be set for a run. Config() is the preset `paper`; the default is `small`.
 
-    What is fixed stands in FIRST_STAGE, LR_WARMUP and CLIP, and where the two stages begin.
+    Further numbers are fixed: FIRST_STAGE, LR_WARMUP, CLIP, and weight decay and betas, which the
+    functions of the two stages hand to their optimizers.
     """
 
     data: str = field("", "dataset file or folder; without it Shapes3D is rendered")
@@ -252,8 +253,9 @@ def train_first_stage(run, dataset, model):
     quantizer = autoencoder.quantizer
     steps = config.vq_steps
     recipe = FIRST_STAGE[config.first_stage]
-    # In these steps latents are not rounded; a short run has fewer of them. By itself the quantizer
-    # would start from the latents of one process; we start it from those of the whole batch.
+    # In the first steps latents are not rounded to the codebook; these are at most half of a run.
+    # Then the codebook is set. By itself the quantizer would take the latents of one process for
+    # it; we give it those of the whole batch.
     warmup = min(quantizer.warmup, steps // 2)
 
     criterion = vq.FirstStageLoss(autoencoder, recipe["squared"]).to(backend.device)
@@ -302,7 +304,7 @@ def train_jointly(run, dataset, model):
     steps = config.steps
     model.to(backend.device).train()
     optimizer = Optimizer(model, config, config.lr, weight_decay=0.01)
-    if not run.resumed:
+    if not run.resumed:  # else `start_stage` restores the scale below
         seed_step(config, "joint training", -1)
         indices = torch.randint(len(dataset), (1024,))
         model.set_latent_scale(load_images(dataset, indices, backend.device))
@@ -635,7 +637,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def quick_look(run, dataset, average, step):
-    """Pictures, and scores from fewer samples, hence lower than those at the end."""
+    """Pictures, and scores from fewer images, hence lower than those at the end."""
     with run.silence(f"  quick score after step {step}: half a minute"):
         if run.backend.main:
             scores = score(run, dataset, average, 6_000)

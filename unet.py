@@ -9,8 +9,8 @@ IDEA      A query is a position of the latent image; keys and values are the N c
           At each position the softmax over the tokens makes the concepts compete. The idea is that
           a token gains by telling what is drawn in one region, and by getting little attention
           elsewhere. `python sample.py attention` shows for which tokens it holds.
-          The denoiser also sees z_t, but the image in z_t is noisy. The tokens are the only clean
-          view of the image.
+          The denoiser also sees z_t, but there the image is covered by noise. The tokens are its
+          only view of the image without noise.
           The last layer of each block starts at zero, so a block adds nothing at first. The last
           layer of all, `conv_out`, starts at zero too, so the untrained network predicts 0, the
           mean of the noise. So in step 1 of training only `conv_out` gets a gradient. In step 2 the
@@ -125,8 +125,8 @@ class Attention(nn.Module):
         k = self.split_heads(self.to_k(context))  # (B, H, M, e)
         v = self.split_heads(self.to_v(context))  # (B, H, M, e)
 
-        # The weights of a position, one for each token, sum to 1: the concepts compete for it.
-        # Tokens carry no position, so their order does not matter.
+        # The weights of a position sum to 1. In cross-attention there is one for each token, so the
+        # concepts compete for the position. The order of the tokens does not matter.
         scale = q.shape[3] ** -0.5
         weights = (q * scale @ k.mT).softmax(dim=-1)  # (B, H, P, e) @ (B, H, e, M) -> (B, H, P, M)
         if self.record is not None:
@@ -297,7 +297,7 @@ class UNet(nn.Module):
 
         z_t     (B, C, h, w) float; h and w are multiples of 2^(len(multipliers) - 1)
         t       (B,) timesteps in 1..T, or a single one for all images
-        tokens  (B, N, d) concept tokens of the clean images, float
+        tokens  (B, N, d) concept tokens of the images, float
         """
         if not torch.is_tensor(t):
             t = torch.tensor(t, device=z_t.device)
@@ -444,7 +444,7 @@ class AdaGNUNet(UNet):
 
 
 class DirectDecoder(UNet):
-    """EncDec w/o Diff (Table 3): tokens (B, N, d) -> clean latent (B, C, h, h).
+    """EncDec w/o Diff (Table 3): tokens (B, N, d) -> z_0 (B, C, h, h).
 
     It is the middle and the way up of a U-Net. It starts from a learned tensor, without noise and
     skip connections; a learned vector stands for the embedding of the timestep.

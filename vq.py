@@ -121,7 +121,7 @@ class Quantizer(nn.Module):
         dtype = torch.promote_types(vectors.dtype, torch.float32)
         vectors = vectors.to(dtype)
         codebook = self.codebook.to(dtype)
-        # Distances stay if both move by the same vector. Near 0 less is lost by rounding.
+        # Distances stay the same if both move by the same vector, and floats are finer near 0.
         centre = codebook.mean(0)
         codebook = codebook - centre
         vectors = vectors - centre
