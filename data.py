@@ -189,6 +189,7 @@ def open_dataset(path=None, size=64, cache=None):
     """
     if size not in (32, 64, 128):
         raise ValueError(f"image size {size}; expected 32, 64 or 128")
+    size = int(size)  # numpy's integers cannot be written into the cache
     if path is not None:
         return open_files(path, size, cache)
     seconds = 1 + round(size**2 / 700)
@@ -508,7 +509,7 @@ LABEL_NAMES = ("factors", "labels", "label", "latents_classes", "latents/classes
                "targets", "y")
 MOST_LEVELS = 1000  # a factor of more values is an identity or a measurement
 BLOCK = 1 << 22  # bytes that are read at a time; as floats they take eight times as much
-CONVERSION = 4  # counted up whenever a conversion's result changes: older caches are not used
+CONVERSION = 5  # counted up whenever a conversion's result changes: older caches are not used
 
 
 def open_files(path, size, cache):
@@ -522,7 +523,7 @@ def open_files(path, size, cache):
         if path.is_dir():
             files, note = files_below(path)
         else:
-            files, note = [path], ""
+            files, note = files_read(path), ""
         stamp = fingerprint(path, files)
     images_file, labels_file = cache_files(path, size, cache)
     dataset = read_cache(images_file, labels_file, stamp)
@@ -861,12 +862,17 @@ class StoredArray:
 
     def blocks(self, scratch):
         """Some rows after the other, (b, *shape[1:])."""
-        rows = getattr(self.values, "chunks", None) or [1]
-        step = rows[0]  # a chunk that is cut in two would be decompressed twice
+        if isinstance(self.values, h5py.Dataset):
+            check_written(self.values)
         row_bytes = self.dtype.itemsize * int(np.prod(self.shape[1:]))
-        step *= max(1, BLOCK // (step * row_bytes))
+        rows = max(1, BLOCK // row_bytes)  # of a block
+        chunk = getattr(self.values, "chunks", None) or [1]
+        step = chunk[0]  # a chunk that is cut in two would be decompressed twice
+        step *= max(1, rows // step)
         for start in range(0, self.shape[0], step):
-            yield np.asarray(self.values[start:start + step])
+            read = np.asarray(self.values[start:start + step])
+            for k in range(0, len(read), rows):
+                yield read[k:k + rows]
 
 
 class ZippedArray:
@@ -899,6 +905,17 @@ class ZippedArray:
                 yield np.frombuffer(block, row)
 
 
+class UnreadableArray:
+    """It stands for an array that a file names and that cannot be read."""
+    shape = ()
+
+    def __init__(self, why):
+        self.dtype = why  # for the list of what a file holds
+
+    def whole(self):
+        raise ValueError(self.dtype)
+
+
 def read_header(file):
     """Shape, whether in Fortran's order, and type of the array in an .npy file."""
     if np.lib.format.read_magic(file) == (1, 0):
@@ -913,25 +930,32 @@ def open_arrays(path):
     if path.is_file() and h5py.is_hdf5(path):
         with h5py.File(path, "r") as file:
             arrays = {}
-
-            def visit(name, item, above=()):
+            datasets = {}  # one with two names is the same array twice
+            for name, item in walk_hdf5(file):
+                if item is None:
+                    arrays[name] = UnreadableArray("a link that leads nowhere")
+                    continue
                 names = item.attrs.get("factor_names")
                 if names is not None and not isinstance(names, h5py.Empty):
                     arrays["factor_names"] = StoredArray(np.asarray(names))
                 if isinstance(item, h5py.Dataset):
-                    arrays[name] = StoredArray(item)
-                elif isinstance(item, h5py.Group) and item not in above:  # links may go round
-                    for key in item:
-                        below = item.get(key)  # links are followed; None: it leads nowhere
-                        if below is not None:
-                            visit(f"{name}/{key}".lstrip("/"), below, (*above, item))
-
-            visit("", file)
+                    array = StoredArray(item)
+                    if not all(file.exists() for file in other_files(item)):
+                        array = UnreadableArray("made of other files, and one is missing")
+                    arrays[name] = datasets.setdefault(item, array)
             yield arrays
     elif path.is_file() and zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            members = [name for name in archive.namelist() if name.endswith(".npy")]
-            yield {name.removesuffix(".npy"): ZippedArray(archive, name) for name in members}
+            arrays = {}
+            for member in archive.namelist():
+                name = member.removesuffix(".npy")
+                if name == member or any(is_hidden(part) for part in name.split("/")):
+                    continue
+                try:
+                    arrays[name] = ZippedArray(archive, member)
+                except Exception:  # its words would advise unsafe loading
+                    arrays[name] = UnreadableArray("no array that numpy reads")
+            yield arrays
     elif path.is_file():
         with path.open("rb") as file:
             start = file.read(24)
@@ -941,6 +965,53 @@ def open_arrays(path):
         yield {"images": StoredArray(np.load(path, mmap_mode="r"))}
     else:
         raise ValueError("it is neither a file nor a folder")
+
+
+def walk_hdf5(item, name="", above=()):
+    """(name, group or dataset) of all that lies in a group and below. Links are followed; None
+    stands for what a link does not find."""
+    yield name, item
+    if isinstance(item, h5py.Group) and item not in above:  # links may go round
+        for key in item:
+            yield from walk_hdf5(item.get(key), f"{name}/{key}".lstrip("/"), (*above, item))
+
+
+def other_files(dataset):
+    """The files in which the numbers of an HDF5 dataset lie, if it only points there."""
+    home = Path(dataset.file.filename)
+    names = [name for name, _, _ in dataset.external or ()]
+    if dataset.is_virtual:
+        names += [source.file_name for source in dataset.virtual_sources()]
+    files = [home.parent / name for name in names if name != "."]
+    return [file if file.exists() else Path(file.name) for file in files]
+
+
+def files_read(path):
+    """The file at path, and those that an HDF5 file makes its arrays of."""
+    files = {path}
+    if path.is_file() and h5py.is_hdf5(path):
+        with h5py.File(path, "r") as file:
+            for _, item in walk_hdf5(file):
+                if isinstance(item, h5py.Dataset):
+                    files.add(Path(item.file.filename))
+                    files.update(file for file in other_files(item) if file.exists())
+    return sorted(files)
+
+
+def check_written(dataset):
+    """ValueError if a part of an HDF5 dataset was never written. It would be read as zeros."""
+    if dataset.is_virtual or dataset.external:
+        return
+    if dataset.chunks:
+        sides = [math.ceil(n / chunk) for n, chunk in zip(dataset.shape, dataset.chunks)]
+        expected = math.prod(sides)
+        written = dataset.id.get_num_chunks()
+    else:
+        expected = 1
+        written = min(1, dataset.id.get_storage_size())
+    if written < expected:
+        raise ValueError(f"{dataset.name} was not written to its end, {written} of {expected} "
+                         "parts; expected all images: write the others, or resize it")
 
 
 def read_arrays(path, arrays, size):
@@ -974,7 +1045,7 @@ def is_channels_first(shape):
 def has_image_layout(array):
     """Whether an array may be images (n, h, w), (n, h, w, 1 to 4) or (n, 1 to 4, h, w)."""
     shape = array.shape
-    if array.dtype.kind not in "biuf" or len(shape) not in (3, 4) or 0 in shape:
+    if len(shape) not in (3, 4) or 0 in shape or array.dtype.kind not in "biuf":
         return False
     if is_channels_first(shape):
         return True
@@ -990,7 +1061,7 @@ def find_images(arrays):
     alone in its shape."""
     named = [key for key in arrays if key.lower().split("/")[-1] in IMAGE_NAMES]
     keys = [key for key in named or arrays if has_image_layout(arrays[key])]
-    if len(keys) == 1:
+    if len({arrays[key] for key in keys}) == 1:  # a dataset may have two names
         return keys[0], arrays[keys[0]]
     known = [f"{key} {array.dtype} {array.shape}" for key, array in arrays.items()]
     raise ValueError(f"it holds {', '.join(known[:9]) or 'no arrays'}; expected one array 'images',"
@@ -1080,9 +1151,11 @@ def files_below(folder):
             if not is_hidden(name) and os.path.isfile(os.path.join(place, name)):
                 kind.append(Path(place, name))
 
-    # CelebA's list may lie beside the images or, as Kaggle packs it, two levels higher.
-    beside = [parent / name for parent in folder.parents[:2] for name in ATTRIBUTES]
-    files += [file for file in beside if file.is_file()]
+    # CelebA's list may lie beside its images or, as Kaggle packs it, two levels higher. Pictures of
+    # other sets have the same names.
+    if "celeba" in f"{folder.parent.name} {folder.name}".lower():
+        beside = [parent / name for parent in folder.parents[:2] for name in ATTRIBUTES]
+        files += [file for file in beside if file.is_file()]
 
     note = []
     if unused:
@@ -1119,9 +1192,12 @@ def read_folder(path, files, note, size):
         black, white = brightness(deep_pictures(pictures))
         add_brightness(dataset, black, white)
         damaged = []
+        cut = 0
         for k, file in enumerate(pictures):
             try:
                 with Image.open(file) as picture:
+                    # Pillow keeps only the higher byte of colours of 16 bits.
+                    cut += ";16" in str(picture.tile) and not is_deep(picture)
                     image = decode(picture, black, white)
                 if faces and image.shape[:2] == CELEBA_SHAPE:
                     image = image[CELEBA_CROP]
@@ -1135,6 +1211,8 @@ def read_folder(path, files, note, size):
             else:
                 yield block
 
+        if cut:
+            dataset.add_note(f"{cut} pictures have colours of 16 bits, of which 8 are read")
         if damaged:
             dataset.add_note(f"{len(damaged)} damaged pictures are left out")
             dataset.count -= len(damaged)
@@ -1191,10 +1269,16 @@ def add_attributes(dataset, path, pictures):
     missing = [file.name for file in pictures if file.stem not in values]
     if missing:
         return dataset.add_note(f"{path.name} is not used: it lacks {missing[0]}")
+    words = np.array([values[file.stem] for file in pictures])
+    try:
+        table = np.char.replace(np.char.lower(words), "true", "1")
+        table = np.char.replace(table, "false", "-1").astype(float)
+    except ValueError as error:
+        return dataset.add_note(f"{path.name} is not used: {error}; expected 1 and -1")
     dataset.name = "CelebA"
     dataset.attribute_names = tuple(names)
-    table = np.array([values[file.stem] for file in pictures])
-    dataset.table = (table == "1").astype(np.int32)  # what is not is -1, or 0
+    dataset.table = (table > 0).astype(np.int32)  # what is not is -1, or 0
+    dataset.add_note(f"attributes of {path}")
 
 
 def read_cars3d(path, cars, files, size):
@@ -1486,6 +1570,8 @@ def main(arguments=None):
     parser.add_argument("--grid", metavar="PNG", help="save fifty images as one picture")
     words = sys.argv[1:] if arguments is None else [str(word) for word in arguments]
     args = parser.parse_args(words)
+    if "" in (args.data, args.cache, args.grid):
+        parser.error("a path is empty; expected the name of a file or folder")
 
     try:
         dataset = open_dataset(args.data, args.size, args.cache)

@@ -570,12 +570,17 @@ def to_numpy(values):
     if isinstance(values, (list, tuple)):
         if any(torch.is_tensor(value) for value in values):
             return np.stack([to_numpy(value) for value in values])
+        values = [to_numpy(row).tolist() if isinstance(row, (list, tuple)) else row
+                  for row in values]
         try:
             np.array(values)
         except ValueError:
             raise ValueError("a table has rows of unequal length") from None
         return np.array(values, dtype=object)
-    return np.asarray(values)
+    values = np.asarray(values)
+    if values.dtype == object and any(torch.is_tensor(value) for value in values.flat):
+        return to_numpy(values.tolist())  # tensors are never equal to one another as labels are
+    return values
 
 
 def to_floats(values, name):
@@ -1186,9 +1191,13 @@ def auroc(codes, attributes):
 
 # ---- Distances between images --------------------------------------------------------------------
 def to_tensor(images):
-    """An array, tensor or list as a tensor; torch refuses arrays that are flipped views."""
+    """An array, tensor or list as a tensor. An array is copied, as torch refuses flipped views and
+    other orders of bytes."""
+    if isinstance(images, (list, tuple)) and any(torch.is_tensor(image) for image in images):
+        return torch.stack([to_tensor(image) for image in images])
     if isinstance(images, np.ndarray):
-        images = np.ascontiguousarray(images)
+        images = np.array(images, order="C")
+        images = images.astype(images.dtype.newbyteorder("="))
     return torch.as_tensor(images)
 
 
@@ -1201,10 +1210,10 @@ def check_pair(x, y):
         raise ValueError(f"images of shape {tuple(x.shape)} and {tuple(y.shape)}; "
                          f"expected one shape (B, C, H, W), none of them 0")
     for images in (x, y):
-        if images.is_complex():
-            raise ValueError("images are complex; expected floats in [0, 1]")
+        if not images.is_floating_point():
+            raise ValueError(f"images are {images.dtype}; expected floats in [0, 1]")
         low, high = images.min(), images.max()
-        if not (images.is_floating_point() and low >= 0 and high <= 1):
+        if not (low >= 0 and high <= 1):
             raise ValueError(f"images are {images.dtype} from {low:.4g} to {high:.4g}; "
                              f"expected floats in [0, 1]: (images + 1) / 2, clamped")
 

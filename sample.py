@@ -585,13 +585,16 @@ def agree(args):
     All runs encode the same 2,000 images. A run that agrees with runs of other seeds found codes
     that come from the data and not from its seed (Duan et al. 2020)."""
     paths = existing_runs(args.runs)
-    require(len(paths) > 1, "run", paths[0], "two runs or more to compare")
+    if len(paths) < 2:
+        raise ValueError(f"there is one run, {paths[0]}; expected two runs or more to compare")
     runs = []
     for path in paths:
         run = OpenedRun(path, args.data, args.cache, args.device, args.seed)
         runs.append(run)
         size = runs[0].config.size
-        require(run.config.size == size, "run", path, f"one of {size} pixels, as {paths[0]}")
+        if run.config.size != size:
+            raise ValueError(f"{path} has images of {run.config.size} pixels; expected {size}, as "
+                             f"{paths[0]} has")
 
     dataset = runs[0].dataset
     indices = runs[0].random_indices(2000)
@@ -635,7 +638,9 @@ def points_of(log, stage, column):
     points = []
     for row in log:
         if row["stage"] == stage and row.get(column):
-            points.append((int(row["step"]), float(row[column])))
+            value = float(row[column])
+            if math.isfinite(value):
+                points.append((int(row["step"]), value))
     return points
 
 
@@ -1185,7 +1190,8 @@ class Axis:
         self.extent = self.scale(high) - self.low or 1  # a single value has none
         self.ticks = [tick for tick in self.ROUND if low <= tick <= high]
         if len(self.ticks) < 3 or not logarithmic:
-            step = next(tick for tick in self.ROUND if tick >= (high - low or 1) / 8)
+            fine = [tick for tick in self.ROUND if tick >= (high - low or 1) / 8]
+            step = min(fine, default=high - low)
             numbers = np.arange(math.ceil(low / step), math.floor(high / step + 1e-6) + 1)
             self.ticks = step * numbers
 

@@ -1365,6 +1365,38 @@ def test_tad_is_what_was_counted_by_hand():
     assert result["tad"] == 1 / 8 + 3 / 8
 
 
+def as_objects(table):
+    """An array of tensors, one for each number."""
+    cells = np.empty(table.shape, object)
+    for place in np.ndindex(table.shape):
+        cells[place] = torch.tensor(table[place])
+    return cells
+
+
+@pytest.mark.parametrize("collect", [
+    lambda table: list(torch.tensor(table)),
+    lambda table: [list(row) for row in torch.tensor(table)],
+    lambda table: [[value.requires_grad_() for value in row] for row in torch.tensor(table * 1.0)],
+    as_objects,
+])
+def test_tables_of_tensors_are_tables(collect):
+    factors = all_combinations(3, 4, 5)[:, [1, 2]]
+    expected = metrics.evaluate(factors * 2.0, factors)
+    assert metrics.evaluate(collect(factors * 2), collect(factors)) == expected
+
+
+@pytest.mark.parametrize("collect", [
+    lambda images: [*torch.tensor(images)],
+    lambda images: images.astype(">f4"),
+    lambda images: images.tolist(),
+    lambda images: images[::-1][::-1],
+])
+def test_images_in_any_container_have_one_distance(collect):
+    x, y = np.random.default_rng(0).random((2, 2, 3, 12, 12), np.float32)
+    assert same(metrics.ssim(collect(x), collect(y)), metrics.ssim(x, y))
+    refused(lambda: metrics.mse(x, (255 * y).astype(np.uint16)), "uint16", "floats in [0, 1]")
+
+
 def test_ssim_and_mse_equal_their_definitions():
     x, y = torch.rand(2, 2, 3, 13, 12, generator=torch.Generator().manual_seed(0)).double()
     y[0] = x[0]
@@ -1830,6 +1862,75 @@ def test_a_picture_is_what_a_viewer_shows(name):
     assert same(shown(data.open_dataset("set")), expected.reshape(1, 64, 64, -1))
 
 
+def save_pointer(kind, target):
+    """An HDF5 file whose images lie in another file, a.h5 or a.raw, which must exist."""
+    with h5py.File(f"{kind}.h5", "w") as file:
+        if kind == "link":
+            file["images"] = h5py.ExternalLink(target, "/images")
+        elif kind == "virtual":
+            layout = h5py.VirtualLayout(noise().shape, np.uint8)
+            layout[:] = h5py.VirtualSource(target, "images", noise().shape)
+            file.create_virtual_dataset("images", layout)
+        else:
+            raw = [(target, 0, h5py.h5f.UNLIMITED)]
+            file.create_dataset("images", noise().shape, np.uint8, external=raw)
+
+
+@pytest.mark.parametrize("kind", ["link", "virtual", "raw"])
+def test_images_that_lie_in_another_file_are_read_anew_if_that_changes(kind):
+    other = "a.raw" if kind == "raw" else "a.h5"
+
+    def write(images):
+        if kind == "raw":
+            images.tofile(other)
+        else:
+            save(other, images=images)
+
+    write(noise())
+    save_pointer(kind, other)
+    if kind == "raw":
+        write(noise())  # h5py has emptied it
+    assert same(shown(data.open_dataset(f"{kind}.h5")), noise())
+    write(noise(seed=1))
+    os.utime(other, (0, 0))
+    assert same(shown(data.open_dataset(f"{kind}.h5")), noise(seed=1))
+    os.remove(other)
+    refused(lambda: data.open_dataset(f"{kind}.h5"), "nowhere" if kind == "link" else "missing")
+
+
+def test_an_array_of_two_names_is_read_once_and_a_broken_link_is_told():
+    with h5py.File("a.h5", "w") as file:
+        file["train/images"] = noise()
+        file["images"] = file["train/images"]
+        file["test/images"] = h5py.SoftLink("/images")
+        file["labels"] = h5py.SoftLink("/gone")
+    dataset = data.open_dataset("a.h5")
+    assert same(shown(dataset), noise())
+    assert "labels not used: a link that leads nowhere" in dataset.note
+
+
+@pytest.mark.parametrize("options", [{}, {"chunks": (5, 64, 64, 3)}], ids=str)
+def test_images_that_were_never_written_are_refused(options):
+    with h5py.File("a.h5", "w") as file:
+        images = file.create_dataset("images", noise().shape, np.uint8, **options)
+        if options:
+            images[:10] = noise(10)
+    refused(lambda: data.open_dataset("a.h5"), "a.h5", "not written to its end")
+    with h5py.File("a.h5", "a") as file:
+        file["images"][:] = noise()
+    assert same(shown(data.open_dataset("a.h5")), noise())
+
+
+def test_a_part_of_an_archive_that_nobody_needs_does_no_harm():
+    many_fields = np.zeros(12, [(f"a long name of a field, {k}", "i4") for k in range(400)])
+    save("a.npz", images=noise(), factors=many_fields)
+    with zipfile.ZipFile("a.npz", "a") as archive:
+        archive.writestr("__MACOSX/._images.npy", b"a Mac's own")
+    dataset = data.open_dataset("a.npz", np.int64(64))
+    assert same(shown(dataset), noise())
+    assert "factors not used" in dataset.note and "pickle" not in dataset.note
+
+
 # Labels
 @pytest.fixture
 def official(monkeypatch):
@@ -1973,35 +2074,41 @@ def test_a_known_set_is_known_by_its_name_even_if_that_is_a_link(folder, officia
     assert len(listing("snapshot")) == 3 and len(listing("blobs")) == 1
 
 
-def save_celeba(ending, begin, mark):
-    """Four faces, the second of them damaged, with 40 attributes; returns faces and attributes."""
+def save_celeba(ending, begin, mark, words):
+    """Four faces, the second of them damaged, with 40 attributes, of which words are the two
+    values; returns faces and attributes."""
     faces = noise(4, 218, 178)
     attributes = np.random.default_rng(0).choice([-1, 1], (4, 40))
     names = [f"Attribute_{j}" for j in range(40)]
     rows = [mark.join(names)]
     for k in range(4):
         name = f"{k + 1:06d}.jpg"
-        save_picture(f"faces/{name}", faces[k], format="PNG")  # so that it stays exact
-        values = [str(value) for value in attributes[k]]
+        save_picture(f"celeba/{name}", faces[k], format="PNG")  # so that it stays exact
+        values = [words[int(value > 0)] for value in attributes[k]]
         rows.append(mark.join([name, *values]))
 
-    Path("faces/000002.jpg").write_bytes(b"damaged")
+    Path("celeba/000002.jpg").write_bytes(b"damaged")
     Path(f"list_attr_celeba.{ending}").write_text(begin + "\n".join(rows))
     return faces, attributes > 0
 
 
-@pytest.mark.parametrize("ending, begin, mark", [
-    ("txt", "4\n", "  "),
-    ("csv", "image_id,", ","),
+@pytest.mark.parametrize("ending, begin, mark, words", [
+    ("txt", "4\n", "  ", ["-1", "1"]),
+    ("csv", "image_id,", ",", ["-1", "1"]),
+    ("csv", "image_id,", ",", ["-1.0", "+1.0"]),
+    ("csv", "image_id,", ",", ["False", "True"]),
 ])
-def test_celeba_has_attributes_and_its_crop(ending, begin, mark):
-    faces, attributes = save_celeba(ending, begin, mark)
-    dataset = data.open_dataset("faces", size=128)
+def test_faces_have_attributes_and_a_crop(ending, begin, mark, words):
+    faces, attributes = save_celeba(ending, begin, mark, words)
+    dataset = data.open_dataset("celeba", size=128)
 
     middle = faces[:, 57:185, 25:153]
     assert same(shown(dataset), middle[[0, 2, 3]])
     assert dataset.attribute_names[39] == "Attribute_39"
     assert same(dataset.attributes([1, 0]), attributes[[2, 0]])
+
+    os.rename("celeba", "others")  # other sets have pictures of these names
+    assert data.open_dataset("others").attribute_names == ()
 
 
 def mat_element(kind, content):
