@@ -978,12 +978,15 @@ def walk_hdf5(item, name="", above=()):
 
 def other_files(dataset):
     """The files in which the numbers of an HDF5 dataset lie, if it only points there."""
-    home = Path(dataset.file.filename)
-    names = [name for name, _, _ in dataset.external or ()]
+    names = {name for name, _, _ in dataset.external or ()}
     if dataset.is_virtual:
-        names += [source.file_name for source in dataset.virtual_sources()]
-    files = [home.parent / name for name in names if name != "."]
-    return [file if file.exists() else Path(file.name) for file in files]
+        names |= {source.file_name for source in dataset.virtual_sources()}
+        names = {name for name in names if name != "." and "%" not in name}  # itself; a pattern
+    files = []
+    for name in sorted(names):
+        beside = Path(dataset.file.filename).parent / name
+        files.append(beside if beside.exists() else Path(name))
+    return files
 
 
 def files_read(path):
@@ -1063,7 +1066,7 @@ def find_images(arrays):
     keys = [key for key in named or arrays if has_image_layout(arrays[key])]
     if len({arrays[key] for key in keys}) == 1:  # a dataset may have two names
         return keys[0], arrays[keys[0]]
-    known = [f"{key} {array.dtype} {array.shape}" for key, array in arrays.items()]
+    known = [f"{key} {array.dtype} {array.shape or ''}".strip() for key, array in arrays.items()]
     raise ValueError(f"it holds {', '.join(known[:9]) or 'no arrays'}; expected one array 'images',"
                      " numbers of shape (n, h, w), (n, h, w, 1 to 4) or (n, 1 to 4, h, w)")
 
