@@ -925,37 +925,14 @@ def read_header(file):
 
 @contextlib.contextmanager
 def open_arrays(path):
-    """{name: StoredArray or ZippedArray} of all arrays in a file. An HDF5 group is a part of the
-    name; the attribute factor_names counts as an array."""
+    """{name: StoredArray, ZippedArray or UnreadableArray} of all arrays in a file. An HDF5 group is
+    a part of the name; the attribute factor_names counts as an array."""
     if path.is_file() and h5py.is_hdf5(path):
         with h5py.File(path, "r") as file:
-            arrays = {}
-            datasets = {}  # one with two names is the same array twice
-            for name, item in walk_hdf5(file):
-                if item is None:
-                    arrays[name] = UnreadableArray("a link that leads nowhere")
-                    continue
-                names = item.attrs.get("factor_names")
-                if names is not None and not isinstance(names, h5py.Empty):
-                    arrays["factor_names"] = StoredArray(np.asarray(names))
-                if isinstance(item, h5py.Dataset):
-                    array = StoredArray(item)
-                    if not all(file.exists() for file in other_files(item)):
-                        array = UnreadableArray("made of other files, and one is missing")
-                    arrays[name] = datasets.setdefault(item, array)
-            yield arrays
+            yield hdf5_arrays(file)
     elif path.is_file() and zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            arrays = {}
-            for member in archive.namelist():
-                name = member.removesuffix(".npy")
-                if name == member or any(is_hidden(part) for part in name.split("/")):
-                    continue
-                try:
-                    arrays[name] = ZippedArray(archive, member)
-                except Exception:  # its words would advise unsafe loading
-                    arrays[name] = UnreadableArray("no array that numpy reads")
-            yield arrays
+            yield zipped_arrays(archive)
     elif path.is_file():
         with path.open("rb") as file:
             start = file.read(24)
@@ -965,6 +942,39 @@ def open_arrays(path):
         yield {"images": StoredArray(np.load(path, mmap_mode="r"))}
     else:
         raise ValueError("it is neither a file nor a folder")
+
+
+def zipped_arrays(archive):
+    """{name: array} of an open .npz file."""
+    arrays = {}
+    for member in archive.namelist():
+        name = member.removesuffix(".npy")
+        if name == member or any(is_hidden(part) for part in name.split("/")):
+            continue
+        try:
+            arrays[name] = ZippedArray(archive, member)
+        except Exception:  # its words would advise unsafe loading
+            arrays[name] = UnreadableArray("no array that numpy reads")
+    return arrays
+
+
+def hdf5_arrays(file):
+    """{name: array} of an open HDF5 file."""
+    arrays = {}
+    datasets = {}  # a dataset of two names is one array
+    for name, item in walk_hdf5(file):
+        if item is None:
+            arrays[name] = UnreadableArray("a link that leads nowhere")
+            continue
+        names = item.attrs.get("factor_names")
+        if names is not None and not isinstance(names, h5py.Empty):
+            arrays["factor_names"] = StoredArray(np.asarray(names))
+        if isinstance(item, h5py.Dataset):
+            array = StoredArray(item)
+            if not all(other.exists() for other in other_files(item)):
+                array = UnreadableArray("made of other files, and one is missing")
+            arrays[name] = datasets.setdefault(item, array)
+    return arrays
 
 
 def walk_hdf5(item, name="", above=()):
