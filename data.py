@@ -864,11 +864,13 @@ class StoredArray:
         """Some rows after the other, (b, *shape[1:])."""
         if isinstance(self.values, h5py.Dataset):
             check_written(self.values)
+
         row_bytes = self.dtype.itemsize * int(np.prod(self.shape[1:]))
         rows = max(1, BLOCK // row_bytes)  # of a block
         chunk = getattr(self.values, "chunks", None) or [1]
         step = chunk[0]  # a chunk that is cut in two would be decompressed twice
         step *= max(1, rows // step)
+
         for start in range(0, self.shape[0], step):
             read = np.asarray(self.values[start:start + step])
             for k in range(0, len(read), rows):
@@ -951,6 +953,7 @@ def zipped_arrays(archive):
         name = member.removesuffix(".npy")
         if name == member or any(is_hidden(part) for part in name.split("/")):
             continue
+
         try:
             arrays[name] = ZippedArray(archive, member)
         except Exception:  # its words would advise unsafe loading
@@ -966,9 +969,11 @@ def hdf5_arrays(file):
         if item is None:
             arrays[name] = UnreadableArray("a link that leads nowhere")
             continue
+
         names = item.attrs.get("factor_names")
         if names is not None and not isinstance(names, h5py.Empty):
             arrays["factor_names"] = StoredArray(np.asarray(names))
+
         if isinstance(item, h5py.Dataset):
             array = StoredArray(item)
             if not all(other.exists() for other in other_files(item)):
@@ -990,8 +995,10 @@ def other_files(dataset):
     """The files in which the numbers of an HDF5 dataset lie, if it only points there."""
     names = {name for name, _, _ in dataset.external or ()}
     if dataset.is_virtual:
-        names |= {source.file_name for source in dataset.virtual_sources()}
-        names = {name for name in names if name != "." and "%" not in name}  # itself; a pattern
+        for source in dataset.virtual_sources():
+            if source.file_name != "." and "%" not in source.file_name:  # itself; a pattern
+                names.add(source.file_name)
+
     files = []
     for name in sorted(names):
         beside = Path(dataset.file.filename).parent / name
@@ -1001,13 +1008,15 @@ def other_files(dataset):
 
 def files_read(path):
     """The file at path, and those that an HDF5 file makes its arrays of."""
+    if not path.is_file() or not h5py.is_hdf5(path):
+        return [path]
+
     files = {path}
-    if path.is_file() and h5py.is_hdf5(path):
-        with h5py.File(path, "r") as file:
-            for _, item in walk_hdf5(file):
-                if isinstance(item, h5py.Dataset):
-                    files.add(Path(item.file.filename))
-                    files.update(file for file in other_files(item) if file.exists())
+    with h5py.File(path, "r") as file:
+        for _, item in walk_hdf5(file):
+            if isinstance(item, h5py.Dataset):
+                files.add(Path(item.file.filename))  # of a dataset behind a link
+                files.update(other for other in other_files(item) if other.exists())
     return sorted(files)
 
 
@@ -1015,6 +1024,7 @@ def check_written(dataset):
     """ValueError if a part of an HDF5 dataset was never written. It would be read as zeros."""
     if dataset.is_virtual or dataset.external:
         return
+
     if dataset.chunks:
         sides = [math.ceil(n / chunk) for n, chunk in zip(dataset.shape, dataset.chunks)]
         expected = math.prod(sides)
@@ -1022,6 +1032,7 @@ def check_written(dataset):
     else:
         expected = 1
         written = min(1, dataset.id.get_storage_size())
+
     if written < expected:
         raise ValueError(f"{dataset.name} was not written to its end, {written} of {expected} "
                          "parts; expected all images: write the others, or resize it")
@@ -1076,7 +1087,11 @@ def find_images(arrays):
     keys = [key for key in named or arrays if has_image_layout(arrays[key])]
     if len({arrays[key] for key in keys}) == 1:  # a dataset may have two names
         return keys[0], arrays[keys[0]]
-    known = [f"{key} {array.dtype} {array.shape or ''}".strip() for key, array in arrays.items()]
+
+    known = []
+    for key, array in arrays.items():
+        shape = array.shape or ""  # of what cannot be read, or of a single number
+        known.append(f"{key} {array.dtype} {shape}".strip())
     raise ValueError(f"it holds {', '.join(known[:9]) or 'no arrays'}; expected one array 'images',"
                      " numbers of shape (n, h, w), (n, h, w, 1 to 4) or (n, 1 to 4, h, w)")
 
