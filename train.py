@@ -103,7 +103,7 @@ class Config:
     schedule: str = field("cosine", "noise schedule", encdiff.SCHEDULES)
     timesteps: int = field(1000, "", "1 or more")  # T
     noise_order: str = field("uniform", "how timesteps are drawn: see `draw_timesteps`",
-                             ("uniform", "weak-first"))
+                             ("uniform", "weak-first", "uniform-first"))
     steps: int = field(75_000, "training steps of encoder and denoiser", "0 or more")
     batch: int = field(64, "images in a joint training step", "1 or more")
     optimizer: str = field("adamw", "muon: Muon for matrices inside the networks, AdamW for all "
@@ -229,17 +229,20 @@ def learning_rate(peak, step, steps, decay):
 def draw_timesteps(config, step):
     """t for each image of a batch, (B,) int64 in 1..T.
 
-    "uniform" is the paper's t ~ U{1..T}. "weak-first" is ours: it draws three and takes the lowest
-    in the first third of training, then the highest. It seems that weak noise teaches form, strong
-    noise place. assets/log.md compares the two.
+    "uniform" is the paper's t ~ U{1..T}. The two others are ours. After the first third of training
+    both draw three and take the highest, for strong noise. Before, "weak-first" takes the lowest,
+    and "uniform-first" draws one, as the paper does. assets/log.md compares the three: weak-first
+    serves things that stay in place, uniform-first served sprites, which move.
     """
     if config.noise_order == "uniform":
         return torch.randint(1, config.timesteps + 1, (config.batch,))
 
     draws = torch.randint(1, config.timesteps + 1, (3, config.batch))
-    if 3 * step < config.steps:
+    if 3 * step >= config.steps:
+        return draws.amax(0)
+    if config.noise_order == "weak-first":
         return draws.amin(0)
-    return draws.amax(0)
+    return draws[0]
 
 
 def train_first_stage(run, dataset, model):
