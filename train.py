@@ -103,7 +103,7 @@ class Config:
     schedule: str = field("cosine", "noise schedule", encdiff.SCHEDULES)
     timesteps: int = field(1000, "", "1 or more")  # T
     noise_order: str = field("uniform", "how timesteps are drawn: see `draw_timesteps`",
-                             ("uniform", "weak-first", "uniform-first"))
+                             ("uniform", "weak-first"))
     steps: int = field(75_000, "training steps of encoder and denoiser", "0 or more")
     batch: int = field(64, "images in a joint training step", "1 or more")
     optimizer: str = field("adamw", "muon: Muon for matrices inside the networks, AdamW for all "
@@ -124,7 +124,6 @@ class Config:
 OUR_RECIPE = dict(
     encoder="cnn_patch",  # much cheaper than the paper's
     dropout=0.0,
-    noise_order="weak-first",  # see `draw_timesteps`
     optimizer="muon",  # learns in fewer steps than AdamW (assets/log.md)
     lr=1e-3,  # of AdamW; so Muon's is 1e-2
     lr_decay=0.4,
@@ -226,25 +225,6 @@ def learning_rate(peak, step, steps, decay):
     return peak * min(1, rise) * min(1, fall)
 
 
-def draw_timesteps(config, step):
-    """t for each image of a batch, (B,) int64 in 1..T.
-
-    "uniform" is the paper's t ~ U{1..T}. The two others are ours. After the first third of training
-    both draw three and take the highest, for strong noise. Before, "weak-first" takes the lowest,
-    and "uniform-first" draws one, as the paper does. assets/log.md compares the three: weak-first
-    is ahead on Shapes3D, uniform-first on sprites, and neither on all sets.
-    """
-    if config.noise_order == "uniform":
-        return torch.randint(1, config.timesteps + 1, (config.batch,))
-
-    draws = torch.randint(1, config.timesteps + 1, (3, config.batch))
-    if 3 * step >= config.steps:
-        return draws.amax(0)
-    if config.noise_order == "weak-first":
-        return draws.amin(0)
-    return draws[0]
-
-
 def train_first_stage(run, dataset, model):
     """Stage 1: images -> latent -> images. Leaves model.first_stage trained and frozen.
 
@@ -322,7 +302,7 @@ def train_jointly(run, dataset, model):
         # A batch: images, their timesteps, their noise. Each process takes its share of it.
         seed_step(config, "joint training", step)
         indices = torch.randint(len(dataset), (config.batch,))
-        t = draw_timesteps(config, step)  # (B,)
+        t = draw_timesteps(config, step)  # (B,), t ~ U{1..T}
         noise = torch.randn(config.batch, *model.latent_shape)
         images = load_images(dataset, backend.share(indices), backend.device)
         t = backend.share(t).to(backend.device)
@@ -512,6 +492,18 @@ def validate_variant(config):
         require(name in VARIANTS, "variant", name, f"one of {known}")
     allowed = len(names) < 2 or (len(names) == 2 and set(names) in COMBINATIONS)
     require(allowed, "variant", config.variant, "one variant, vector+adagn or vector+direct")
+
+
+def draw_timesteps(config, step):
+    """t for each image of a batch, (B,) int64 in 1..T.
+
+    "uniform" is the paper's t ~ U{1..T}. "weak-first" is ours: it draws three, and takes the lowest
+    in the first third of the steps, and the highest afterwards. assets/results.md compares the two.
+    """
+    if config.noise_order == "uniform":
+        return torch.randint(1, config.timesteps + 1, (config.batch,))
+    draws = torch.randint(1, config.timesteps + 1, (3, config.batch))
+    return draws.amin(0) if 3 * step < config.steps else draws.amax(0)
 
 
 # ---- The optimizer: AdamW, and Muon for the matrices inside the networks -------------------------
