@@ -43,10 +43,10 @@ def evaluate(codes, factors, seed=0, dci_train=10_000, dci_test=5_000):
     dci_test   other samples, on which the trees are tested. If there are too few samples for both,
                the trees learn from two thirds and are tested on the rest.
 
-    Two entries are tables (N, F), lists of lists: "importance", DCI's, and "nmi", InfoMEC's.
-    FactorVAE score and MIG use all samples, InfoMEC at most INFOMEC_SAMPLES of them. A score that
-    cannot be computed is absent, and "note" says in one line why; so does it of codes and factors
-    that were left out. ValueError: the two tables do not belong together, or hold NaN.
+    Two entries are tables (N, F), lists of lists: "importance", DCI's, and "information",
+    InfoMEC's. FactorVAE score and MIG use all samples, InfoMEC at most INFOMEC_SAMPLES of them. A
+    score that cannot be computed is absent, and "note" says in one line why; so does it of codes
+    and factors that were left out. ValueError: the two tables do not belong together, or hold NaN.
     """
     codes, factors = check_tables(codes, factors)
     seed, dci_train, dci_test = int(seed), int(dci_train), int(dci_test)
@@ -83,7 +83,7 @@ def evaluate(codes, factors, seed=0, dci_train=10_000, dci_test=5_000):
         notes += result.pop("note", "").split("; ")
         scores.update(result)
 
-    for name in ("importance", "nmi"):
+    for name in ("importance", "information"):
         if name in scores:
             scores[name] = scores[name].tolist()
     said_once = [note for note in dict.fromkeys(notes) if note]
@@ -777,8 +777,8 @@ def infomec(codes, factors, discrete=None):
     1 is best, and chance is 0. A row of NMI that is 0 throughout has no largest share: it does not
     count. A code is active if it is not dead (see live_codes) and, unless discrete, its range is
     over a twentieth of the largest range, as in the authors' code: so give all codes one unit.
-    "nmi" (N, F) is the table of all codes. Six factors and 20 codes of 10,000 samples take about
-    4 seconds, or 11 if discrete. ValueError: no factor can be scored, no code varies.
+    "information" (N, F) is I of all codes, in nats. Six factors and 20 codes of 10,000 samples take
+    about 4 seconds, or 11 if discrete. ValueError: no factor can be scored, no code varies.
     """
     codes, factors = check_tables(codes, factors)
     usable, notes = usable_factors(factors)
@@ -800,18 +800,19 @@ def infomec(codes, factors, discrete=None):
         notes.append(f"InfoM and InfoC leave out inactive codes: {inactive}")
 
     standard = (codes - codes.mean(axis=0)) / np.where(spread > 0, codes.std(axis=0), 1)
-    nmi = np.zeros((codes.shape[1], factors.shape[1]))  # (N, F)
+    information = np.zeros((codes.shape[1], factors.shape[1]))  # (N, F)
+    nmi = np.zeros_like(information)
     for j, label in zip(usable, labels):
         for i in range(codes.shape[1]):
             if discrete:
-                shared = mutual_information(joint_table(numbered[i], label))
+                information[i, j] = mutual_information(joint_table(numbered[i], label))
             else:
-                shared = neighbour_information(standard[:, i], label)
-            nmi[i, j] = shared / entropy(label)
+                information[i, j] = neighbour_information(standard[:, i], label)
+        nmi[:, j] = information[:, j] / entropy(label)
 
     inputs = np.stack(numbered, axis=1) if discrete else standard  # (n, N)
     explained = [1 - linear_loss(inputs, label) / np.log(label.max() + 1) for label in labels]
-    scores = {"infoe": float(np.mean(explained)), "nmi": nmi}
+    scores = {"infoe": float(np.mean(explained)), "information": information}
     table = nmi[active][:, usable]
     if len(usable) > 1 and table.any():
         scores["infom"] = largest_share(table)
@@ -967,7 +968,7 @@ def ranks(codes):
 
 # ---- Exchanges that land: what a user of the model sees ------------------------------------------
 @torch.no_grad()
-def exchanges_that_land(model, dataset, nmi, device="cpu", pairs=128, seed=0, **options):
+def exchanges_that_land(model, dataset, information, device="cpu", pairs=128, seed=0, **options):
     """Exchange one factor's tokens: how often is the image drawn that was asked for?
 
     Two random images are a source and its target. For each factor, that factor's tokens of the
@@ -978,18 +979,18 @@ def exchanges_that_land(model, dataset, nmi, device="cpu", pairs=128, seed=0, **
     this holds for every factor, the exchange is clean: it changed nothing else. Pairs that share
     the value do not count. This score is ours.
 
-    model    trained, with represent, tokens, sample and latent_shape
-    dataset  data.Dataset that is_complete: with an image of every combination of its factors
-    nmi      (N, F), as from `infomec`: whose token is whose, see tokens_of_factors
-    device   where the model is
-    pairs    how many sources and targets
-    seed     of the choice of pairs and of the noise z_T
-    options  of model.sample: steps, sampler, eta
+    model        trained, with represent, tokens, sample and latent_shape
+    dataset      data.Dataset that is_complete: with an image of every combination of its factors
+    information  (N, F), as from `infomec`: whose token is whose, see tokens_of_factors
+    device       where the model is
+    pairs        how many sources and targets
+    seed         of the choice of pairs and of the noise z_T
+    options      of model.sample: steps, sampler, eta
 
     Returns {factor: (share that lands, share that is clean, control)}, each 0 to 1. The control is
     without an exchange: is the source, redrawn from its own tokens, nearest to itself, whichever
-    factor changes? A factor whose value no pair changes is left out, and so is one that is 0 in
-    nmi. ValueError if there are no factors, or if a combination has no image, or several that
+    factor changes? A factor whose value no pair changes is left out, and so is one of which no code
+    tells. ValueError if there are no factors, or if a combination has no image, or several that
     differ.
     """
     if not dataset.is_complete:
@@ -999,10 +1000,10 @@ def exchanges_that_land(model, dataset, nmi, device="cpu", pairs=128, seed=0, **
     indices = torch.randint(len(dataset), (2 * pairs,), generator=generator, device="cpu")
     source, target = indices.split(pairs)
     noise = torch.randn(pairs, *model.latent_shape, generator=generator, device="cpu").to(device)
-    return exchange_pairs(model, dataset, nmi, source, target, noise, **options)
+    return exchange_pairs(model, dataset, information, source, target, noise, **options)
 
 
-def exchange_pairs(model, dataset, nmi, source, target, noise, factors=None, **options):
+def exchange_pairs(model, dataset, information, source, target, noise, factors=None, **options):
     """What `exchanges_that_land` returns, of sources and targets that are given.
 
     source, target  (B,) rows of the dataset; noise (B, ...): z_T, on the model's device
@@ -1012,13 +1013,13 @@ def exchange_pairs(model, dataset, nmi, source, target, noise, factors=None, **o
     source_codes, target_codes = batched(model.represent, images).split(len(source))
     source = dataset.factors(source)  # (B, F)
     target = dataset.factors(target)
-    nmi = matrix(nmi, "nmi")
+    information = matrix(information, "information")
     if factors is None:
-        factors = np.flatnonzero(nmi.any(axis=0)).tolist()
+        factors = np.flatnonzero(information.any(axis=0)).tolist()
 
     # The source as it is, and once for each factor with that factor's tokens exchanged.
     variants = [source_codes]
-    groups = tokens_of_factors(nmi)
+    groups = tokens_of_factors(information)
     for j in factors:
         variants.append(exchange(source_codes, target_codes, groups[j]))
     drawn = draw(model, torch.cat(variants), torch.cat([noise] * len(variants)), **options)
@@ -1049,7 +1050,7 @@ def shows(dataset, images, factors):
     return right
 
 
-def exchanges_into(model, dataset, nmi, combination, noise, seed=0, **options):
+def exchanges_into(model, dataset, information, combination, noise, seed=0, **options):
     """Can exchanges reach a combination of factors that was never trained on? Ours.
 
     combination  {column of a factor: its value}, two or more; noise (B, ...): z_T of B pairs
@@ -1074,26 +1075,31 @@ def exchanges_into(model, dataset, nmi, combination, noise, seed=0, **options):
         others = [has[k] for k in combination if k != j]
         source = some(torch.stack(others).all(0) & ~has[j])
         target = some(has[j] & ~unseen)
-        shares.update(exchange_pairs(model, dataset, nmi, source, target, noise, [j], **options))
+        of_factor = exchange_pairs(model, dataset, information, source, target, noise, [j],
+                                   **options)
+        shares.update(of_factor)
     return shares
 
 
-LEAST_NMI = 0.05  # a code that tells less of every factor belongs to none
+LEAST_INFORMATION = 0.1  # nats; a code that tells less of every factor belongs to none
 
 
-def tokens_of_factors(nmi, least=LEAST_NMI):
+def tokens_of_factors(information, least=LEAST_INFORMATION):
     """A token belongs to the factor of which its code tells most, if it tells at least `least`.
 
-    nmi (N, F), as from `infomec` -> F lists of tokens, in each the one that tells most at first. A
-    token that tells of no factor is in no list. (DCI's importance would not do: a code that repeats
-    what a better one says is not asked by the trees, and would be left out of an exchange.)
+    information (N, F) in nats, as from `infomec` -> F lists of tokens, in each the one that tells
+    most at first. A token that tells of no factor is in no list.
+
+    Two other tables would not do. DCI's importance: a code that repeats what a better one says is
+    not asked by the trees, and would be left out of an exchange. InfoMEC's NMI, a share of what
+    there is to know of a factor: a factor of few values would win codes that mostly tell another.
     """
-    nmi = matrix(nmi, "nmi")
-    lists = [[] for _ in range(nmi.shape[1])]
-    best_first = np.argsort(-nmi.max(1), kind="stable")
+    information = matrix(information, "information")
+    lists = [[] for _ in range(information.shape[1])]
+    best_first = np.argsort(-information.max(1), kind="stable")
     for token in best_first.tolist():
-        factor = nmi[token].argmax()
-        if nmi[token, factor] >= least:
+        factor = information[token].argmax()
+        if information[token, factor] >= least:
             lists[factor].append(token)
     return lists
 
@@ -1424,7 +1430,7 @@ def report(path, seed, dci_train, dci_test):
     scores = evaluate(codes, factors, seed, dci_train, dci_test)
     tables = {
         "importance of each code (row) for each factor (column)": scores.pop("importance", []),
-        "what each code (row) tells of each factor (column), NMI": scores.pop("nmi", []),
+        "what each code (row) tells of each factor (column), nats": scores.pop("information", []),
     }
     note = scores.pop("note")
     for name, value in scores.items():

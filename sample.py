@@ -76,7 +76,7 @@ class OpenedRun:
     eta      noise that the sampler ddim adds, 0 (none) to 1 (as much as ddpm); None: its default
 
     It has model (with averaged weights), config, scores and factor_names of the run, and two
-    tables (N, F), or (0,) without scores: importance, DCI's, and nmi, InfoMEC's, by which tokens
+    tables (N, F), or (0,) without scores: importance, DCI's, and information, by which tokens
     are named. Raises ValueError, one line, for what cannot be opened.
     """
 
@@ -93,7 +93,7 @@ class OpenedRun:
         self.scores = about["scores"]
         self.factor_names = about["data"].get("factor_names", [])
         self.importance = np.array(self.scores.get("importance", ()), float)
-        self.nmi = np.array(self.scores.get("nmi", ()), float)
+        self.information = np.array(self.scores.get("information", ()), float)
         self.data = os.path.expanduser(data) if data else None
         self.cache = os.path.expanduser(cache) if cache else None
 
@@ -190,7 +190,7 @@ def swap(run, args):
         labels.append(row_label(name, tokens))
     drawn = run.draw_all(variants, run.noise(count))
     save(args, run.folder, grid([source, target, *drawn], labels))
-    if run.nmi.size:
+    if run.information.size:
         print_exchanges(run, args)
 
 
@@ -198,9 +198,9 @@ def print_exchanges(run, args):
     """The table of metrics.exchanges_that_land, or why there is none."""
     seed = args.seed % 2**64  # torch takes no larger ones
     try:
-        check_factors(run.dataset, run.nmi)
+        check_factors(run.dataset, run.information)
         print_safely("counting exchanges: about a minute on one core")
-        shares = metrics.exchanges_that_land(run.model, run.dataset, run.nmi, run.device,
+        shares = metrics.exchanges_that_land(run.model, run.dataset, run.information, run.device,
                                              seed=seed, **run.options)
     except ValueError as error:
         print_safely(f"no share of exchanges that land: {error}")
@@ -293,7 +293,7 @@ def attention(run, args):
     print_safely("colours: from the lowest to the highest share of a row; "
                  f"an equal share is {1 / run.config.num_tokens:.2f}")
     save(args, run.folder, grid(images, labels))
-    if run.nmi.size:
+    if run.information.size:
         print_attention_on_changes(run, indices, maps)
 
 
@@ -302,12 +302,12 @@ def print_attention_on_changes(run, indices, maps):
     lines = ["on the pixels that change  attention  of the image"]
     images = run.load(indices)[:, None]  # (B, 1, 3, S, S)
     try:
-        check_factors(run.dataset, run.nmi)
+        check_factors(run.dataset, run.information)
         if not run.dataset.is_complete:
             raise ValueError(f"{run.dataset.name} has a combination of factors without an image, "
                              "or with several that differ")
         factors = run.dataset.factors(indices)  # (B, F)
-        for j, tokens in enumerate(tokens_of_factors(run.nmi)):
+        for j, tokens in enumerate(tokens_of_factors(run.information)):
             if tokens:
                 variants = metrics.images_of_values(run.dataset, factors, j)
                 differ = (variants.to(run.device) - images).abs() > 0.1  # (B, K, 3, S, S)
@@ -415,11 +415,11 @@ def focus_text(importance):
     return f"{metrics.focus(importance[None]):.2f}"
 
 
-def check_factors(dataset, nmi):
-    """ValueError unless the dataset has as many factors as the table nmi (N, F)."""
-    if len(dataset.factor_sizes) != nmi.shape[1]:
+def check_factors(dataset, information):
+    """ValueError unless the dataset has as many factors as the table information (N, F)."""
+    if len(dataset.factor_sizes) != information.shape[1]:
         raise ValueError(f"{dataset.name} has {len(dataset.factor_sizes)} factors; expected the "
-                         f"{nmi.shape[1]} that the run was scored with")
+                         f"{information.shape[1]} that the run was scored with")
 
 
 def picture_rows(run, asked):
@@ -454,9 +454,9 @@ def picture_rows(run, asked):
 def token_groups(run):
     """[(factor, its tokens), ..., ("no factor", tokens)]; without scores [("", all tokens)]."""
     N = run.config.num_tokens
-    if not run.nmi.size:
+    if not run.information.size:
         return [("", list(range(N)))]
-    lists = tokens_of_factors(run.nmi)
+    lists = tokens_of_factors(run.information)
     named = set(itertools.chain(*lists))
     unnamed = [token for token in range(N) if token not in named]
     return [*zip(run.factor_names, lists), ("no factor", unnamed)]
@@ -786,7 +786,7 @@ def page(run, args):
         raise ValueError(f"no token of {run.path} has a name: "
                          f"{run.scores.get('note') or 'there are no scores'}; expected a run that "
                          "was scored with labels")
-    check_factors(run.dataset, run.nmi)
+    check_factors(run.dataset, run.information)
     print_safely(NAMED)
 
     count = run.count(None, usual=3, images_each=2)
@@ -893,17 +893,18 @@ class Explorer:
             groups.append({"name": name, "tokens": sliders})
         self.removes_noise = removes_noise(run.model)
         setup = {"run": shortest_path(run.path), "images": len(run.dataset), "groups": groups,
-                 "named": NAMED if run.nmi.size else "",
+                 "named": NAMED if run.information.size else "",
                  "removesNoise": self.removes_noise, **run.options}
         self.page = page_text("explore.html", setup)
 
     def mixed_factors(self, token):
         """The names of the factors that a token tells of, if these are several: of the others at
         least half as much as of its own."""
-        if not self.run.nmi.size:
+        if not self.run.information.size:
             return []
-        nmi = self.run.nmi[token]
-        told = np.flatnonzero(nmi >= max(metrics.LEAST_NMI, nmi.max() / 2))
+        tells = self.run.information[token]  # (F,)
+        least = max(metrics.LEAST_INFORMATION, tells.max() / 2)
+        told = np.flatnonzero(tells >= least)
         names = [self.run.factor_names[j] for j in told]
         return names if len(names) > 1 else []
 

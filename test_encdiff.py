@@ -2756,8 +2756,9 @@ def test_a_lack_of_memory_is_one_line(library, capsys):
 # ---- Pictures, tables and pages of a trained run ------------------------------------------------
 
 
-# What six codes tell of the two factors of the pictures. The trees ask the first of equal ones.
-NMI = [[0.0, 0.1], [0.6, 0.0], [0.0, 0.0], [0.0, 0.8], [0.4, 0.0], [0.0, 0.1]]
+# What six codes tell of the two factors of the pictures, in nats. The trees ask the first of equal
+# ones.
+INFORMATION = [[0.0, 0.1], [0.6, 0.0], [0.0, 0.0], [0.0, 0.8], [0.4, 0.0], [0.0, 0.1]]
 IMPORTANCE = [[0.0, 0.0], [1.0, 0.0], [0.0, 0.0], [0.0, 1.0], [0.0, 0.0], [0.0, 0.0]]
 OF_FACTORS = [[1, 4], [3, 0, 5]]  # the tokens of each factor, the one that tells most first
 
@@ -2775,7 +2776,8 @@ def runs(tmp_path_factory):
     dataset has 3 x 4 colours, of the upper and the lower half. Nothing in it is to be changed."""
     folder = tmp_path_factory.mktemp("runs")
     toy = save_pictures(folder / "toy.npz", labels=FACTORS)
-    with mock.patch("train.score", return_value={"importance": IMPORTANCE, "nmi": NMI}):
+    scores = {"importance": IMPORTANCE, "information": INFORMATION}
+    with mock.patch("train.score", return_value=scores):
         train_new(folder / "run", toy, vq_steps=2, steps=4, score_every=2)
         train_new(folder / "vae", toy, variant="beta-vae", steps=2)
         for name in ("vector", "direct", "adagn"):
@@ -2891,7 +2893,15 @@ def test_a_code_that_repeats_a_better_one_is_named_after_its_factor():
     codes = factors[:, [0, 0, 1, 1]] + noise * [0.01, 0.3, 0.01, 100]  # better, worse; better, none
     scores = metrics.evaluate(codes, factors)
     assert scores["importance"][1][0] < 0.02  # the trees ask the better one
-    assert metrics.tokens_of_factors(scores["nmi"]) == [[0, 1], [2]]
+    assert metrics.tokens_of_factors(scores["information"]) == [[0, 1], [2]]
+
+
+def test_a_mixed_code_is_named_after_the_factor_of_which_it_tells_most_nats():
+    many, two = np.divmod(np.arange(3200) % 32, 2)  # factors of 16 and of 2 values
+    code = 2 * (many // 4) + two  # all of the smaller factor, and half of the larger one
+    information = metrics.infomec(code[:, None], np.stack([many, two], axis=1))["information"]
+    assert information == pytest.approx(np.log([[4, 2]]))
+    assert metrics.tokens_of_factors(information) == [[0], []]
 
 
 # Exchanges that land
@@ -2908,8 +2918,8 @@ def test_an_exchange_that_changes_another_factor_too_lands_but_is_not_clean(perf
     assert shares["factor 0"] == (1, pytest.approx(1 / values, abs=0.07), 1)
 
 
-@pytest.mark.parametrize("nmi, share", [(NMI, 1), (np.zeros((6, 2)), 0)])
-def test_exchanges_into_a_combination_start_without_it(perfect, nmi, share):
+@pytest.mark.parametrize("information, share", [(INFORMATION, 1), (np.zeros((6, 2)), 0)])
+def test_exchanges_into_a_combination_start_without_it(perfect, information, share):
     read = []
     images = perfect.dataset.images
 
@@ -2920,7 +2930,7 @@ def test_exchanges_into_a_combination_start_without_it(perfect, nmi, share):
     perfect.dataset.images = note_and_read
     wanted = {0: 1, 1: 2}
     noise = torch.zeros(16, 1)
-    shares = metrics.exchanges_into(perfect.model, perfect.dataset, nmi, wanted, noise)
+    shares = metrics.exchanges_into(perfect.model, perfect.dataset, information, wanted, noise)
     assert shares == {"factor 0": (share, share, 1), "factor 1": (share, share, 1)}
 
     # For each factor, 16 sources and 16 targets are read at once.
