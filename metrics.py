@@ -43,10 +43,11 @@ def evaluate(codes, factors, seed=0, dci_train=10_000, dci_test=5_000):
     dci_test   other samples, on which the trees are tested. If there are too few samples for both,
                the trees learn from two thirds and are tested on the rest.
 
-    Two entries are tables (N, F), lists of lists: "importance", DCI's, and "information",
-    InfoMEC's. FactorVAE score and MIG use all samples, InfoMEC at most INFOMEC_SAMPLES of them. A
-    score that cannot be computed is absent, and "note" says in one line why; so does it of codes
-    and factors that were left out. ValueError: the two tables do not belong together, or hold NaN.
+    Three entries are tables (N, F), lists of lists: "importance", DCI's, "nmi", InfoMEC's, and
+    "variance_explained". DCI uses the samples above, InfoMEC at most INFOMEC_SAMPLES, the others
+    all. A score that cannot be computed is absent, and "note" says in one line why; so does it of
+    codes and factors that were left out. ValueError: the two tables do not belong together, or hold
+    NaN.
     """
     codes, factors = check_tables(codes, factors)
     seed, dci_train, dci_test = int(seed), int(dci_train), int(dci_test)
@@ -69,7 +70,8 @@ def evaluate(codes, factors, seed=0, dci_train=10_000, dci_test=5_000):
         attempt("FactorVAE score", factor_vae_votes, codes, factors, seed=seed),
         attempt("DCI", dci, *tables, seed=seed),
         attempt("MIG", mig, codes, factors),
-        attempt("InfoMEC", infomec, codes[sample], factors[sample])]
+        attempt("InfoMEC", infomec, codes[sample], factors[sample]),
+        attempt("variance explained", variance_explained, codes, factors)]
 
     live = live_codes(codes)
     scores = {
@@ -83,7 +85,7 @@ def evaluate(codes, factors, seed=0, dci_train=10_000, dci_test=5_000):
         notes += result.pop("note", "").split("; ")
         scores.update(result)
 
-    for name in ("importance", "information"):
+    for name in ("importance", "nmi", "variance_explained"):
         if name in scores:
             scores[name] = scores[name].tolist()
     said_once = [note for note in dict.fromkeys(notes) if note]
@@ -716,7 +718,7 @@ def attempt(name, compute, *arguments, **options):
         return {"note": f"no {name}: {error}"}
     if isinstance(result, dict):
         return result
-    return {name.lower(): result}
+    return {name.lower().replace(" ", "_"): result}
 
 
 def warn_if_slow(codes, factors):
@@ -777,8 +779,8 @@ def infomec(codes, factors, discrete=None):
     1 is best, and chance is 0. A row of NMI that is 0 throughout has no largest share: it does not
     count. A code is active if it is not dead (see live_codes) and, unless discrete, its range is
     over a twentieth of the largest range, as in the authors' code: so give all codes one unit.
-    "information" (N, F) is I of all codes, in nats. Six factors and 20 codes of 10,000 samples take
-    about 4 seconds, or 11 if discrete. ValueError: no factor can be scored, no code varies.
+    "nmi" (N, F) is the table of all codes. Six factors and 20 codes of 10,000 samples take about
+    4 seconds, or 11 if discrete. ValueError: no factor can be scored, no code varies.
     """
     codes, factors = check_tables(codes, factors)
     usable, notes = usable_factors(factors)
@@ -800,19 +802,18 @@ def infomec(codes, factors, discrete=None):
         notes.append(f"InfoM and InfoC leave out inactive codes: {inactive}")
 
     standard = (codes - codes.mean(axis=0)) / np.where(spread > 0, codes.std(axis=0), 1)
-    information = np.zeros((codes.shape[1], factors.shape[1]))  # (N, F)
-    nmi = np.zeros_like(information)
+    nmi = np.zeros((codes.shape[1], factors.shape[1]))  # (N, F)
     for j, label in zip(usable, labels):
         for i in range(codes.shape[1]):
             if discrete:
-                information[i, j] = mutual_information(joint_table(numbered[i], label))
+                shared = mutual_information(joint_table(numbered[i], label))
             else:
-                information[i, j] = neighbour_information(standard[:, i], label)
-        nmi[:, j] = information[:, j] / entropy(label)
+                shared = neighbour_information(standard[:, i], label)
+            nmi[i, j] = shared / entropy(label)
 
     inputs = np.stack(numbered, axis=1) if discrete else standard  # (n, N)
-    explained = [1 - linear_loss(inputs, label) / np.log(label.max() + 1) for label in labels]
-    scores = {"infoe": float(np.mean(explained)), "information": information}
+    explicit = [1 - linear_loss(inputs, label) / np.log(label.max() + 1) for label in labels]
+    scores = {"infoe": float(np.mean(explicit)), "nmi": nmi}
     table = nmi[active][:, usable]
     if len(usable) > 1 and table.any():
         scores["infom"] = largest_share(table)
@@ -968,7 +969,7 @@ def ranks(codes):
 
 # ---- Exchanges that land: what a user of the model sees ------------------------------------------
 @torch.no_grad()
-def exchanges_that_land(model, dataset, information, device="cpu", pairs=128, seed=0, **options):
+def exchanges_that_land(model, dataset, explained, device="cpu", pairs=128, seed=0, **options):
     """Exchange one factor's tokens: how often is the image drawn that was asked for?
 
     Two random images are a source and its target. For each factor, that factor's tokens of the
@@ -979,18 +980,18 @@ def exchanges_that_land(model, dataset, information, device="cpu", pairs=128, se
     this holds for every factor, the exchange is clean: it changed nothing else. Pairs that share
     the value do not count. This score is ours.
 
-    model        trained, with represent, tokens, sample and latent_shape
-    dataset      data.Dataset that is_complete: with an image of every combination of its factors
-    information  (N, F), as from `infomec`: whose token is whose, see tokens_of_factors
-    device       where the model is
-    pairs        how many sources and targets
-    seed         of the choice of pairs and of the noise z_T
-    options      of model.sample: steps, sampler, eta
+    model      trained, with represent, tokens, sample and latent_shape
+    dataset    data.Dataset that is_complete: with an image of every combination of its factors
+    explained  (N, F), as from `variance_explained`: whose token is whose, see tokens_of_factors
+    device     where the model is
+    pairs      how many sources and targets
+    seed       of the choice of pairs and of the noise z_T
+    options    of model.sample: steps, sampler, eta
 
     Returns {factor: (share that lands, share that is clean, control)}, each 0 to 1. The control is
     without an exchange: is the source, redrawn from its own tokens, nearest to itself, whichever
-    factor changes? A factor whose value no pair changes is left out, and so is one of which no code
-    tells. ValueError if there are no factors, or if a combination has no image, or several that
+    factor changes? A factor whose value no pair changes is left out, and so is one that explains
+    nothing. ValueError if there are no factors, or if a combination has no image, or several that
     differ.
     """
     if not dataset.is_complete:
@@ -1000,10 +1001,10 @@ def exchanges_that_land(model, dataset, information, device="cpu", pairs=128, se
     indices = torch.randint(len(dataset), (2 * pairs,), generator=generator, device="cpu")
     source, target = indices.split(pairs)
     noise = torch.randn(pairs, *model.latent_shape, generator=generator, device="cpu").to(device)
-    return exchange_pairs(model, dataset, information, source, target, noise, **options)
+    return exchange_pairs(model, dataset, explained, source, target, noise, **options)
 
 
-def exchange_pairs(model, dataset, information, source, target, noise, factors=None, **options):
+def exchange_pairs(model, dataset, explained, source, target, noise, factors=None, **options):
     """What `exchanges_that_land` returns, of sources and targets that are given.
 
     source, target  (B,) rows of the dataset; noise (B, ...): z_T, on the model's device
@@ -1013,13 +1014,13 @@ def exchange_pairs(model, dataset, information, source, target, noise, factors=N
     source_codes, target_codes = batched(model.represent, images).split(len(source))
     source = dataset.factors(source)  # (B, F)
     target = dataset.factors(target)
-    information = matrix(information, "information")
+    explained = matrix(explained, "explained")
     if factors is None:
-        factors = np.flatnonzero(information.any(axis=0)).tolist()
+        factors = np.flatnonzero(explained.any(axis=0)).tolist()
 
     # The source as it is, and once for each factor with that factor's tokens exchanged.
     variants = [source_codes]
-    groups = tokens_of_factors(information)
+    groups = tokens_of_factors(explained)
     for j in factors:
         variants.append(exchange(source_codes, target_codes, groups[j]))
     drawn = draw(model, torch.cat(variants), torch.cat([noise] * len(variants)), **options)
@@ -1050,7 +1051,7 @@ def shows(dataset, images, factors):
     return right
 
 
-def exchanges_into(model, dataset, information, combination, noise, seed=0, **options):
+def exchanges_into(model, dataset, explained, combination, noise, seed=0, **options):
     """Can exchanges reach a combination of factors that was never trained on? Ours.
 
     combination  {column of a factor: its value}, two or more; noise (B, ...): z_T of B pairs
@@ -1075,33 +1076,65 @@ def exchanges_into(model, dataset, information, combination, noise, seed=0, **op
         others = [has[k] for k in combination if k != j]
         source = some(torch.stack(others).all(0) & ~has[j])
         target = some(has[j] & ~unseen)
-        of_factor = exchange_pairs(model, dataset, information, source, target, noise, [j],
-                                   **options)
+        of_factor = exchange_pairs(model, dataset, explained, source, target, noise, [j], **options)
         shares.update(of_factor)
     return shares
 
 
-LEAST_INFORMATION = 0.1  # nats; a code that tells less of every factor belongs to none
+LEAST_SHARE = 0.05  # a code of which no factor explains so much of the variance belongs to none
 
 
-def tokens_of_factors(information, least=LEAST_INFORMATION):
-    """A token belongs to the factor of which its code tells most, if it tells at least `least`.
+def tokens_of_factors(explained, least=LEAST_SHARE):
+    """A token belongs to the factor that explains most of its code's variance, if that is `least`.
 
-    information (N, F) in nats, as from `infomec` -> F lists of tokens, in each the one that tells
-    most at first. A token that tells of no factor is in no list.
+    explained (N, F), as from `variance_explained` -> F lists of tokens, the purest token of a
+    factor first. A token that no factor explains is in no list.
 
     Two other tables would not do. DCI's importance: a code that repeats what a better one says is
-    not asked by the trees, and would be left out of an exchange. InfoMEC's NMI, a share of what
-    there is to know of a factor: a factor of few values would win codes that mostly tell another.
+    not asked by the trees, and would be left out of an exchange. InfoMEC's NMI: a factor that moves
+    a code a little tells as much as one that moves it far, if there is no noise.
     """
-    information = matrix(information, "information")
-    lists = [[] for _ in range(information.shape[1])]
-    best_first = np.argsort(-information.max(1), kind="stable")
+    explained = matrix(explained, "explained")
+    lists = [[] for _ in range(explained.shape[1])]
+    best_first = np.argsort(-explained.max(1), kind="stable")
     for token in best_first.tolist():
-        factor = information[token].argmax()
-        if information[token, factor] >= least:
+        factor = explained[token].argmax()
+        if explained[token, factor] >= least:
             lists[factor].append(token)
     return lists
+
+
+def variance_explained(codes, factors):
+    """The share of each code's variance that each factor explains: a table (N, F), 0 to 1.
+
+    codes    (n, N) or (n, N, d)
+    factors  (n, F) labels
+
+    A code varies within the images of one value of a factor, and between these values. The share of
+    the latter is 1 if the code is a function of this factor alone, and 0 if it does not depend on
+    it. In few samples values differ by chance, which the degrees of freedom take out (Kelley 1935,
+    epsilon squared). A dead code has 0, and so has a factor that cannot be scored. ValueError: no
+    factor can be scored, or the tables do not belong together.
+    """
+    codes, factors = check_tables(codes, factors)
+    usable, notes = usable_factors(factors)
+    if not usable:
+        raise ValueError("; ".join(notes))
+    n = len(codes)
+    live = live_codes(codes)
+    standard = (codes - codes.mean(axis=0)) / np.where(live, codes.std(axis=0), 1)
+    total = (standard**2).sum(axis=0) / (n - 1)  # (N,)
+
+    shares = np.zeros((codes.shape[1], factors.shape[1]))  # (N, F)
+    for j in usable:
+        values = np.unique(factors[:, j])
+        within = 0
+        for value in values:
+            of_value = standard[factors[:, j] == value]  # (n', N)
+            within += ((of_value - of_value.mean(axis=0)) ** 2).sum(axis=0)
+        within = within / (n - len(values))  # (N,)
+        shares[live, j] = 1 - within[live] / total[live]
+    return shares.clip(min=0)
 
 
 def exchange(codes, others, tokens):
@@ -1430,7 +1463,9 @@ def report(path, seed, dci_train, dci_test):
     scores = evaluate(codes, factors, seed, dci_train, dci_test)
     tables = {
         "importance of each code (row) for each factor (column)": scores.pop("importance", []),
-        "what each code (row) tells of each factor (column), nats": scores.pop("information", []),
+        "what each code (row) tells of each factor (column), NMI": scores.pop("nmi", []),
+        "the share of each code's variance (row) that each factor explains (column)":
+            scores.pop("variance_explained", []),
     }
     note = scores.pop("note")
     for name, value in scores.items():

@@ -16,7 +16,7 @@ IDEA      All rows of a picture start from the same noise z_T, so what differs i
             agree       do runs of different seeds find the same codes? This needs no labels
             explore     sliders in the browser; page: one HTML file that needs no Python
           The model never sees a label. Where a token has a name, it was named after training: by
-          the factor of which its code tells most (metrics.tokens_of_factors).
+          the factor that explains most of its code's variance (metrics.tokens_of_factors).
 DIFFERS   The paper samples in 200 steps, we in 20 of DPM-Solver++ (200 of DDIM: --sampler ddim
           --steps 200). A sweep visits quantiles of the values in the data, not equal distances;
           so it also works for vector-valued tokens, in the order of their principal component.
@@ -76,8 +76,9 @@ class OpenedRun:
     eta      noise that the sampler ddim adds, 0 (none) to 1 (as much as ddpm); None: its default
 
     It has model (with averaged weights), config, scores and factor_names of the run, and two
-    tables (N, F), or (0,) without scores: importance, DCI's, and information, by which tokens
-    are named. Raises ValueError, one line, for what cannot be opened.
+    tables (N, F), or (0,) without scores: importance, DCI's, and explained, of
+    metrics.variance_explained, by which tokens are named. Raises ValueError, one line, for what
+    cannot be opened.
     """
 
     def __init__(self, path=None, data=None, cache=None, device=None, seed=0,
@@ -93,7 +94,7 @@ class OpenedRun:
         self.scores = about["scores"]
         self.factor_names = about["data"].get("factor_names", [])
         self.importance = np.array(self.scores.get("importance", ()), float)
-        self.information = np.array(self.scores.get("information", ()), float)
+        self.explained = np.array(self.scores.get("variance_explained", ()), float)
         self.data = os.path.expanduser(data) if data else None
         self.cache = os.path.expanduser(cache) if cache else None
 
@@ -190,7 +191,7 @@ def swap(run, args):
         labels.append(row_label(name, tokens))
     drawn = run.draw_all(variants, run.noise(count))
     save(args, run.folder, grid([source, target, *drawn], labels))
-    if run.information.size:
+    if run.explained.size:
         print_exchanges(run, args)
 
 
@@ -198,9 +199,9 @@ def print_exchanges(run, args):
     """The table of metrics.exchanges_that_land, or why there is none."""
     seed = args.seed % 2**64  # torch takes no larger ones
     try:
-        check_factors(run.dataset, run.information)
+        check_factors(run.dataset, run.explained)
         print_safely("counting exchanges: about a minute on one core")
-        shares = metrics.exchanges_that_land(run.model, run.dataset, run.information, run.device,
+        shares = metrics.exchanges_that_land(run.model, run.dataset, run.explained, run.device,
                                              seed=seed, **run.options)
     except ValueError as error:
         print_safely(f"no share of exchanges that land: {error}")
@@ -293,7 +294,7 @@ def attention(run, args):
     print_safely("colours: from the lowest to the highest share of a row; "
                  f"an equal share is {1 / run.config.num_tokens:.2f}")
     save(args, run.folder, grid(images, labels))
-    if run.information.size:
+    if run.explained.size:
         print_attention_on_changes(run, indices, maps)
 
 
@@ -302,17 +303,17 @@ def print_attention_on_changes(run, indices, maps):
     lines = ["on the pixels that change  attention  of the image"]
     images = run.load(indices)[:, None]  # (B, 1, 3, S, S)
     try:
-        check_factors(run.dataset, run.information)
+        check_factors(run.dataset, run.explained)
         if not run.dataset.is_complete:
             raise ValueError(f"{run.dataset.name} has a combination of factors without an image, "
                              "or with several that differ")
         factors = run.dataset.factors(indices)  # (B, F)
-        for j, tokens in enumerate(tokens_of_factors(run.information)):
+        for j, tokens in enumerate(tokens_of_factors(run.explained)):
             if tokens:
                 variants = metrics.images_of_values(run.dataset, factors, j)
                 differ = (variants.to(run.device) - images).abs() > 0.1  # (B, K, 3, S, S)
                 mask = differ.any(2).any(1).float()  # (B, S, S)
-                of_token = maps[:, tokens[0]]  # of the one that tells most, (B, S, S)
+                of_token = maps[:, tokens[0]]  # of the purest one, (B, S, S)
                 share = (of_token * mask).sum() / of_token.sum()
                 name = run.factor_names[j]
                 lines.append(f"  {name:22.22s}{share:10.2f}{mask.mean():12.2f}")
@@ -415,16 +416,16 @@ def focus_text(importance):
     return f"{metrics.focus(importance[None]):.2f}"
 
 
-def check_factors(dataset, information):
-    """ValueError unless the dataset has as many factors as the table information (N, F)."""
-    if len(dataset.factor_sizes) != information.shape[1]:
+def check_factors(dataset, explained):
+    """ValueError unless the dataset has as many factors as the table explained (N, F)."""
+    if len(dataset.factor_sizes) != explained.shape[1]:
         raise ValueError(f"{dataset.name} has {len(dataset.factor_sizes)} factors; expected the "
-                         f"{information.shape[1]} that the run was scored with")
+                         f"{explained.shape[1]} that the run was scored with")
 
 
 def picture_rows(run, asked):
-    """What the rows of a picture show: a list of (name, tokens); the token that tells most of the
-    factor comes first.
+    """What the rows of a picture show: a list of (name, tokens); the purest token of the factor
+    comes first.
 
     asked is --tokens: a list of numbers or "all", or None. Without it a row is a factor with all of
     its tokens, if tokens have names; otherwise a row is a single token.
@@ -454,9 +455,9 @@ def picture_rows(run, asked):
 def token_groups(run):
     """[(factor, its tokens), ..., ("no factor", tokens)]; without scores [("", all tokens)]."""
     N = run.config.num_tokens
-    if not run.information.size:
+    if not run.explained.size:
         return [("", list(range(N)))]
-    lists = tokens_of_factors(run.information)
+    lists = tokens_of_factors(run.explained)
     named = set(itertools.chain(*lists))
     unnamed = [token for token in range(N) if token not in named]
     return [*zip(run.factor_names, lists), ("no factor", unnamed)]
@@ -786,7 +787,7 @@ def page(run, args):
         raise ValueError(f"no token of {run.path} has a name: "
                          f"{run.scores.get('note') or 'there are no scores'}; expected a run that "
                          "was scored with labels")
-    check_factors(run.dataset, run.information)
+    check_factors(run.dataset, run.explained)
     print_safely(NAMED)
 
     count = run.count(None, usual=3, images_each=2)
@@ -893,19 +894,17 @@ class Explorer:
             groups.append({"name": name, "tokens": sliders})
         self.removes_noise = removes_noise(run.model)
         setup = {"run": shortest_path(run.path), "images": len(run.dataset), "groups": groups,
-                 "named": NAMED if run.information.size else "",
+                 "named": NAMED if run.explained.size else "",
                  "removesNoise": self.removes_noise, **run.options}
         self.page = page_text("explore.html", setup)
 
     def mixed_factors(self, token):
-        """The names of the factors that a token tells of, if these are several: of the others at
-        least half as much as of its own."""
-        if not self.run.information.size:
+        """The names of the factors that move a token, if these are several: those that explain a
+        tenth of its code's variance or more."""
+        if not self.run.explained.size:
             return []
-        tells = self.run.information[token]  # (F,)
-        least = max(metrics.LEAST_INFORMATION, tells.max() / 2)
-        told = np.flatnonzero(tells >= least)
-        names = [self.run.factor_names[j] for j in told]
+        moving = np.flatnonzero(self.run.explained[token] >= 0.1)
+        names = [self.run.factor_names[j] for j in moving]
         return names if len(names) > 1 else []
 
     def draw(self, asked):

@@ -2756,11 +2756,11 @@ def test_a_lack_of_memory_is_one_line(library, capsys):
 # ---- Pictures, tables and pages of a trained run ------------------------------------------------
 
 
-# What six codes tell of the two factors of the pictures, in nats. The trees ask the first of equal
-# ones.
-INFORMATION = [[0.0, 0.1], [0.6, 0.0], [0.0, 0.0], [0.0, 0.8], [0.4, 0.0], [0.0, 0.1]]
+# Of six codes' variance the share that the two factors of the pictures explain. The trees ask the
+# first of equal codes.
+EXPLAINED = [[0.0, 0.1], [0.6, 0.0], [0.0, 0.0], [0.0, 0.8], [0.4, 0.0], [0.0, 0.1]]
 IMPORTANCE = [[0.0, 0.0], [1.0, 0.0], [0.0, 0.0], [0.0, 1.0], [0.0, 0.0], [0.0, 0.0]]
-OF_FACTORS = [[1, 4], [3, 0, 5]]  # the tokens of each factor, the one that tells most first
+OF_FACTORS = [[1, 4], [3, 0, 5]]  # the tokens of each factor, the purest first
 
 
 def write_scores(folder, **scores):
@@ -2776,7 +2776,7 @@ def runs(tmp_path_factory):
     dataset has 3 x 4 colours, of the upper and the lower half. Nothing in it is to be changed."""
     folder = tmp_path_factory.mktemp("runs")
     toy = save_pictures(folder / "toy.npz", labels=FACTORS)
-    scores = {"importance": IMPORTANCE, "information": INFORMATION}
+    scores = {"importance": IMPORTANCE, "variance_explained": EXPLAINED}
     with mock.patch("train.score", return_value=scores):
         train_new(folder / "run", toy, vq_steps=2, steps=4, score_every=2)
         train_new(folder / "vae", toy, variant="beta-vae", steps=2)
@@ -2893,15 +2893,28 @@ def test_a_code_that_repeats_a_better_one_is_named_after_its_factor():
     codes = factors[:, [0, 0, 1, 1]] + noise * [0.01, 0.3, 0.01, 100]  # better, worse; better, none
     scores = metrics.evaluate(codes, factors)
     assert scores["importance"][1][0] < 0.02  # the trees ask the better one
-    assert metrics.tokens_of_factors(scores["information"]) == [[0, 1], [2]]
+    assert metrics.tokens_of_factors(scores["variance_explained"]) == [[0, 1], [2]]
 
 
-def test_a_mixed_code_is_named_after_the_factor_of_which_it_tells_most_nats():
-    many, two = np.divmod(np.arange(3200) % 32, 2)  # factors of 16 and of 2 values
-    code = 2 * (many // 4) + two  # all of the smaller factor, and half of the larger one
-    information = metrics.infomec(code[:, None], np.stack([many, two], axis=1))["information"]
-    assert information == pytest.approx(np.log([[4, 2]]))
-    assert metrics.tokens_of_factors(information) == [[0], []]
+def test_a_mixed_code_is_named_after_the_factor_that_moves_it_far():
+    shape, hue = np.divmod(np.arange(4000) % 40, 10)  # factors of 4 and of 10 values
+    codes = np.stack([shape + hue / 100, shape / 100 + hue], axis=1)  # each shows both exactly
+    factors = np.stack([shape, hue], axis=1)
+    explained = metrics.variance_explained(codes, factors)
+    of_shape = shape.var() / codes[:, 0].var()
+    assert explained[0] == pytest.approx([of_shape, 1 - of_shape], abs=1e-3)
+    assert metrics.tokens_of_factors(explained) == [[0], [1]]
+
+
+def test_random_labels_explain_nothing_of_few_samples():
+    rng = np.random.default_rng(0)
+    tables = []
+    for _ in range(50):
+        codes = rng.normal(size=(100, 4)) * [1, 1e6, 1, 0]
+        labels = rng.integers(15, size=(100, 1))
+        tables.append(metrics.variance_explained(codes, labels))
+    assert np.mean(tables) < 0.04  # without the degrees of freedom 14/99
+    assert not np.any(tables, axis=0)[3]  # a constant code
 
 
 # Exchanges that land
@@ -2918,8 +2931,8 @@ def test_an_exchange_that_changes_another_factor_too_lands_but_is_not_clean(perf
     assert shares["factor 0"] == (1, pytest.approx(1 / values, abs=0.07), 1)
 
 
-@pytest.mark.parametrize("information, share", [(INFORMATION, 1), (np.zeros((6, 2)), 0)])
-def test_exchanges_into_a_combination_start_without_it(perfect, information, share):
+@pytest.mark.parametrize("explained, share", [(EXPLAINED, 1), (np.zeros((6, 2)), 0)])
+def test_exchanges_into_a_combination_start_without_it(perfect, explained, share):
     read = []
     images = perfect.dataset.images
 
@@ -2930,7 +2943,7 @@ def test_exchanges_into_a_combination_start_without_it(perfect, information, sha
     perfect.dataset.images = note_and_read
     wanted = {0: 1, 1: 2}
     noise = torch.zeros(16, 1)
-    shares = metrics.exchanges_into(perfect.model, perfect.dataset, information, wanted, noise)
+    shares = metrics.exchanges_into(perfect.model, perfect.dataset, explained, wanted, noise)
     assert shares == {"factor 0": (share, share, 1), "factor 1": (share, share, 1)}
 
     # For each factor, 16 sources and 16 targets are read at once.

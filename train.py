@@ -662,9 +662,9 @@ def final_scores(run, dataset, model, codes, factors, scores):
             if name in of_tokens:
                 further[f"mapped_{name}"] = of_tokens[name]
 
-    if "information" in scores and dataset.is_complete:
-        information = scores["information"]
-        shares = metrics.exchanges_that_land(model, dataset, information, device, seed=seed)
+    if "variance_explained" in scores and dataset.is_complete:
+        explained = scores["variance_explained"]
+        shares = metrics.exchanges_that_land(model, dataset, explained, device, seed=seed)
         landed = {name: share for name, (share, _, _) in shares.items()}
         clean = {name: share for name, (_, share, _) in shares.items()}
         if landed:
@@ -719,9 +719,10 @@ def held_out_scores(run, dataset, model, codes, factors, scores):
         further[name] = ((images - samples) / 2).square().mean().item()  # black is 0, white is 1
     draw_samples(run, held_out, model, "held_out.png")
 
-    if "information" in scores and dataset.is_complete:
-        shares = metrics.exchanges_into(model, dataset, scores["information"], combination,
-                                        noise, run.config.seed)
+    if "variance_explained" in scores and dataset.is_complete:
+        explained = scores["variance_explained"]
+        shares = metrics.exchanges_into(model, dataset, explained, combination, noise,
+                                        run.config.seed)
         landed = [share for share, _, _ in shares.values()]
         if landed:
             further["held_out_exchanges"] = sum(landed) / len(landed)
