@@ -6,7 +6,7 @@ SHAPES    B images, N tokens, F factors, K columns of a picture, S the side of a
           (B, 3, S, S) in [-1, 1], codes (B, N), or (B, N, d) where a token is a vector.
 IDEA      All rows of a picture start from the same noise z_T, so what differs is the tokens alone.
             swap        a row takes one factor's tokens from the target: only that should change
-            traverse    one token takes the values that it has in the data, lowest to highest
+            traverse    a factor's tokens take the values that they have in the data
             attention   where in the image a token is read
             generate    every token comes from another image: each image should still be good
             importance  DCI's matrix: a code should matter for one factor, a factor need one code
@@ -218,7 +218,8 @@ def print_exchanges(run, args):
 
 
 def traverse(run, args):
-    """one image with one token after the other swept over the values that it has in the data"""
+    """one image with one factor after the other swept over the values that it has in the data: all
+    its tokens together, in the order of the purest one"""
     if args.gif:
         require(not args.out or args.out.lower().endswith(".gif"), "out", args.out,
                 "a name that ends in .gif, as --gif draws an animation")
@@ -234,13 +235,13 @@ def traverse(run, args):
     noise = run.noise(len(images))
     labels = []
     sweeps = []
-    for name, (token, *_) in rows:
-        values = codes[order[ranks, token]]  # (K, N) or (K, N, d): this token's, rising
+    for name, tokens in rows:
+        values = codes[order[ranks, tokens[0]]]  # (K, N) or (K, N, d): in these images it rises
         variants = [image_codes]
         for value in values:
-            variants.append(exchange(image_codes, value[None], [token]))
+            variants.append(exchange(image_codes, value[None], tokens))
         sweeps.append(run.draw_all(variants, noise))
-        labels.append(row_label(name, [token]))
+        labels.append(row_label(name, tokens))
 
     if args.gif:
         save_animation(args, run, labels, sweeps)
@@ -251,7 +252,7 @@ def traverse(run, args):
 
 
 def save_animation(args, run, labels, sweeps):
-    """A frame for each value of each token: (V, images) up, and down again."""
+    """A frame for each value of each row: (V, images) up, and down again."""
     frames = []
     for label, (_, *up) in zip(labels, sweeps):
         down = up[-2:0:-1]
@@ -263,7 +264,7 @@ def save_animation(args, run, labels, sweeps):
     small = []
     for frame in frames:
         frame = ImageOps.pad(frame, size, color="white", centering=(1, 0))
-        # With 64 colours the 96 frames of six tokens take less than 2 MB.
+        # With 64 colours the 96 frames of six rows take less than 2 MB.
         small.append(frame.quantize(64, dither=Image.Dither.NONE))
     save(args, run.folder, small[0], ".gif", small[1:])
 
@@ -1331,7 +1332,7 @@ def make_parser():
 
     verb = add_verb(swap, *drawing, count="columns (default: 8)")
     verb.add_argument("--tokens", **rows)
-    verb = add_verb(traverse, *drawing, count="values of a token (default: 9)")
+    verb = add_verb(traverse, *drawing, count="values of a row (default: 9)")
     verb.add_argument("--tokens", **rows)
     verb.add_argument("--gif", action="store_true", help="an animation instead, with four images")
     verb = add_verb(attention, *drawing, count="columns (default: 8)")

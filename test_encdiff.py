@@ -2983,10 +2983,10 @@ def test_swap_takes_one_factor_from_the_target(perfect, drawn_rows, capsys):
         assert torch.equal(values_in(drawn_rows[label]), expected)
 
 
-def test_traverse_sweeps_one_token_upwards_and_keeps_the_others(perfect, drawn_rows):
+def test_traverse_sweeps_one_factor_upwards_and_keeps_the_others(perfect, drawn_rows):
     sample.traverse(perfect, set_flags("traverse", "--count", 5))
     for j, tokens in enumerate(OF_FACTORS):
-        label = sample.row_label(f"factor {j}", tokens[:1])
+        label = sample.row_label(f"factor {j}", tokens)
         values = values_in(drawn_rows[label])  # the input, redrawn, then five values
         swept, kept = values[2:, j], values[:, 1 - j]
         assert torch.equal(swept, swept.sort().values)
