@@ -95,6 +95,9 @@ class OpenedRun:
         self.factor_names = about["data"].get("factor_names", [])
         self.importance = np.array(self.scores.get("importance", ()), float)
         self.explained = np.array(self.scores.get("variance_explained", ()), float)
+        if self.importance.size and not self.explained.size:
+            print_safely(f"tokens have no names: {self.path} was scored by earlier code; "
+                         f"{train.in_shell('python', 'train.py', '--resume', self.path)} mends it")
         self.data = os.path.expanduser(data) if data else None
         self.cache = os.path.expanduser(cache) if cache else None
 
