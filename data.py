@@ -312,7 +312,7 @@ OBJECT_LIGHT = dict(
 ABOVE = np.array([-0.26, 0.957, 0.129])  # direction of the lamp of `above` and `gloss`
 TILE = 0.4  # width of a tile
 STAIN = (1.45, -0.05)  # corner of the first square with a stain
-STAINLESS = 9  # the tiles of the floor are shifted by this, and the stains then lie outside of it
+FLOOR_SHIFT = 9  # of the texture on the floor, so that no stain lies on it
 
 
 def camera_rays(angle, n):
@@ -459,7 +459,7 @@ def room_light(eye, rays):
 
     # Which two coordinates run along the floor, the far wall, the side walls.
     u = np.where(side < 2, x, z)
-    v = np.where(side == 0, z - STAINLESS, y)
+    v = np.where(side == 0, z - FLOOR_SHIFT, y)
     light *= texture(u, v)
 
     part = np.where(side == 0, 1, np.where(y < WALL_HEIGHT, 2, 0))

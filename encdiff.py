@@ -319,8 +319,8 @@ class EncDiff(nn.Module):
             noise = torch.randn(len(tokens), *self.latent_shape, device=tokens.device)
         noise = noise.to(self.alpha_bar.dtype)  # of a model in double precision, double
 
-        predict = functools.partial(self.estimate_z0, tokens=tokens)
-        z0 = SAMPLERS[sampler](predict, self.alpha_bar, noise, steps, **options)
+        estimate = functools.partial(self.estimate_z0, tokens=tokens)
+        z0 = SAMPLERS[sampler](estimate, self.alpha_bar, noise, steps, **options)
         return self.decode(z0)
 
     @torch.no_grad()
@@ -330,7 +330,7 @@ class EncDiff(nn.Module):
 
 
 # ---- Samplers, each a short function, eq. (4) ----------------------------------------------------
-# predict(z_t, t) estimates z_0 from z_t (B, C, h, w) at timestep t, an int. All start at z_T = z
+# estimate(z_t, t) is that of z_0 from z_t (B, C, h, w) at timestep t, an int. All start at z_T = z
 # (B, C, h, w), include t = T, add no noise in their last step, and return z_0 (B, C, h, w). The
 # one that `sample` takes by default, dpm_solver, needs fewer steps; it is defined further down.
 
@@ -357,23 +357,23 @@ def posterior(alpha_bar, t):
     return a, b, v
 
 
-def ddpm(predict, alpha_bar, z, steps=None):
+def ddpm(estimate, alpha_bar, z, steps=None):
     """Ancestral sampling, DDPM (Ho et al. 2020) Algorithm 2: every one of the T timesteps."""
     for t in range(len(alpha_bar) - 1, 0, -1):
         a, b, v = posterior(alpha_bar, t)
-        z = a * predict(z, t) + b * z  # the mean of Eq. (4), with the estimate in the place of z_0
+        z = a * estimate(z, t) + b * z  # the mean of Eq. (4), with the estimate in the place of z_0
         if t > 1:
             z = z + v.sqrt() * torch.randn_like(z)
     return z
 
 
-def ddim(predict, alpha_bar, z, steps, eta=0.0):
+def ddim(estimate, alpha_bar, z, steps, eta=0.0):
     """DDIM (Song et al. 2021, eq. 12 and 16): eta 0 is deterministic, 1 has DDPM's variance."""
     ts = timesteps_down(len(alpha_bar) - 1, steps)
     for t, s in zip(ts, ts[1:]):  # from t to the smaller s
         abar_t = alpha_bar[t]
         abar_s = alpha_bar[s]
-        z0 = predict(z, t)
+        z0 = estimate(z, t)
         noise = (z - abar_t.sqrt() * z0) / (1 - abar_t).sqrt()  # Eq. (2) solved for eps
 
         variance = (1 - abar_s) / (1 - abar_t) * (1 - abar_t / abar_s)  # of a step of DDPM
@@ -433,7 +433,7 @@ class ToyDenoiser(nn.Module):
         self.k = nn.Linear(token_dim, width)
         self.v = nn.Linear(token_dim, width)
         self.mix = nn.Linear(width, width)
-        self.noise = nn.Linear(width, 3)
+        self.output = nn.Linear(width, 3)
         self.mlp = nn.Sequential(
             nn.LayerNorm(width),
             nn.Linear(width, 64),
@@ -459,9 +459,9 @@ class ToyDenoiser(nn.Module):
             weights = torch.full_like(weights, 1 / weights.shape[2])
         x = x + self.mix(weights @ v)
 
-        # It predicts the noise from its pixel and from the tokens.
-        noise = self.noise(x + self.mlp(x))  # (B, 64, 3)
-        return noise.mT.reshape(z_t.shape)  # (B, 64, 3) -> (B, 3, 8, 8)
+        # It predicts its part of the noise, or of another target, from its pixel and the tokens.
+        predicted = self.output(x + self.mlp(x))  # (B, 64, 3)
+        return predicted.mT.reshape(z_t.shape)  # (B, 64, 3) -> (B, 3, 8, 8)
 
 
 def toy(num_factors=3, attention=True, predict="noise", steps=700, num_codes=6):
@@ -506,7 +506,7 @@ def toy(num_factors=3, attention=True, predict="noise", steps=700, num_codes=6):
             t = torch.zeros_like(t)
             target = z0
 
-        # The loss, eq. (3): picture -> codes (64, 6) -> tokens (64, 6, 16) -> noise.
+        # The loss, eq. (3): picture -> codes (64, 6) -> tokens (64, 6, 16) -> target.
         tokens = token_map(encoder(z0))
         loss = F.mse_loss(denoiser(z_t, t, tokens), target)
 
@@ -527,7 +527,7 @@ def toy(num_factors=3, attention=True, predict="noise", steps=700, num_codes=6):
 
 @torch.no_grad()
 def print_movements(encoder, num_factors):
-    """A line a factor, a character a code: how far the code moves if only that factor changes.
+    """One line for each factor, one mark for each code: how far it moves if only this factor does.
 
     "@" is about as far as between two random pictures; " .:+*#" are less, in steps of a sixth.
     """
@@ -633,7 +633,7 @@ def main(arguments=None):
 # ---- Another sampler and encoder, eq. (5), variants. Skip on first reading. ----------------------
 
 
-def dpm_solver(predict, alpha_bar, z, steps):
+def dpm_solver(estimate, alpha_bar, z, steps):
     """DPM-Solver++(2M) (Lu et al. 2022b), Algorithm 2: second order from two estimates of z_0.
 
     Let signal_t = sqrt(abar_t), noise_t = sqrt(1 - abar_t), lambda_t = log(signal_t / noise_t). If
@@ -649,7 +649,7 @@ def dpm_solver(predict, alpha_bar, z, steps):
     previous_z0 = None
     previous_h = None
     for t, s in zip(ts[:-2], ts[1:-1]):  # from t to the smaller s
-        z0 = predict(z, t)
+        z0 = estimate(z, t)
         h = lambdas[s] - lambdas[t]
         if previous_z0 is None:
             D = z0
@@ -661,7 +661,7 @@ def dpm_solver(predict, alpha_bar, z, steps):
         z = shrink * z - alpha_bar[s].sqrt() * torch.expm1(-h) * D
         previous_z0 = z0
         previous_h = h
-    return predict(z, ts[-2])  # without noise, z_0 is the estimate itself
+    return estimate(z, ts[-2])  # without noise, z_0 is the estimate itself
 
 
 SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm": dpm_solver}

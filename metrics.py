@@ -194,12 +194,12 @@ def matrix(values, name):
 # scikit-learn's GradientBoostingClassifier with its defaults, and give the same scores, but for the
 # random order of ties.
 #
-# An example. Six samples have the codes 1 2 3 4 5 6 and the labels 0 0 0 1 0 1. Steps 2 to 5 are
+# An example. Six samples have the codes 1 2 3 4 5 6 and the labels 0 0 0 1 0 1. Points 2 to 5 are
 # one round of `fit_trees`. `python metrics.py` computes each of the numbers below.
 #
 # 1 START. A third of the labels is 1, so at first p = 1/3 for every sample, where p is the
-#   probability that its label is 1. What we store is not p but a score, which may be any number:
-#   p = sigmoid(score). The first score is log(1/2), the log odds of 1/3.
+#   probability that its label is 1. What we store is not p but a logit, which may be any number:
+#   p = sigmoid(logit). The first logit is log(1/2), the log odds of 1/3.
 # 2 RESIDUAL. r = label - p is what p still lacks: -1/3 -1/3 -1/3 2/3 -1/3 2/3.
 # 3 SPLIT. A question asks of one code, "is it at most c?" It is good if the residuals on either
 #   side are alike. With nl of n samples on the left and nr on the right, its gain is
@@ -209,14 +209,14 @@ def matrix(values, name):
 #   After 1, 2, 4 and 5 the gain is 2/15, 1/3, 1/12 and 8/15. So c lies midway between 3 and 4.
 # 4 TREE. Each half is split again, and each quarter: depth 3, with 8 leaves at most. The example
 #   stops at depth 1. Its leaves hold the samples 1 2 3 and 4 5 6.
-# 5 LEAF. The samples of a leaf move their scores by a tenth of Newton's step, which is the slope
+# 5 LEAF. The samples of a leaf move their logits by a tenth of Newton's step, which is the slope
 #   of the log likelihood over its curvature: sum r / sum |r| (1 - |r|). On the left this is
 #   -1 / (3 2/9) / 10 = -3/20, on the right 3/20. So p becomes .301 and .367.
-# Then step 2 comes again. Each of a hundred rounds corrects what the earlier ones have left.
+# Then point 2 comes again. Each of a hundred rounds corrects what the earlier ones have left.
 #
-# More than two values: each of the K values has a score, softmax replaces sigmoid, and a round
+# More than two values: each of the K values has a logit, softmax replaces sigmoid, and a round
 # grows K trees. For the tree of one value r is 1 - p if the sample has it and -p if not, and the
-# step of a leaf is (K - 1) / K as long.
+# value of a leaf is (K - 1) / K of the above.
 # IMPORTANCE of a code: the gains of all splits that ask for it, over all trees, as a share of the
 # gains of all codes. Two codes that gain equally are chosen by chance.
 Trees = collections.namedtuple("Trees", "classes start rounds importance")
@@ -233,28 +233,28 @@ def fit_trees(codes, labels, rounds=100, rate=0.1, depth=3, seed=0):
     depth   the number of questions between root and leaf
     seed    of ties between codes
 
-    Trees.classes (K,) are the values. .start holds the first scores, one for each row of scores:
+    Trees.classes (K,) are the values. .start holds the first logits, one for each row of logits:
     there are K rows, or a single one if K = 2. .rounds is a list of rounds, and a round is a list
-    of trees, one for each row. A tree is a Split or, at a leaf, the step. .importance (N,) sums to
+    of trees, one for each row. A tree is a Split or, at a leaf, a value. .importance (N,) sums to
     1, or to 0 if nothing was split.
     """
     classes, label = np.unique(labels, return_inverse=True)
     K = len(classes)
     target = np.stack([label == k for k in range(K)]) * 1.0  # (K, n)
     start = np.log(target.mean(axis=1))  # (K,)
-    step = rate * ((K - 1) / K)
-    if K == 2:  # a single row of scores: the log odds
+    share = rate * ((K - 1) / K)
+    if K == 2:  # a single row of logits: the log odds
         target = target[1:]
         start = start[1:] - start[:1]
-        step = rate
+        share = rate
 
-    grower = TreeGrower(codes, step, seed)
-    scores = np.tile(start, (len(codes), 1)).T  # (K, n)
+    grower = TreeGrower(codes, share, seed)
+    logits = np.tile(start, (len(codes), 1)).T  # (K, n)
     all_rounds = []
     for _ in range(rounds):
-        residual = target - probabilities(scores)
+        residual = target - probabilities(logits)
         trees_of_round = [grower.grow(row, depth) for row in residual]
-        scores += [look_up(tree, grower.columns) for tree in trees_of_round]
+        logits += [look_up(tree, grower.columns) for tree in trees_of_round]
         all_rounds.append(trees_of_round)
 
     importance = grower.gains
@@ -267,12 +267,12 @@ class TreeGrower:
     """Grows trees on one table of codes, which it sorts once; .gains (N,) are the gains so far.
 
     codes  (n, N)
-    step   the share of Newton's step that a leaf takes
+    share  the share of Newton's step that a leaf takes
     seed   of ties between codes
     """
 
-    def __init__(self, codes, step, seed):
-        self.step = step
+    def __init__(self, codes, share, seed):
+        self.share = share
         self.rng = np.random.default_rng(seed)
         self.columns = np.ascontiguousarray(codes.T, dtype=np.float64)  # (n, N) -> (N, n)
         N, n = self.columns.shape
@@ -288,7 +288,7 @@ class TreeGrower:
         self.row_starts = n * np.arange(N)[:, None]  # of `ranks`, if flattened
 
     def grow(self, residual, depth, order=None):
-        """A tree for residuals (n,): a Split, or the step of a leaf.
+        """A tree for residuals (n,): a Split, or the value of a leaf.
 
         order (N, m): the samples of this node, sorted by each of the codes; at the root all.
         """
@@ -312,11 +312,11 @@ class TreeGrower:
         return Split(code, cut, low, high)
 
     def leaf(self, residual):
-        """Newton's step, shortened, for the residuals (m,) of a leaf."""
+        """The value of a leaf with residuals (m,): a share of Newton's step."""
         curvature = (abs(residual) * (1 - abs(residual))).sum()
         if curvature < 1e-150:  # all are right already
             return 0.0
-        return self.step * residual.sum() / curvature
+        return self.share * residual.sum() / curvature
 
     def best_split(self, residual, order):
         """The best question of a node: gain (0 if there is none), code, cut.
@@ -351,7 +351,7 @@ class TreeGrower:
 
 
 def split_gain(left_sum, left_count, total, count):
-    """The gain of step 3 for cuts with `left_count` of `count` samples on their left, whose
+    """The gain of point 3 for cuts with `left_count` of `count` samples on their left, whose
     residuals sum to `left_sum` of `total`. With k for left_count, S for total and s for left_sum:
     k (n-k) / n (s/k - (S-s)/(n-k))^2  =  (S k/n - s)^2 n / (k (n-k))."""
     right_count = count - left_count
@@ -359,16 +359,16 @@ def split_gain(left_sum, left_count, total, count):
     return excess * excess * (count / (left_count * right_count))
 
 
-def probabilities(scores):
-    """Sigmoid of a single row of scores (1, n); of several rows the softmax over rows."""
-    if len(scores) == 1:
-        return np.exp(-np.logaddexp(0, -scores))  # 1 / (1 + e^-score)
-    powers = np.exp(scores - scores.max(axis=0))
+def probabilities(logits):
+    """Sigmoid of a single row of logits (1, n); of several rows the softmax over rows."""
+    if len(logits) == 1:
+        return np.exp(-np.logaddexp(0, -logits))  # 1 / (1 + e^-logit)
+    powers = np.exp(logits - logits.max(axis=0))
     return powers / powers.sum(axis=0)
 
 
 def look_up(tree, columns):
-    """The step (n,) that a tree gives each sample; columns (N, n)."""
+    """The value (n,) that a tree gives each sample; columns (N, n)."""
     if not isinstance(tree, Split):
         return np.full(columns.shape[1], tree)
     low = look_up(tree.low, columns)
@@ -379,12 +379,12 @@ def look_up(tree, columns):
 def predict(trees, codes):
     """The likeliest label (n,) of each sample, from codes (n, N)."""
     columns = np.ascontiguousarray(codes.T)  # (N, n)
-    scores = np.tile(trees.start, (len(codes), 1)).T  # (K, n)
+    logits = np.tile(trees.start, (len(codes), 1)).T  # (K, n)
     for trees_of_round in trees.rounds:
-        scores += [look_up(tree, columns) for tree in trees_of_round]
-    if len(scores) == 1:  # log odds of the second value against 0 of the first
-        scores = np.concatenate([0 * scores, scores])
-    likeliest = scores.argmax(axis=0)
+        logits += [look_up(tree, columns) for tree in trees_of_round]
+    if len(logits) == 1:  # log odds of the second value against 0 of the first
+        logits = np.concatenate([0 * logits, logits])
+    likeliest = logits.argmax(axis=0)
     return trees.classes[likeliest]
 
 
@@ -1436,7 +1436,7 @@ def worked_example():
         ("2 residual r = label - p", r, "-1/3 -1/3 -1/3 2/3 -1/3 2/3"),
         ("3 gain of a cut after 1 ... 5", gain, "2/15 1/3 2/3 1/12 8/15"),
         ("4 the best question: code <=", [tree.cut], "7/2"),
-        ("5 step of left and right leaf", [tree.low, tree.high], "-3/20 3/20"),
+        ("5 value of left and right leaf", [tree.low, tree.high], "-3/20 3/20"),
         ("  p after this round", after, ".301 .301 .301 .367 .367 .367"),
         ("  label by 100 rounds, depth 3", label, "0 0 0 1 0 1")]
     print(f"{'':30}{'computed':44}by hand")

@@ -12,7 +12,7 @@ IDEA      All rows of a picture start from the same noise z_T, so what differs i
             importance  DCI's matrix: a code should matter for one factor, a factor need one code
             worth       how far the trained network relies on a factor's tokens at each timestep
             kl          how many nats step t lets through, by Eq. (5)
-            bayes       at which timesteps the toy's denoiser needs a token for a factor
+            bayes       at which timesteps the toy's best denoiser needs a token for a factor
             agree       do runs of different seeds find the same codes? This needs no labels
             explore     sliders in the browser; page: one HTML file that needs no Python
           The model never sees a label. Where a token has a name, it was named after training: by
@@ -221,8 +221,10 @@ def print_exchanges(run, args):
 
 
 def traverse(run, args):
-    """one image with one factor after the other swept over the values that it has in the data: all
-    its tokens together, in the order of the purest one"""
+    """one image with each factor in turn swept over the values that it has in the data
+
+    All tokens of a factor move together, in the order of the purest one.
+    """
     if args.gif:
         require(not args.out or args.out.lower().endswith(".gif"), "out", args.out,
                 "a name that ends in .gif, as --gif draws an animation")

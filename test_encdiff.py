@@ -2411,7 +2411,7 @@ def test_the_average_moves_by_its_share_and_leaves_the_first_stage():
 
 
 def test_the_first_stages_encoder_stops_where_its_recipe_says(pictures, monkeypatch):
-    monkeypatch.setitem(train.FIRST_STAGE["linear"], "encoder_steps", 3)
+    monkeypatch.setitem(train.FIRST_STAGE["linear"], "freeze_encoder_at", 3)
     with pytest.raises(KeyboardInterrupt):
         train_new("run", Interrupted(pictures, {8: [KILL]}), steps=0)
     early = saved("run")["model"]

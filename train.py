@@ -144,12 +144,12 @@ LARGE = dict(OUR_RECIPE, steps=4_000, score_every=500)
 PRESETS = {"small": SMALL, "large": LARGE, "paper": {}}
 
 # How each kind of vq.KINDS is trained: images a step, learning rate, weight of the squared error
-# beside L1, and the step from which the encoder stays as it is (0: never). "deep" is the paper's,
-# with latents of 16x16x3. "linear" has one convolution for an encoder, and latents of 8x8x4; in an
-# early run the codes came apart sooner if it had been trained only briefly (assets/log.md).
+# beside L1, and the step from which its encoder stays as it is (0: never). "deep" is the paper's,
+# with latents of 16x16x3. "linear" has a single convolution as its encoder, and latents of 8x8x4;
+# in an early run the codes came apart sooner if this had been trained only briefly (assets/log.md).
 FIRST_STAGE = {
-    "deep": dict(batch=64, lr=1e-3, squared=0.0, encoder_steps=0),
-    "linear": dict(batch=16, lr=2e-3, squared=4.0, encoder_steps=1_500),
+    "deep": dict(batch=64, lr=1e-3, squared=0.0, freeze_encoder_at=0),
+    "linear": dict(batch=16, lr=2e-3, squared=4.0, freeze_encoder_at=1_500),
 }
 LR_WARMUP = 100  # steps in which a learning rate rises from 0, as Adam's first averages are rough
 CLIP = 1.0  # the largest norm of a gradient
@@ -236,9 +236,9 @@ def train_first_stage(run, dataset, model):
     quantizer = autoencoder.quantizer
     steps = config.vq_steps
     recipe = FIRST_STAGE[config.first_stage]
-    # In the first steps latents are not rounded to the codebook; these are at most half of a run.
-    # Then the codebook is set. By itself the quantizer would take the latents of one process for
-    # it; we give it those of the whole batch.
+    # In the first `warmup` steps, at most half of all, latents are not rounded. Then the codebook
+    # is filled with latents. By itself the quantizer would take them from one process's share of
+    # the batch; we give it those of the whole batch.
     warmup = min(quantizer.warmup, steps // 2)
 
     criterion = vq.FirstStageLoss(autoencoder, recipe["squared"]).to(backend.device)
@@ -260,7 +260,7 @@ def train_first_stage(run, dataset, model):
         with torch.autocast(backend.kind, torch.bfloat16, enabled=config.precision == "bf16"):
             loss, reconstruction, codebook_indices = network(images)
         loss.backward()
-        if 0 < recipe["encoder_steps"] <= step:
+        if 0 < recipe["freeze_encoder_at"] <= step:
             # The decoder goes on. Without a gradient the optimizer leaves the encoder as it is.
             autoencoder.encoder.zero_grad()
         norm = clip_grad_norm_(criterion.parameters(), CLIP)
@@ -302,7 +302,7 @@ def train_jointly(run, dataset, model):
         # A batch: images, their timesteps, their noise. Each process takes its share of it.
         seed_step(config, "joint training", step)
         indices = torch.randint(len(dataset), (config.batch,))
-        t = draw_timesteps(config, step)  # (B,), t ~ U{1..T}
+        t = draw_timesteps(config, step)  # (B,), as --noise-order says
         noise = torch.randn(config.batch, *model.latent_shape)
         images = load_images(dataset, backend.share(indices), backend.device)
         t = backend.share(t).to(backend.device)
@@ -344,7 +344,7 @@ def update_average(average, model, decay):
 
 
 @torch.no_grad()
-def score(run, dataset, model, samples, final=False):
+def score(run, dataset, model, count, final=False):
     """All scores that the labels allow, of this many images, as a dict.
 
     Its "note" says why one is missing. final: also the scores of the tokens, each brought to one
@@ -358,7 +358,7 @@ def score(run, dataset, model, samples, final=False):
 
     # Without repetition: no image may be in both of DCI's samples, for training and for testing.
     generator = torch.Generator().manual_seed(seed)
-    indices = torch.randperm(len(dataset), generator=generator)[:samples]
+    indices = torch.randperm(len(dataset), generator=generator)[:count]
     scores = {}
     try:
         codes = encode(model, dataset, indices, device)
@@ -1453,12 +1453,16 @@ def make_parser():
         if options["type"] is tuple:
             options = {"type": int, "nargs": "+"}
 
+        notes = []
         if isinstance(allowed, str):
-            text += f", {allowed}"
+            notes.append(allowed)
         elif allowed:  # `validate` refuses others
             options["metavar"] = "{" + ",".join(map(str, allowed)) + "}"
         if spec.default != "":
-            text += f" (small: {SMALL.get(spec.name, spec.default)}, paper: {spec.default})"
+            small = SMALL.get(spec.name, spec.default)
+            notes.append(f"small: {small}, paper: {spec.default}")
+        if notes:
+            text += f" ({'; '.join(notes)})"
         flag = "--" + spec.name.replace("_", "-")
         parser.add_argument(flag, help=text.replace("%", "%%"), **options)
     return parser

@@ -235,8 +235,8 @@ class UNet(nn.Module):
         self.conv_out = zero(nn.Conv2d(self.widths[0], self.latent_channels, 3, padding=1))
 
     # The way down keeps each of its outputs, and each stack of the way up takes one of them, the
-    # latest first. With the default arguments the outputs have these channels (a bar separates the
-    # resolutions, "halved" is the stack that goes down to one, "doubled" goes back up):
+    # latest first. With the default arguments the outputs have these channels. A bar separates the
+    # resolutions; "halved" marks a stack that halves them, "doubled" one that doubles them.
     #   conv_in 64, 64, 64 | halved 64, 128, 128 | halved 128, 256, 256 | halved 256, 256, 256
     # So the stacks of the way up take these channels, each from the stack before and from its skip:
     #   256 + 256, 256 + 256, 256 + 256, doubled | 256 + 256, 256 + 256, 256 + 128, doubled

@@ -17,7 +17,7 @@ IDEA      Each of the (S/f)^2 latent vectors is replaced by the nearest of K cod
           noise easy to predict by shrinking its latents.
 DIFFERS   From the authors' code: reconstructions are judged by L1 (the preset `small` adds a
           squared error), without LPIPS, whose weights cannot be shipped, and without a patch
-          discriminator. Two options are ours: `patch` saves the expensive layers at full
+          discriminator. Two options are ours: `patch` leaves out the expensive layers at full
           resolution; `linear` makes the encoder one convolution, which costs joint training next to
           nothing.
 TRY       python vq.py   ->   shapes, and a gradient that passes through the rounding unchanged
@@ -187,7 +187,7 @@ def middle(width):
 def deep_encoder(widths, blocks, latent_channels, patch):
     """Images (B, 3, S, S) -> latent (B, C, S/f, S/f), f = patch * 2^(levels - 1).
 
-    widths: channels at each level, from full resolution down; blocks: residual blocks a level.
+    widths: channels at each level, from full resolution down; blocks: residual blocks of each.
     """
     c = widths[0]
     layers = [nn.PixelUnshuffle(patch), nn.Conv2d(3 * patch**2, c, 3, padding=1)]
@@ -229,7 +229,7 @@ class VQAutoencoder(nn.Module):
 
     channels         width at full resolution, a multiple of 32
     multipliers      level i has channels * multipliers[i]; the resolution has been halved i times
-    blocks           residual blocks a level, in the decoder one more
+    blocks           residual blocks of each level; the decoder has one more
     latent_channels  C
     codebook_size    K
     commitment       weight of the commitment loss
