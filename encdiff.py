@@ -124,7 +124,7 @@ def beta_schedule(name, steps=1000, start=0.0015, end=0.0155):
     steps         T, 1 or more, else ValueError
     start, end    beta_1 and beta_T of "linear" and "sqrt_linear" with T = 1000; "sqrt" takes the
                   roots of the straight line. For another T one step does what 1000 / T of these
-                  steps do, so that abar_T is about the same for every T.
+                  steps do, so that abar_T is about the same for every T above 1.
 
     Returns a float64 tensor (steps,).
     """
@@ -192,7 +192,9 @@ class EncDiff(nn.Module):
         alpha_bar = alpha_bars(beta_schedule(schedule, timesteps))
         self.register_buffer("alpha_bar", alpha_bar.to(torch.get_default_dtype()))
         self.register_buffer("latent_std", torch.ones(()))  # set by `set_latent_scale`
-        self.register_buffer("largest_rms", torch.tensor(math.inf))  # used by `estimate_z0`
+        # Used by `estimate_z0`. At first it is no limit; infinity would become NaN in an average of
+        # the weights.
+        self.register_buffer("largest_rms", torch.tensor(1e30))
 
     def train(self, mode=True):
         super().train(mode)

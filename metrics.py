@@ -110,9 +110,10 @@ def dci(train_codes, train_factors, test_codes, test_factors, seed=0):
     out.
     ValueError: no factor can be learnt, or the tables do not belong together.
     """
-    tested = check_tables(test_codes, test_factors, "test_", fit_on=train_codes)
-    test_codes, test_factors = tested
+    fit_on = train_codes
     train_codes, train_factors = check_tables(train_codes, train_factors, "train_")
+    tested = check_tables(test_codes, test_factors, "test_", fit_on)
+    test_codes, test_factors = tested
     if test_factors.shape[1] != train_factors.shape[1]:
         raise ValueError(f"train_factors has shape {train_factors.shape} and test_factors "
                          f"{test_factors.shape}; expected the same factors in both")
@@ -121,9 +122,13 @@ def dci(train_codes, train_factors, test_codes, test_factors, seed=0):
         raise ValueError("; ".join(notes))
     for j in usable:
         known = set(train_factors[:, j].tolist())
-        if known.isdisjoint(test_factors[:, j].tolist()):
+        unseen = np.mean([label not in known for label in test_factors[:, j].tolist()])
+        if unseen == 1:
             raise ValueError(f"test_factors has in column {j} no value that train_factors has "
                              f"there; expected the same labels in both")
+        if unseen > 0.01:  # of labels as float32 and as float64, say
+            notes.append(f"column {j}: {unseen:.0%} of the labels of test_factors are in no row "
+                         f"of train_factors and count as wrong")
     warn_if_slow(train_codes, train_factors[:, usable])
 
     N = train_codes.shape[1]
@@ -167,7 +172,8 @@ def focus(importance):
         raise ValueError(f"importance has an entry of {importance.min()}; expected 0 or more")
     if importance.shape[1] < 2:
         raise ValueError(f"importance has shape {importance.shape}; expected two columns or more")
-    share = importance + 1e-11  # as in disentanglement_lib: an unused code has equal shares
+    largest = importance.max() or 1
+    share = importance / largest + 1e-11  # so that an unused code has equal shares
     share = share / share.sum(axis=1, keepdims=True)
     disorder = -(share * np.log(share)).sum(axis=1)  # entropy of each row
     columns = importance.shape[1]
@@ -1273,6 +1279,9 @@ def ssim(x, y):
     equal images 1, noise about 0, at least -1. Zeros are padded at the border, as in the code
     behind Diff-AE's numbers, which the paper compares with; Wang et al. use only whole windows."""
     x, y = check_pair(x, y)
+    if x.shape[3] in (1, 3, 4) and x.shape[1] not in (1, 3, 4):
+        raise ValueError(f"images of shape {tuple(x.shape)} seem to have their channels last; "
+                         f"expected (B, C, H, W)")
     distance = torch.arange(-5, 6, dtype=x.dtype, device=x.device)
     bell = torch.exp(-distance ** 2 / (2 * 1.5 ** 2))  # Gaussian of sigma 1.5
     window = torch.outer(bell, bell) / bell.sum() ** 2  # (11, 11), sum 1

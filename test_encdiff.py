@@ -45,6 +45,7 @@ import torch.nn.functional as F
 from PIL import Image
 from pytest import approx
 from torch.distributions import Normal, kl_divergence
+from torch.optim import swa_utils
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
@@ -486,6 +487,17 @@ def test_a_wrong_estimate_is_as_large_as_the_largest_latent(schedule, timesteps)
 
     largest = root_mean_square(images).max() / images.std()
     assert_close(root_mean_square(estimate), largest.expand(2))
+
+
+def test_an_average_of_all_weights_draws_as_the_model_does():
+    model = method(half_of_it)
+    average = swa_utils.AveragedModel(model, use_buffers=True)
+    average.update_parameters(model)
+    average.update_parameters(model)
+
+    tokens, noise = torch.zeros(2, 48), torch.randn(2, 3, 4, 4)
+    expected = model.sample(tokens, steps=4, noise=noise)
+    assert torch.equal(average.module.sample(tokens, steps=4, noise=noise), expected)
 
 
 def test_ddim_with_eta_1_is_ddpm():
@@ -1521,6 +1533,12 @@ def test_a_factor_that_is_left_out_leaves_the_scores_of_the_others():
         assert scores[name] == approx(1, abs=0.08)
 
 
+def test_labels_that_were_never_learnt_are_told():
+    labels = PERFECT / 3  # 1/3 is not 1/3 as float32
+    scores = metrics.dci(PERFECT, labels, PERFECT, labels.astype(np.float32).astype(float))
+    assert re.search(r"column 0: \d+% .* count as wrong", scores["note"])
+
+
 GREY_IMAGE = torch.full((1, 3, 8, 8), 0.5)
 
 
@@ -1535,6 +1553,7 @@ UNSCORABLE = [
     ("factor_vae_votes", (NOISY * 0, PERFECT), "no code varies"),
     ("agreement", ([PERFECT, PERFECT[:9]],), "the same images"),
     ("tad", (NOISY, PERFECT * 2), "attributes has the values"),
+    ("ssim", [GREY_IMAGE.permute(0, 2, 3, 1)] * 2, "channels last"),
     ("ssim", (-GREY_IMAGE, GREY_IMAGE), r"from -0.5 to -0.5; .*\[0, 1\]"),
     ("evaluate", (np.ma.masked_greater(NOISY, 2), PERFECT), r"codes\[.* is nan.*drop"),
     ("fid", (GREY_IMAGE, GREY_IMAGE, ""), "expected uint8"),

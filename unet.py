@@ -34,7 +34,8 @@ def timestep_embedding(t, width):
     # Wavelengths go from 2 pi to (at width 64) 2 pi * 7,499: the short ones tell near timesteps
     # apart, the long ones far timesteps.
     half = math.ceil(width / 2)
-    exponents = -math.log(10_000) * torch.arange(half, device=t.device) / half
+    steps = torch.arange(half, dtype=torch.float32, device=t.device)
+    exponents = -math.log(10_000) * steps / half
     frequencies = exponents.exp()  # 1, falling to 1 / 7,499 at width 64
     angles = t[:, None].float() * frequencies  # (B, 1) * (half,) -> (B, half)
 
