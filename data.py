@@ -18,6 +18,7 @@ TRY       python data.py                        what is rendered
           python data.py --data PATH            what is in there
 """
 import argparse
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -180,7 +181,8 @@ class Dataset:
 def open_dataset(path=None, size=64, cache=None):
     """The dataset at path, a file or folder; without a path, the rendered Shapes3D.
 
-    path     3dshapes.h5, any HDF5, .npz or .npy with images, or a folder of pictures
+    path     3dshapes.h5, any HDF5, .npz or .npy with images, or a folder of pictures, whose
+             subfolders are factors
     size     32, 64 or 128: the side of the images in pixels
     cache    folder for the converted images; without it they lie beside path
 
@@ -509,7 +511,7 @@ LABEL_NAMES = ("factors", "labels", "label", "latents_classes", "latents/classes
                "targets", "y")
 MOST_LEVELS = 1000  # a factor of more values is an identity or a measurement
 BLOCK = 1 << 22  # bytes that are read at a time; as floats they take eight times as much
-CONVERSION = 5  # counted up whenever a conversion's result changes: older caches are not used
+CONVERSION = 6  # counted up whenever a conversion's result changes: older caches are not used
 
 
 def open_files(path, size, cache):
@@ -538,7 +540,10 @@ def open_files(path, size, cache):
                 arrays = stack.enter_context(open_arrays(path))
                 dataset, blocks = read_arrays(path, arrays, size)
         write_cache(dataset, blocks, images_file, labels_file, stamp)
-    return read_cache(images_file, labels_file, stamp)
+    dataset = read_cache(images_file, labels_file, stamp)
+    if dataset is None:  # another process is writing the same files just now
+        return open_files(path, size, cache)
+    return dataset
 
 
 @contextlib.contextmanager
@@ -649,8 +654,9 @@ def digest(dataset):
 # ---- 5. Pixels of any range and layout -> bytes -------------------------------------------------
 def brightness(blocks):
     """The numbers that stand for black and white in a whole set of arrays. Bytes are what they are,
-    and so is 0 to 1, -1 to 1 and 16 bits of which the highest is used. Of anything else, the
-    smallest number is black and the largest white. Gaps and infinities do not count."""
+    and so is 0 to 1, -1 to 1 of which the lower half is used, and 8 or 16 bits of which the highest
+    is used. Of anything else, the smallest number is black and the largest white. Gaps and
+    infinities do not count."""
     low, high = np.inf, -np.inf
     whole = True
     for block in blocks:
@@ -669,9 +675,9 @@ def brightness(blocks):
     slack = 1e-3  # what resizing or rounding may have added
     if -slack <= low and high <= 1 + slack:
         return 0, 1
-    if -1 - slack <= low and high <= 1 + slack:
+    if -1 - slack <= low < -0.5 - slack and high <= 1 + slack:
         return -1, 1
-    if whole and low >= 0 and high <= 255:
+    if whole and low >= 0 and 2**7 <= high < 2**8:
         return 0, 255
     if whole and low >= 0 and 2**15 <= high < 2**16:
         return 0, 2**16 - 1
@@ -830,6 +836,11 @@ def number(column):
         raise ValueError("has gaps")
     try:
         values, numbers = np.unique(column, return_inverse=True)
+        if column.dtype.kind in "SUO":  # numbers as text: 2 comes before 10
+            with contextlib.suppress(TypeError, ValueError):
+                rank = np.unique(values.astype(float), return_inverse=True)[1]
+                if rank.max() + 1 == len(values):  # "1" and "01" stay two values
+                    numbers = rank[numbers]
     except TypeError as error:  # numbers and text in one column have no order
         raise ValueError(error) from None
     if is_float and (values % 1).any():
@@ -858,13 +869,18 @@ class StoredArray:
         self.dtype = values.dtype
 
     def whole(self):
+        self.check()
         return np.asarray(self.values[()])
+
+    def check(self):
+        """ValueError if HDF5 would not read it as it was meant."""
+        if isinstance(self.values, h5py.Dataset):
+            check_filters(self.values)
+            check_written(self.values)
 
     def blocks(self, scratch):
         """Some rows after the other, (b, *shape[1:])."""
-        if isinstance(self.values, h5py.Dataset):
-            check_written(self.values)
-
+        self.check()
         row_bytes = self.dtype.itemsize * int(np.prod(self.shape[1:]))
         rows = max(1, BLOCK // row_bytes)  # of a block
         chunk = getattr(self.values, "chunks", None) or [1]
@@ -875,6 +891,19 @@ class StoredArray:
             read = np.asarray(self.values[start:start + step])
             for k in range(0, len(read), rows):
                 yield read[k:k + rows]
+
+
+class MatlabArray(StoredArray):
+    """An array that MATLAB wrote. It counts the axes from the last to the first, so its images
+    (h, w, c, n) are (n, c, w, h) in the file: pictures lie on their sides there."""
+    def __init__(self, values):
+        super().__init__(values)
+        if len(self.shape) > 2:
+            self.shape = (*self.shape[:-2], *self.shape[:-3:-1])
+
+    def blocks(self, scratch):
+        for block in super().blocks(scratch):
+            yield block.swapaxes(-1, -2)
 
 
 class ZippedArray:
@@ -975,7 +1004,7 @@ def hdf5_arrays(file):
             arrays["factor_names"] = StoredArray(np.asarray(names))
 
         if isinstance(item, h5py.Dataset):
-            array = StoredArray(item)
+            array = MatlabArray(item) if "MATLAB_class" in item.attrs else StoredArray(item)
             if not all(other.exists() for other in other_files(item)):
                 array = UnreadableArray("made of other files, and one is missing")
             arrays[name] = datasets.setdefault(item, array)
@@ -1020,6 +1049,22 @@ def files_read(path):
     return sorted(files)
 
 
+def check_filters(dataset):
+    """ValueError if an HDF5 dataset is compressed in a way that this h5py does not know."""
+    settings = dataset.id.get_create_plist()
+    filters = [settings.get_filter(k) for k in range(settings.get_nfilters())]
+    unknown = [f"{code} {name.decode(errors='replace')}".strip()
+               for code, _, _, name in filters if not h5py.h5z.filter_avail(code)]
+    if not unknown:
+        return
+    try:
+        dataset[(slice(1),) * dataset.ndim]  # what an absent filter left as it was can be read
+    except OSError:
+        raise ValueError(f"{dataset.name} is compressed by filter {', '.join(unknown)}, which h5py "
+                         "does not have; expected gzip or lzf: write it anew, say with "
+                         "h5repack -f GZIP=4") from None
+
+
 def check_written(dataset):
     """ValueError if a part of an HDF5 dataset was never written. It would be read as zeros."""
     if dataset.is_virtual or dataset.external:
@@ -1047,6 +1092,8 @@ def read_arrays(path, arrays, size):
     shape = images.shape
     if channels_first:
         shape = (shape[0], shape[2], shape[3], shape[1])
+    if shape[3:] in ((2,), (4,)):
+        dataset.add_note(f"the last of {shape[3]} channels is taken for opacity")
     find_labels(dataset, arrays_near(arrays, key), shape)
 
     def blocks(scratch):
@@ -1097,10 +1144,12 @@ def find_images(arrays):
 
 
 def arrays_near(arrays, key):
-    """The arrays of a file by their names in small letters. Those in the group of the images, whose
-    name is key, are named as there, and win."""
+    """The arrays of a file by their names in small letters, unless two would be alike. Those in the
+    group of the images, whose name is key, are named as there, and win."""
     group = key.lower().rpartition("/")[0] + "/"
-    names = {name.lower(): array for name, array in arrays.items()}
+    small = collections.Counter(name.lower() for name in arrays)
+    names = {name.lower() if small[name.lower()] == 1 else name: array
+             for name, array in arrays.items()}
 
     inside = {name.removeprefix(group): array for name, array in names.items()
               if name.startswith(group)}
@@ -1275,13 +1324,24 @@ def decode(picture, black, white):
 
 
 def add_classes(dataset, folder, pictures):
-    """Subfolders are a factor, if all pictures lie in them, as for torchvision's ImageFolder."""
-    classes = [file.parent.relative_to(folder).as_posix() for file in pictures]
-    if "." in classes or len(set(classes)) == 1:
+    """Subfolders are a factor, if all pictures lie in them, as for torchvision's ImageFolder. Of
+    folders in folders each level is a factor, if all pictures lie equally deep."""
+    places = [file.parent.relative_to(folder) for file in pictures]
+    if len({len(place.parts) for place in places}) == 1:
+        levels = list(zip(*[place.parts for place in places]))
+    else:
+        levels = [[place.as_posix() for place in places]]
+    levels = [np.array(level) for level in levels if len(set(level)) > 1]
+    if Path() in places or not levels:
         return dataset.add_note("no labels")
-    add_factors(dataset, {"class": np.array(classes)})
-    if dataset.factor_names:
-        dataset.add_note("the class is the subfolder: " + ", ".join(sorted(set(classes))[:9]))
+
+    names = ["class"]
+    if len(levels) > 1:
+        names = [f"folder {k + 1}" for k in range(len(levels))]
+    add_factors(dataset, dict(zip(names, levels)))
+    for name, level in zip(names, levels):
+        if name in dataset.factor_names:
+            dataset.add_note(f"{name} is the subfolder: " + ", ".join(sorted(set(level))[:9]))
 
 
 def add_attributes(dataset, path, pictures):

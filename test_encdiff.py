@@ -1837,6 +1837,9 @@ SCALES = [  # brightness of three images, and what becomes of it
     ([-100, 0, 100], [0, 128, 255]),
     ([0.25, 0.5, 0.75], [64, 128, 191]),
     ([0, 20000, 60000], [0, 78, 233]),
+    ([0, 4, 16], [0, 64, 255]),
+    ([-0.5, 0, 0.5], [0, 128, 255]),
+    ([-0.02, 0.49, 1], [0, 128, 255]),  # 0 to 1, and what resizing added
 ]
 
 
@@ -1928,6 +1931,21 @@ def test_an_array_of_two_names_is_read_once_and_a_broken_link_is_told():
     assert "labels not used: a link that leads nowhere" in dataset.note
 
 
+def test_pictures_of_matlab_stand_upright():
+    with h5py.File("a.mat", "w") as file:
+        images = file.create_dataset("images", data=noise().transpose(0, 3, 2, 1))
+        images.attrs["MATLAB_class"] = np.bytes_("uint8")
+    assert same(shown(data.open_dataset("a.mat")), noise())
+
+
+def test_a_compression_that_h5py_lacks_is_named():
+    with h5py.File("a.h5", "w") as file:
+        images = file.create_dataset("images", (12, 64, 64, 3), np.uint8, compression=32015,
+                                     allow_unknown_filter=True, chunks=(12, 64, 64, 3))
+        images.id.write_direct_chunk((0, 0, 0, 0), b"zstd")
+    refused(lambda: data.open_dataset("a.h5"), "compressed by filter 32015")
+
+
 @pytest.mark.parametrize("options", [{}, {"chunks": (5, 64, 64, 3)}], ids=str)
 def test_images_that_were_never_written_are_refused(options):
     with h5py.File("a.h5", "w") as file:
@@ -1983,11 +2001,30 @@ def test_labels_are_never_invented(official, name, images):
     np.rec.fromarrays([(ROWS % 3)[:, None]], names="field"),
     np.eye(4)[ROWS % 3],
     np.array(["a", "b", "ç"])[ROWS % 3],
+    np.array(["2", "3.5", "10"])[ROWS % 3],
 ])
 def test_labels_of_any_kind_are_numbered(labels):
     dataset = dataset_of(labels=labels)
     assert dataset.factor_sizes == (3,) and dataset.note == ""
     assert same(dataset.factors(ROWS)[:, 0], ROWS % 3)
+
+
+def test_names_that_differ_in_capitals_are_two_factors():
+    save("a.h5", **{"images": noise(), "labels/X": ROWS % 3, "labels/x": ROWS // 6})
+    dataset = data.open_dataset("a.h5")
+    assert dict(zip(dataset.factor_names, dataset.factor_sizes)) == {"X": 3, "x": 2}
+
+
+def test_two_processes_may_convert_a_set_at_once(monkeypatch):
+    save("a.npz", images=noise())
+    read_cache = data.read_cache
+    found = iter([False, False, True])  # at the end of the first one its file is gone again
+
+    def read_if_found(*arguments):
+        return read_cache(*arguments) if next(found) else None
+
+    monkeypatch.setattr(data, "read_cache", read_if_found)
+    assert same(shown(data.open_dataset("a.npz")), noise())
 
 
 TABLE = np.stack([ROWS % 3, ROWS // 6], 1)
@@ -2046,6 +2083,16 @@ def test_subfolders_are_a_class():
     assert same(shown(renamed, 0), noise(1, seed=0))
     assert "ape, bird, dog" in renamed.note
     assert "black" not in dataset.note  # bytes are what they are
+
+
+def test_each_level_of_subfolders_is_a_factor():
+    for k, (shape, colour) in enumerate([("cube", "blue"), ("cube", "red"), ("ball", "red")]):
+        save_picture(f"set/all/{shape}/{colour}/a.png", noise(1, seed=k)[0])
+        save_picture(f"set/all/{shape}/{colour}/b.png", noise(1, seed=9 - k)[0])
+    dataset = data.open_dataset("set")
+    assert dataset.factor_names == ("folder 1", "folder 2")
+    assert dataset.factors(range(0, 6, 2)).tolist() == [[0, 1], [1, 0], [1, 1]]
+    assert "folder 1 is the subfolder: ball, cube" in dataset.note
 
 
 def test_hidden_files_are_no_pictures():
