@@ -126,7 +126,7 @@ def dci(train_codes, train_factors, test_codes, test_factors, seed=0):
         if unseen == 1:
             raise ValueError(f"test_factors has in column {j} no value that train_factors has "
                              f"there; expected the same labels in both")
-        if unseen > 0.01:  # of labels as float32 and as float64, say
+        if unseen > 0.01:  # 0.1 as float32 is not 0.1 as float64, for example
             notes.append(f"column {j}: {unseen:.0%} of the labels of test_factors are in no row "
                          f"of train_factors and count as wrong")
     warn_if_slow(train_codes, train_factors[:, usable])
