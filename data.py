@@ -899,7 +899,8 @@ class MatlabArray(StoredArray):
     def __init__(self, values):
         super().__init__(values)
         if len(self.shape) > 2:
-            self.shape = (*self.shape[:-2], *self.shape[:-3:-1])
+            *others, w, h = self.shape
+            self.shape = (*others, h, w)
 
     def blocks(self, scratch):
         for block in super().blocks(scratch):
@@ -1446,14 +1447,14 @@ def fingerprint(path, files):
 
 def read_cache(images_file, labels_file, stamp):
     """The dataset in a cache made from the source with this stamp; None: there is none yet."""
-    if not labels_file.exists():
-        return None
     try:
         with np.load(labels_file) as arrays:
             fields = json.loads(str(arrays["about"]))
             table = arrays["table"]
         pixels = np.load(images_file, mmap_mode="r")
         made_from = fields.pop("stamp")
+    except (FileNotFoundError, NotADirectoryError):  # another process may write them just now
+        return None
     except Exception:  # its words would advise unsafe loading
         raise ValueError(f"{images_file} or {labels_file.name} is in the way, no whole cache of "
                          "ours; delete both, or choose another folder for the cache") from None

@@ -332,7 +332,7 @@ class EncDiff(nn.Module):
 
 
 # ---- Samplers, each a short function, eq. (4) ----------------------------------------------------
-# estimate(z_t, t) is that of z_0 from z_t (B, C, h, w) at timestep t, an int. All start at z_T = z
+# estimate(z_t, t) guesses z_0 from z_t (B, C, h, w) at timestep t, an int. All start at z_T = z
 # (B, C, h, w), include t = T, add no noise in their last step, and return z_0 (B, C, h, w). The
 # one that `sample` takes by default, dpm_solver, needs fewer steps; it is defined further down.
 
