@@ -3455,6 +3455,25 @@ def test_a_snippet_of_the_readme_prints_what_it_says(snippet, monkeypatch, capsy
     assert capsys.readouterr().out.endswith("".join(said))
 
 
+def anchors_of(path):
+    """The names that GitHub gives to the headings of a page, to link to them."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", ["README.md", *sorted(
+    f"assets/{path.name}" for path in (HERE / "assets").glob("*.md"))])
+def test_the_links_of_a_page_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", text_of(page)):
+        if link.startswith("https:"):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (HERE / page).parent / name if name else HERE / page
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors_of(target), link
+
+
 def test_the_readme_shows_the_method_as_it_stands_in_the_code():
     lines = {line.strip() for line in text_of("encdiff.py").splitlines()}
     shown = [line.strip() for line in text_of("README.md").splitlines()
