@@ -213,7 +213,7 @@ FIFTHS = np.array([
     [4, 0, 5],
     [5, 0, 3],
 ], np.int16)
-UNIT = 64  # planes count 1/64 grey levels in int16
+UNIT = 64  # planes, the maps of light of `render_planes`, count 1/64 grey levels in int16
 SUPERSAMPLE = 3  # rays per pixel and axis
 
 
@@ -233,7 +233,7 @@ class RenderedShapes3D(Dataset):
         for start in range(0, len(rows), 16):  # sixteen at a time stay in the processor's cache
             part = slice(start, start + 16)
             planes = self.planes[rows[part] % GEOMETRIES]  # (16, 6, S * S)
-            image = planes[:, 3:]
+            image = planes[:, 3:]  # the indices made a copy of `self.planes`, so it may change
             for surface in range(3):  # floor, wall, object
                 hue = hues[part, surface, :, None]  # (16, 3, 1)
                 image += planes[:, surface, None] * hue
@@ -323,14 +323,12 @@ def camera_rays(angle, n):
     pitch = CAMERA["pitch"]
 
     # The camera circles the object and looks down a little.
-    cos, sin = np.cos(turn), np.sin(turn)
-    right = np.array([cos, 0, -sin])
-    ahead = np.array([sin, 0, cos])
-    up = np.array([0, 1.0, 0])
+    right = np.array([np.cos(turn), 0, -np.sin(turn)])
+    ahead = np.array([np.sin(turn), 0, np.cos(turn)])  # level; `forward` is tilted by the pitch
+    up = np.array([0, 1.0, 0])  # vertical; so is `upward`
     eye = up * CAMERA["height"] - ahead * CAMERA["distance"]
-    cos, sin = np.cos(pitch), np.sin(pitch)
-    forward = ahead * cos - up * sin
-    upward = ahead * sin + up * cos
+    forward = ahead * np.cos(pitch) - up * np.sin(pitch)
+    upward = ahead * np.sin(pitch) + up * np.cos(pitch)
 
     # One ray goes through the centre of each pixel. The image spans -1 to 1 both ways.
     centres = (np.arange(n) + 0.5) / n * 2 - 1
@@ -352,7 +350,7 @@ def meet_round(o, d, r):
 
 
 def meet_cube(r, height, o, d):
-    """A ray is inside between its last entry into a pair of planes and its first exit."""
+    """A ray is inside between its last entry between two opposite faces and its first exit."""
     lowest = np.array([[-r], [0], [-r]])
     highest = np.array([[r], [height], [r]])
     t_low = (lowest - o) / d
@@ -419,7 +417,10 @@ def object_normal(shape, scale, p):
 
 
 def texture(u, v):
-    """Faint hexagonal tiles everywhere; on the walls a slanting stain in every square of them."""
+    """Faint hexagonal tiles everywhere; on the walls a slanting stain in every square of them.
+
+    u, v (N,): lengths along the surface -> the factors (N,) by which it changes the light.
+    """
     root = np.sqrt(3)
     k = 4 * np.pi / (root * TILE)
     across = np.cos(k * u * root / 2)

@@ -2,10 +2,11 @@
 
 WHERE     Read first; then unet.py (the denoiser), train.py and vq.py (the latent space). Imports
           torch alone: encoder, first stage and denoiser are handed to EncDiff, so copy it freely.
-PAPER     arXiv 2402.09712, Sec. 3 and Appendices B-D. Equation numbers are the paper's.
+PAPER     arXiv 2402.09712, Sec. 3 and Table 6; the variants of Sec. 4.4 and of Tables 11 and 12.
+          Equation numbers are the paper's; (7) to (12) are background, and no code computes them.
 SHAPES    B images, N tokens of width d, latents (C, h, w), n = C*h*w numbers each, T timesteps.
           Images are (B, 3, size, size), float, in [-1, 1].
-SYMBOLS   z_0        z0                (B, C, h, w)  latent of the image, divided by its std
+SYMBOLS   z_0        z0                (B, C, h, w)  latent of the image, divided by `latent_std`
           z_t        z_t               (B, C, h, w)  z_0 with noise, t = 1..T
           eps        noise             (B, C, h, w)  the noise in z_t, N(0, I)
           beta_t     betas[t - 1]      (T,)          variance added in step t
@@ -14,16 +15,18 @@ SYMBOLS   z_0        z0                (B, C, h, w)  latent of the image, divide
           S          tokens            (B, N, d)     concept tokens
 IDEA      Encoder and denoiser learn together to predict noise, eq. (3). Nothing in that loss asks
           for disentanglement. Three parts of the model are meant to bring it about. First,
-          attention: at each position the tokens compete for a softmax, so a token gains by meaning
-          one thing. Second, scalars: each token is a function of ONE number, so it has no second
-          dimension in which to put a second factor. Third, noise: z_t shows the image too, but
-          covered by noise, and the tokens are the denoiser's only view of it WITHOUT NOISE. Where
-          z_t is too noisy to show something, only the tokens can supply it. So the noise decides
-          what a token is needed for: `python encdiff.py --bayes`. The paper names the first and
-          the third, and calls the noise a bottleneck, eq. (5).
+          attention: at each position the tokens compete for a softmax, so the loss is lower if a
+          token means one thing. Second, scalars: each token is a function of ONE number, so it has
+          no second dimension in which to put a second factor. Third, noise: z_t shows the image
+          too, but covered by noise, and the tokens are the denoiser's only view of it WITHOUT
+          NOISE. Where z_t is too noisy to show something, only the tokens can supply it. So the
+          noise decides what a token is needed for: `python encdiff.py --bayes`. The paper names the
+          first and the third. It calls the noise a bottleneck, as a step of the sampler can pass on
+          only so much information: eq. (5), in `kl_bottleneck`.
 DIFFERS   Eq. (3) is printed without the square; Table 7 says MSE, and so do we. While sampling, an
           estimate of z_0 is scaled back if its root mean square is larger than that of any latent
-          that `set_latent_scale` saw.
+          that `set_latent_scale` saw. By default 20 steps of DPM-Solver++ draw an image; the paper
+          takes 200 steps.
 TRY       python encdiff.py           ->   the whole method on 8x8 pictures while you watch
           python encdiff.py --bayes   ->   what a token is needed for, at each timestep, computed
 """
@@ -68,7 +71,8 @@ class CNNEncoder(nn.Module):
         return self.layers(images)
 
     def adamw_layers(self):
-        """The last layer, which train.py's optimizer Muon leaves to AdamW."""
+        """For train.py, no part of the method: the layers that Muon, its optimizer, leaves to
+        AdamW."""
         return [self.layers[-1]]
 
 
@@ -133,8 +137,8 @@ def beta_schedule(name, steps=1000, start=0.0015, end=0.0155):
     if name == "cosine":  # Nichol & Dhariwal 2021: abar_t falls as a squared cosine
         t = torch.arange(steps + 1, dtype=torch.float64) / steps
         angle = (t + 0.008) / 1.008 * math.pi / 2
-        abar = torch.cos(angle) ** 2
-        betas = 1 - abar[1:] / abar[:-1]
+        f = torch.cos(angle) ** 2  # abar_t is f(t) / f(0)
+        betas = 1 - f[1:] / f[:-1]
         return betas.clamp(max=0.999)  # a beta of 1 would leave no signal at all
 
     line = torch.linspace(start, end, steps, dtype=torch.float64)
@@ -202,13 +206,17 @@ class EncDiff(nn.Module):
         return self
 
     def adamw_layers(self):
-        """The layers that train.py's Muon leaves to AdamW: the denoiser's first and last one, the
-        encoder's last one, and the token map."""
+        """For train.py: the denoiser's first and last layer, the encoder's last one, and the token
+        map."""
         return [*self.encoder.adamw_layers(), self.token_map, *self.denoiser.adamw_layers()]
 
     @torch.no_grad()
     def set_latent_scale(self, images):
-        """Before training: the std of these images' latents becomes the unit of z_0."""
+        """Before training: the std of all latents of images (B, 3, size, size) becomes the unit of
+        z_0, and the largest root mean square of one of them the limit of `estimate_z0`.
+
+        ValueError: the latents have another shape than latent_shape, or a std of 0 or NaN.
+        """
         parts = [self.first_stage.encode(part) for part in images.split(64)]
         latents = torch.cat(parts).float()
         if latents.shape[1:] != self.latent_shape:
@@ -227,8 +235,8 @@ class EncDiff(nn.Module):
 
     @torch.no_grad()
     def latents(self, images):
-        """images -> z_0 (B, C, h, w), divided by the std. It is not rounded to the first stage's
-        codebook; the first stage does that when it decodes."""
+        """images -> z_0 (B, C, h, w), in units of latent_std. It is not rounded to the first
+        stage's codebook; the first stage does that when it decodes."""
         return self.first_stage.encode(images).to(self.alpha_bar.dtype) / self.latent_std
 
     def represent(self, images):
@@ -303,7 +311,7 @@ class EncDiff(nn.Module):
         """Concept tokens (B, N, d) -> images (B, 3, size, size) in [-1, 1].
 
         steps     passes of the denoiser, 1 to T (ddpm: always T)
-        sampler   a key of SAMPLERS, else ValueError
+        sampler   "ddpm", "ddim" or "dpm" (DPM-Solver++), else ValueError
         noise     z_T (B, C, h, w), drawn unless given
         eta       of ddim: 0 is deterministic, 1 draws as much noise as ddpm
         """
@@ -327,7 +335,7 @@ class EncDiff(nn.Module):
 
     @torch.no_grad()
     def decode(self, z0):
-        """z_0 (B, C, h, w), in units of its std -> images (B, 3, size, size) in [-1, 1]."""
+        """z_0 (B, C, h, w), in units of latent_std -> images (B, 3, size, size) in [-1, 1]."""
         return self.first_stage.decode(z0 * self.latent_std).float().clamp(-1, 1)
 
 
@@ -416,8 +424,10 @@ def room(factors):
     place = factors[:, 3:] if factors.shape[1] == 4 else torch.tensor([[2]])
     column = torch.arange(8)
     inside = (place <= column) & (column < place + 4)  # (B, 8), or (1, 8) without a place
-    middle = picture[:, :, 2:6]
-    middle[:] = torch.where(inside[:, None, None], 3 + block[:, None], middle)
+    inside = inside[:, None, None]  # -> (B, 1, 1, 8)
+    block = block[:, None]  # -> (B, 1, 1, 1)
+    rows = picture[:, :, 2:6]  # (B, 3, 4, 8); what is written there is in `picture`, too
+    rows[:] = torch.where(inside, 3 + block, rows)
     return picture
 
 
@@ -444,6 +454,7 @@ class ToyDenoiser(nn.Module):
         )
 
     def forward(self, z_t, t, tokens):
+        """z_t (B, 3, 8, 8), t (B,), tokens (B, N, token_dim) -> the prediction (B, 3, 8, 8)."""
         # A position knows its pixel, where it is, and the timestep.
         frequencies = 1000 ** (-torch.arange(16) / 16)
         angles = t[:, None] * frequencies  # (B, 16)
@@ -552,10 +563,11 @@ def bayes_rise(t, pictures=5000):
     """By how much the loss of eq. (3) must rise at timestep t if one factor is not known: (4,).
 
     Given all factors, z_0 and so the noise are known exactly: the loss is 0. Here one factor is
-    unknown, and the loss that is left is the rise. The best denoiser that sees the whole picture
-    weighs the five pictures that the known factors allow by how well each explains z_t (Bayes), and
-    takes their mean for z_0. No network is trained. A rise of 0 says that z_t shows the factor
-    anyway, or that the noise can be read off z_t without it: then it needs no token at this t.
+    unknown, and the loss that is left is the rise. The best denoiser that sees all of z_t, where
+    ToyDenoiser sees one position, weighs the five pictures that the known factors allow by how well
+    each explains z_t (Bayes), and takes their mean for z_0. No network is trained. A rise of 0 says
+    that z_t shows the factor anyway, or that the noise can be read off z_t without it: then it
+    needs no token at this t.
     """
     abar = alpha_bars(beta_schedule("cosine"))[t]
     factors = torch.randint(5, (pictures, 4))
@@ -875,6 +887,7 @@ class TransformerEncoder(nn.Module):
 
     As in Visual Concepts Tokenization (Yang et al. 2022b): the features of the image attend to each
     other, N learned queries attend to the features, and the queries do not attend to each other.
+    Each query has a readout of its own: with a common one all codes are nearly the same at first.
     queries: N, which divides outputs, else ValueError; by default each output has its own.
     """
 
@@ -904,7 +917,7 @@ class TransformerEncoder(nn.Module):
                 c, 4, 4 * c, dropout=0.0, activation="gelu", batch_first=True, norm_first=True))
             self.query_layers.append(QueryLayer(c))
         self.norm = nn.LayerNorm(c)
-        self.out = nn.Linear(c, outputs // queries)
+        self.readouts = nn.Parameter(c**-0.5 * torch.randn(queries, c, outputs // queries))
 
     def forward(self, images):
         features = self.cnn(images).flatten(2).transpose(1, 2)  # (B, c, h, w) -> (B, P, c)
@@ -913,11 +926,13 @@ class TransformerEncoder(nn.Module):
         for feature_layer, query_layer in zip(self.feature_layers, self.query_layers):
             features = feature_layer(features)
             x = query_layer(x, features)
-        return self.out(self.norm(x)).flatten(1)  # (B, N, c) -> (B, outputs)
+        x = self.norm(x).transpose(0, 1)  # (B, N, c) -> (N, B, c)
+        codes = x @ self.readouts  # (N, B, c) @ (N, c, m) -> (N, B, m)
+        return codes.transpose(0, 1).flatten(1)  # (N, B, m) -> (B, N m), which are the outputs
 
     def adamw_layers(self):
-        """The last layer, which train.py's optimizer Muon leaves to AdamW."""
-        return [self.out]
+        """For train.py: none, as its optimizer Muon trains no readouts in any case."""
+        return []
 
 
 class NoiseFromVelocity(nn.Module):

@@ -3,7 +3,8 @@
 WHERE     Read after vq.py, before data.py. Imports numpy and torch only: copy it freely.
 PAPER     EncDiff, arXiv 2402.09712v2, experimental setup. Each score names its own paper.
 SHAPES    n samples, N codes, d width of a vector-valued code, F factors, K values of one factor;
-          codes (n, N) or (n, N, d), factors (n, F) labels of any kind, images (B, 3, H, W).
+          codes (n, N), or (n, N, d), of which each is first projected on its main axis (PCA);
+          factors (n, F) labels of any kind; images (B, 3, H, W).
 IDEA      Every score first finds out which code knows which factor. Then it asks two questions.
           Does each code know one factor only (disentanglement, modularity)? Is each factor known
           by one code only (completeness, compactness)? They differ in how they find out:
@@ -45,9 +46,8 @@ def evaluate(codes, factors, seed=0, dci_train=10_000, dci_test=5_000):
 
     Three entries are tables (N, F), lists of lists: "importance", DCI's, "nmi", InfoMEC's, and
     "variance_explained". DCI uses the samples above, InfoMEC at most INFOMEC_SAMPLES, the others
-    all. A score that cannot be computed is absent, and "note" says in one line why; so does it of
-    codes and factors that were left out. ValueError: the two tables do not belong together, or hold
-    NaN.
+    all. A score that cannot be computed is absent. "note" says in one line why, and which codes and
+    factors were left out. ValueError: the two tables do not belong together, or hold NaN.
     """
     codes, factors = check_tables(codes, factors)
     seed, dci_train, dci_test = int(seed), int(dci_train), int(dci_test)
@@ -103,32 +103,18 @@ def dci(train_codes, train_factors, test_codes, test_factors, seed=0):
     test_factors   (m, F) labels
     seed           of ties between codes that are equally good
 
-    "importance" (N, F): how much the trees of factor j used code i; each column sums to 1.
+    "importance" (N, F): how much the trees of factor j used code i; each column sums to 1, or to 0
+    if the factor was left out.
     "disentanglement" and "completeness", 0 to 1: 1 if each factor has one code of its own, about 0
     if the codes know nothing. "informativeness_train" and "informativeness_test": the share of
     labels that are read correctly, averaged over factors. "note" names the factors that were left
     out.
     ValueError: no factor can be learnt, or the tables do not belong together.
     """
-    fit_on = train_codes
+    fit_on = train_codes  # test codes (m, N, d) are projected on the axes of the training codes
     train_codes, train_factors = check_tables(train_codes, train_factors, "train_")
-    tested = check_tables(test_codes, test_factors, "test_", fit_on)
-    test_codes, test_factors = tested
-    if test_factors.shape[1] != train_factors.shape[1]:
-        raise ValueError(f"train_factors has shape {train_factors.shape} and test_factors "
-                         f"{test_factors.shape}; expected the same factors in both")
-    usable, notes = usable_factors(train_factors)
-    if not usable:
-        raise ValueError("; ".join(notes))
-    for j in usable:
-        known = set(train_factors[:, j].tolist())
-        unseen = np.mean([label not in known for label in test_factors[:, j].tolist()])
-        if unseen == 1:
-            raise ValueError(f"test_factors has in column {j} no value that train_factors has "
-                             f"there; expected the same labels in both")
-        if unseen > 0.01:  # 0.1 as float32 is not 0.1 as float64, for example
-            notes.append(f"column {j}: {unseen:.0%} of the labels of test_factors are in no row "
-                         f"of train_factors and count as wrong")
+    test_codes, test_factors = check_tables(test_codes, test_factors, "test_", fit_on)
+    usable, notes = learnable_factors(train_factors, test_factors)
     warn_if_slow(train_codes, train_factors[:, usable])
 
     N = train_codes.shape[1]
@@ -207,8 +193,8 @@ def matrix(values, name):
 #   probability that its label is 1. What we store is not p but a logit, which may be any number:
 #   p = sigmoid(logit). The first logit is log(1/2), the log odds of 1/3.
 # 2 RESIDUAL. r = label - p is what p still lacks: -1/3 -1/3 -1/3 2/3 -1/3 2/3.
-# 3 SPLIT. A question asks of one code, "is it at most c?" It is good if the residuals on either
-#   side are alike. With nl of n samples on the left and nr on the right, its gain is
+# 3 SPLIT. A question asks of one code, "is it at most c?" It is good if the residuals within
+#   each side are alike. With nl of n samples on the left and nr on the right, its gain is
 #       gain = (nl nr / n) (mean_l - mean_r)^2,
 #   the amount by which the squared distances to the mean shrink when each side has its own mean.
 #   The question "at most 3?" has the means -1/3 and 1/3, so its gain is (3 3 / 6) (2/3)^2 = 2/3.
@@ -224,7 +210,7 @@ def matrix(values, name):
 # grows K trees. For the tree of one value r is 1 - p if the sample has it and -p if not, and the
 # value of a leaf is (K - 1) / K of the above.
 # IMPORTANCE of a code: the gains of all splits that ask for it, over all trees, as a share of the
-# gains of all codes. Two codes that gain equally are chosen by chance.
+# gains of all codes. Of two codes that gain equally one is chosen at random.
 Trees = collections.namedtuple("Trees", "classes start rounds importance")
 Split = collections.namedtuple("Split", "code cut low high")
 
@@ -255,7 +241,7 @@ def fit_trees(codes, labels, rounds=100, rate=0.1, depth=3, seed=0):
         share = rate
 
     grower = TreeGrower(codes, share, seed)
-    logits = np.tile(start, (len(codes), 1)).T  # (K, n)
+    logits = np.tile(start, (len(codes), 1)).T  # (K, n), or (1, n) if K = 2
     all_rounds = []
     for _ in range(rounds):
         residual = target - probabilities(logits)
@@ -273,7 +259,7 @@ class TreeGrower:
     """Grows trees on one table of codes, which it sorts once; .gains (N,) are the gains so far.
 
     codes  (n, N)
-    share  the share of Newton's step that a leaf takes
+    share  the share of Newton's step that a leaf takes: the rate, times (K - 1) / K if K > 2
     seed   of ties between codes
     """
 
@@ -309,7 +295,8 @@ class TreeGrower:
         self.gains[code] += gain
         if depth == 1:
             order = order[:1]  # a leaf needs no sorting
-        # Every row of `order` loses the same samples and stays sorted: two tables result.
+        # Every row of `order` loses the same samples and stays sorted: two tables result. The mask
+        # is of the flattened table; as each row keeps nl (or nr) samples, the rest has rows again.
         goes_left = (self.columns[code] <= cut).take(order).ravel()  # (N, m) -> (N m,)
         left = order.compress(goes_left).reshape(len(order), -1)  # (N, nl)
         right = order.compress(~goes_left).reshape(len(order), -1)  # (N, nr)
@@ -358,7 +345,8 @@ class TreeGrower:
 
 def split_gain(left_sum, left_count, total, count):
     """The gain of point 3 for cuts with `left_count` of `count` samples on their left, whose
-    residuals sum to `left_sum` of `total`. With k for left_count, S for total and s for left_sum:
+    residuals sum to `left_sum` of `total`. With n for count, k for left_count, S for total and s
+    for left_sum:
     k (n-k) / n (s/k - (S-s)/(n-k))^2  =  (S k/n - s)^2 n / (k (n-k))."""
     right_count = count - left_count
     excess = total * (left_count / count) - left_sum
@@ -385,7 +373,7 @@ def look_up(tree, columns):
 def predict(trees, codes):
     """The likeliest label (n,) of each sample, from codes (n, N)."""
     columns = np.ascontiguousarray(codes.T)  # (N, n)
-    logits = np.tile(trees.start, (len(codes), 1)).T  # (K, n)
+    logits = np.tile(trees.start, (len(codes), 1)).T  # (K, n), or (1, n) if K = 2
     for trees_of_round in trees.rounds:
         logits += [look_up(tree, columns) for tree in trees_of_round]
     if len(logits) == 1:  # log odds of the second value against 0 of the first
@@ -410,8 +398,9 @@ def factor_vae_votes(codes, factors, train_votes=10_000, eval_votes=5_000, batch
     factor, about 1/F for codes that know nothing. "factor_vae_train" is the same of the training
     votes. The paper encodes new images for every vote; we draw rows of the table.
 
-    Left out, as "note" says: dead codes (see live_codes); values in fewer than `batch` rows, and
-    factors with no other. ValueError: no code varies, or fewer than two factors remain.
+    Left out, as "note" says: dead codes (see live_codes); values that fewer than `batch` rows have,
+    and factors all of whose values are so rare. ValueError: no code varies, or fewer than two
+    factors remain.
     """
     codes, factors = check_tables(codes, factors)
     if min(train_votes, eval_votes) < 1 or batch < 2:
@@ -700,6 +689,30 @@ def usable_factors(factors):
                          f"than 2 samples a value, as an id has")
         else:
             usable.append(j)
+    return usable, notes
+
+
+def learnable_factors(train_factors, test_factors):
+    """The columns that trees can learn and be tested on; a note on each of the others.
+
+    ValueError: there is none, or the two tables do not have the same factors.
+    """
+    if test_factors.shape[1] != train_factors.shape[1]:
+        raise ValueError(f"train_factors has shape {train_factors.shape} and test_factors "
+                         f"{test_factors.shape}; expected the same factors in both")
+    usable, notes = usable_factors(train_factors)
+    if not usable:
+        raise ValueError("; ".join(notes))
+
+    for j in usable:
+        known = set(train_factors[:, j].tolist())
+        unseen = np.mean([label not in known for label in test_factors[:, j].tolist()])
+        if unseen == 1:
+            raise ValueError(f"test_factors has in column {j} no value that train_factors has "
+                             f"there; expected the same labels in both")
+        if unseen > 0.01:  # 0.1 as float32 is not 0.1 as float64, for example
+            notes.append(f"column {j}: {unseen:.0%} of the labels of test_factors are in no row "
+                         f"of train_factors and count as wrong")
     return usable, notes
 
 

@@ -3,15 +3,18 @@
 WHERE     Read last, after data.py. Reads a run and its dataset; imports all the other files.
 PAPER     arXiv 2402.09712, Figures 2(b) and 5 to 9, Tables 2, 5 and 8. Eq. (5) is in encdiff.py.
 SHAPES    B images, N tokens, F factors, K columns of a picture, S the side of an image; images
-          (B, 3, S, S) in [-1, 1], codes (B, N), or (B, N, d) where a token is a vector.
-IDEA      All rows of a picture start from the same noise z_T, so what differs is the tokens alone.
+          (B, 3, S, S) in [-1, 1], codes (B, N), or (B, N, d) where a token is a vector. A list
+          `tokens` holds numbers 0 to N-1. Token i is made of code i, so to exchange a token is to
+          exchange its code.
+IDEA      In swap and traverse all rows of a picture start from the same noise z_T, so what differs
+          is the tokens alone.
             swap        a row takes one factor's tokens from the target: only that should change
             traverse    a factor's tokens take the values that they have in the data
             attention   where in the image a token is read
             generate    every token comes from another image: each image should still be good
             importance  DCI's matrix: a code should matter for one factor, a factor need one code
             worth       how far the trained network relies on a factor's tokens at each timestep
-            kl          how many nats step t lets through, by Eq. (5)
+            kl          the paper's bottleneck, Eq. (5): how far step t is from plain noise, in nats
             bayes       at which timesteps the toy's best denoiser needs a token for a factor
             agree       do runs of different seeds find the same codes? This needs no labels
             explore     sliders in the browser; page: one HTML file that needs no Python
@@ -76,7 +79,7 @@ class OpenedRun:
     eta      noise that the sampler ddim adds, 0 (none) to 1 (as much as ddpm); None: its default
 
     It has model (with averaged weights), config, scores and factor_names of the run, and two
-    tables (N, F), or (0,) without scores: importance, DCI's, and explained, of
+    tables (N, F), or (0,) without scores: `importance`, of DCI, and `explained`, of
     metrics.variance_explained, by which tokens are named. Raises ValueError, one line, for what
     cannot be opened.
     """
@@ -223,7 +226,8 @@ def print_exchanges(run, args):
 def traverse(run, args):
     """one image with each factor in turn swept over the values that it has in the data
 
-    All tokens of a factor move together, in the order of the purest one.
+    All tokens of a factor move together: they take the codes of real images, which are sorted by
+    the token of which this factor explains most.
     """
     if args.gif:
         require(not args.out or args.out.lower().endswith(".gif"), "out", args.out,
@@ -241,7 +245,8 @@ def traverse(run, args):
     labels = []
     sweeps = []
     for name, tokens in rows:
-        values = codes[order[ranks, tokens[0]]]  # (K, N) or (K, N, d): in these images it rises
+        # The images at the quantiles of this factor's first token.
+        values = codes[order[ranks, tokens[0]]]  # (K, N) or (K, N, d)
         variants = [image_codes]
         for value in values:
             variants.append(exchange(image_codes, value[None], tokens))

@@ -9,11 +9,12 @@ IDEA      Two stages. (1) The autoencoder of vq.py learns to compress images; it
           random in a step is seeded with (seed, stage, step), so a run that was interrupted goes on
           bit for bit, with the same number of threads. Several processes train like one, except
           for dropout, for the statistics of BatchNorm, and for rounding.
-DIFFERS   The moving average starts fast and slows down: with a constant decay the average of a
-          short run would still contain the first weights. The last average is scored, never the
-          best one: choosing it would use the labels. In every preset joint training has weight
-          decay 0.01, gradients are clipped to norm 1, and the learning rate rises over 100 steps:
-          the paper mentions none of these.
+DIFFERS   In step s the moving average has the decay (1 + s) / (10 + s), at most --ema. The paper's
+          .9999 would be reached after 90,000 steps; with it the average of a short run would still
+          contain the first weights. The last average is scored, never the best one: choosing it
+          would use the labels. In every preset joint training has weight decay 0.01, gradients are
+          clipped to norm 1, and the learning rate rises over 100 steps: the paper mentions none of
+          these. The default preset, `small`, departs further: see OUR_RECIPE and SMALL.
 TRY       python train.py --steps 50 --vq-steps 250 --out runs/try   ->   a run in a few minutes
 """
 import argparse
@@ -67,7 +68,8 @@ def field(default, meaning, allowed=None):
 
 @dataclasses.dataclass
 class Config:
-    """What can be set for a run. Config() is the preset `paper`; the default is `small`.
+    """What can be set for a run. The values below are the preset `paper`. A run without --preset
+    takes `small`, further down.
 
     Further numbers are fixed: FIRST_STAGE, LR_WARMUP, CLIP, and weight decay and betas, which the
     functions of the two stages hand to their optimizers.
@@ -79,9 +81,13 @@ class Config:
     seed: int = field(0, "fixes everything random in a run", "0 to below 2^63")
     # "auto" becomes "bf16" or "fp32" before a run begins.
     precision: str = field("auto", "arithmetic; auto: bf16 where fast", ("auto", "bf16", "fp32"))
+    # `make_parser` fills in {variants}.
     variant: str = field("", "what differs from the method: NAME or NAME+NAME of {variants}")
     hold_out: str = field("", "combination of factors that is not trained on, as "
                           "'floor hue=0 & shape=3'; it is scored at the end")
+    # Of both stages
+    optimizer: str = field("adamw", "muon: Muon for matrices inside the networks, AdamW for all "
+                           "else", ("adamw", "muon"))
     # The first stage (vq.py)
     first_stage: str = field("deep", "kind, or a RUN to copy one from", vq.KINDS)
     first_stage_from: str = field("", "")  # RUN, if --first-stage names one
@@ -93,7 +99,8 @@ class Config:
     num_tokens: int = field(20, "number of concept tokens, N", "1 or more")
     token_dim: int = field(32, "width of a concept token, d", "1 or more")
     # The denoiser (unet.py)
-    channels: int = field(64, "width of the U-Net at full resolution, a multiple of 4", "1 or more")
+    channels: int = field(64, "width of the U-Net at full resolution, a multiple of 4 and of the "
+                          "heads (4 in small, else 8)", "1 or more")
     multipliers: tuple = field((1, 2, 4, 4), "widths of the U-Net, in units of --channels; each "
                                "further one halves the side", "each 1 or more")
     blocks: int = field(2, "residual blocks of each width in the U-Net", "1 or more")
@@ -106,12 +113,11 @@ class Config:
                              ("uniform", "weak-first"))
     steps: int = field(75_000, "training steps of encoder and denoiser", "0 or more")
     batch: int = field(64, "images in a joint training step", "1 or more")
-    optimizer: str = field("adamw", "muon: Muon for matrices inside the networks, AdamW for all "
-                           "else", ("adamw", "muon"))
     lr: float = field(1e-4, "AdamW's learning rate in joint training; Muon's is ten times it",
                       "above 0, at most 1000")
     lr_decay: float = field(0.0, "last share of the joint steps, with --lr falling", "0 to below 1")
-    ema: float = field(0.9999, "decay of the averaged weights in a joint step", "0 to below 1")
+    ema: float = field(0.9999, "largest decay of the averaged weights in a joint step; it starts "
+                       "lower", "0 to below 1")
     score_every: int = field(7_500, "joint steps between quick scores; 0: none", "0 or more")
     log_every: int = field(100, "", "1 or more")  # steps between two lines of log.csv
 
@@ -146,7 +152,8 @@ PRESETS = {"small": SMALL, "large": LARGE, "paper": {}}
 # How each kind of vq.KINDS is trained: images a step, learning rate, weight of the squared error
 # beside L1, and the step from which its encoder stays as it is (0: never). "deep" is the paper's,
 # with latents of 16x16x3. "linear" has a single convolution as its encoder, and latents of 8x8x4;
-# in an early run the codes came apart sooner if this had been trained only briefly (assets/log.md).
+# in an early run the codes came apart sooner if this encoder had been trained only briefly
+# (assets/log.md).
 FIRST_STAGE = {
     "deep": dict(batch=64, lr=1e-3, squared=0.0, freeze_encoder_at=0),
     "linear": dict(batch=16, lr=2e-3, squared=4.0, freeze_encoder_at=1_500),
@@ -198,11 +205,11 @@ def make_denoiser(config, first_stage, kind=unet.UNet, **options):
 
 
 # ---- The two stages -----------------------------------------------------------------------------
-# Of the helpers further down, these matter here. `Optimizer` is AdamW; in our presets Muon, which
-# makes the step of a matrix orthogonal, trains the matrices inside the networks in its place.
-# `run.backend` is the device; if several processes train together, `backend.share` cuts out the
-# part of a batch that this one takes, and `backend.parallel` averages their gradients. `run` is a
-# Run, which keeps the folder with log and checkpoints:
+# Of the helpers further down, these matter here. `Optimizer` is AdamW. In `small` and `large` it
+# leaves the matrices inside the networks, in both stages, to Muon, which makes the step of a matrix
+# orthogonal. `run.backend` knows the device; if several processes train together, `backend.share`
+# cuts out the part of a batch that this one takes, and `backend.parallel` averages their gradients.
+# `run` is a Run, which keeps the folder with log and checkpoints:
 #   run.resumed       the checkpoint to go on from, or {}; `start_stage` restores and empties it
 #   run.wants_first_stage   is False if stage 1 is done, was copied from a run, or does not exist
 #   run.start_stage   restores or begins a stage, and returns the first step to do

@@ -7,15 +7,15 @@ SHAPES    B batch, N concept tokens, d width of a token, c channels, h x w laten
           positions, H heads, e = c/H channels of a head, E width of the timestep embedding.
 IDEA      A query is a position of the latent image; keys and values are the N concept tokens.
           At each position the softmax over the tokens makes the concepts compete. The idea is that
-          a token gains by telling what is drawn in one region, and by getting little attention
+          the loss is lower if a token tells what is drawn in one region and gets little attention
           elsewhere. `python sample.py attention` shows for which tokens it holds.
           The denoiser also sees z_t, but there the image is covered by noise. The tokens are its
           only view of the image without noise.
           The last layer of each block starts at zero, so a block adds nothing at first. The last
           layer of all, `conv_out`, starts at zero too, so the untrained network predicts 0, the
           mean of the noise. So in step 1 of training only `conv_out` gets a gradient. In step 2 the
-          last layer of each block does, too, and `conv_in`, `skip` and `norm_out`. The tokens get
-          one from step 3 on.
+          last layer of each block does, too, and `conv_in`, `norm_out` and the 1x1 convolutions
+          `skip` of the residual blocks. The tokens get one from step 3 on.
 DIFFERS   The layers are the paper's: 37,549,507 parameters with the defaults, 37,469,635 with token
           width 16, as in the authors' code. Attention is written out, as torch's fused one has a
           slow backward pass on CPUs.
@@ -129,7 +129,8 @@ class Attention(nn.Module):
         # The weights of a position sum to 1. In cross-attention there is one for each token, so the
         # concepts compete for the position. The order of the tokens does not matter.
         scale = q.shape[3] ** -0.5
-        weights = (q * scale @ k.mT).softmax(dim=-1)  # (B, H, P, e) @ (B, H, e, M) -> (B, H, P, M)
+        logits = (q * scale) @ k.mT  # (B, H, P, e) @ (B, H, e, M) -> (B, H, P, M)
+        weights = logits.softmax(dim=-1)
         if self.record is not None:
             self.record.append(weights.detach().float().mean(1))  # (B, H, P, M) -> (B, P, M)
 
@@ -199,9 +200,10 @@ class UNet(nn.Module):
     channels         width at full resolution
     multipliers      at depth i, where the resolution has been halved i times, the width is
                      channels * multipliers[i]
-    blocks           residual blocks at each depth on the way down; one more on the way up
-    attention_at     downsampling factors 2^i at which a SpatialTransformer follows each residual
-                     block; the middle has one in any case
+    blocks           residual blocks at each depth on the way down; one more on the way up. Another
+                     one halves or doubles the resolution between two depths.
+    attention_at     downsampling factors 2^i at which a SpatialTransformer follows each of the
+                     `blocks`; the middle has one in any case
     heads            attention heads; divides every width
     token_dim        width d of a concept token
     dropout          share of the features that a residual block drops in training
@@ -229,9 +231,9 @@ class UNet(nn.Module):
         E = self.emb_width
         self.time = nn.Sequential(nn.Linear(self.channels, E), nn.SiLU(), nn.Linear(E, E))
         self.conv_in = nn.Conv2d(self.latent_channels, self.channels, 3, padding=1)
-        self.down, skips = self.make_down()
+        self.down, skip_channels = self.make_down()
         self.middle = self.make_middle()
-        self.up = self.make_up(skips)
+        self.up = self.make_up(skip_channels)
         self.norm_out = group_norm(self.widths[0])
         self.conv_out = zero(nn.Conv2d(self.widths[0], self.latent_channels, 3, padding=1))
 
@@ -247,30 +249,30 @@ class UNet(nn.Module):
         """-> the stacks of the way down, and the channels of all skip connections."""
         down = nn.ModuleList()
         c = self.channels
-        skips = [c]  # what conv_in puts out
+        skip_channels = [c]  # what conv_in puts out
         for depth, width in enumerate(self.widths):
             if depth > 0:
                 down.append(Stack([self.residual_block(c, c, "down")]))
-                skips.append(c)
+                skip_channels.append(c)
             for _ in range(self.blocks):
                 down.append(self.make_stack(c, width, depth))
                 c = width
-                skips.append(c)
-        return down, skips
+                skip_channels.append(c)
+        return down, skip_channels
 
     def make_middle(self):
         c = self.widths[-1]
         transformer = self.transformer(c)
         return Stack([self.residual_block(c, c), transformer, self.residual_block(c, c)])
 
-    def make_up(self, skips):
-        """-> the stacks of the way up; skips: channels as from make_down, taken from the end."""
+    def make_up(self, skip_channels):
+        """-> the stacks of the way up; skip_channels: of make_down, taken from the end."""
         up = nn.ModuleList()
-        skips = list(skips)
+        skip_channels = list(skip_channels)
         c = self.widths[-1]
         for depth, width in reversed(list(enumerate(self.widths))):
             for _ in range(self.blocks + 1):
-                up.append(self.make_stack(c + skips.pop(), width, depth))
+                up.append(self.make_stack(c + skip_channels.pop(), width, depth))
                 c = width
             if depth > 0:
                 up[-1].append(self.residual_block(c, c, "up"))

@@ -97,7 +97,7 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def initialise(self, z):
-        """Set the codebook to random vectors of z (B, C, h, w), one z of several images.
+        """Set the codebook to vectors drawn, with repetition, from the latents z (B, C, h, w).
 
         Several processes of torch.distributed all have to call it. They get one codebook, made of
         rank 0's z.
@@ -107,7 +107,9 @@ class Quantizer(nn.Module):
         rows = torch.randint(len(vectors), (len(self.codebook),), device=z.device)
         chosen = vectors[rows]  # (K, C)
 
-        # Equal patches, such as plain sky, give equal vectors. A little noise tells them apart.
+        # A vector may be drawn several times: there are often fewer vectors than entries (in the
+        # preset `small` 1,024 and 8,192), and equal patches, such as plain sky, give equal vectors.
+        # A little noise tells the copies apart.
         noise = 0.02 * vectors.std(unbiased=False) * torch.randn_like(chosen)
         self.codebook.copy_(chosen + noise)
         if dist.is_available() and dist.is_initialized():
@@ -172,7 +174,7 @@ class Quantizer(nn.Module):
 
 
 def linear_encoder(factor, latent_channels):
-    """Each latent number is a weighted sum of the pixels around its position."""
+    """Each latent number is a weighted sum of the 3f x 3f pixels around its position."""
     return nn.Sequential(
         nn.PixelUnshuffle(factor),  # (B, 3, S, S) -> (B, 3 f^2, S/f, S/f)
         nn.Conv2d(3 * factor**2, latent_channels, 3, padding=1),
@@ -235,7 +237,8 @@ class VQAutoencoder(nn.Module):
     commitment       weight of the commitment loss
     patch            side of the squares of pixels that become channels at the input;
                      f = patch * 2^(levels - 1)
-    linear           whether the encoder is a single convolution over squares of f x f pixels
+    linear           whether the encoder is a single 3x3 convolution on the grid of squares of f x f
+                     pixels; `channels`, `multipliers` and `blocks` are then the decoder's
     warmup           training batches without rounding
     """
 
@@ -254,7 +257,8 @@ class VQAutoencoder(nn.Module):
         self.decoder = deep_decoder(widths, blocks, latent_channels, patch)
 
     def adamw_layers(self):
-        """Where encoder and decoder begin and end: train.py's Muon leaves these to AdamW."""
+        """For train.py, whose optimizer Muon leaves these to AdamW: the first and the last layer
+        of encoder and decoder. ([0] of the encoder and [-1] of the decoder have no weights.)"""
         return [self.encoder[1], self.encoder[-1], self.decoder[0], self.decoder[-2]]
 
     def encode(self, x):
@@ -263,7 +267,7 @@ class VQAutoencoder(nn.Module):
         return self.encoder(x)
 
     def quantize(self, z):
-        """-> z_q of z's shape, codebook loss (scalar), indices (B, S/f, S/f) int64."""
+        """-> z_q of z's shape, the quantizer's loss (scalar), indices (B, S/f, S/f) int64."""
         return self.quantizer(z)
 
     def decode(self, z):
@@ -272,15 +276,16 @@ class VQAutoencoder(nn.Module):
         return self.decoder(z_q)
 
     def forward(self, x):
-        """-> reconstruction of x's shape, codebook loss (scalar), indices (B, S/f, S/f)."""
+        """-> reconstruction of x's shape, the quantizer's loss (scalar), indices (B, S/f, S/f)."""
         z_q, loss, indices = self.quantize(self.encode(x))
         return self.decoder(z_q), loss, indices
 
 
 class FirstStageLoss(nn.Module):
-    """The loss of the first stage: L1 + squared * L2 + codebook loss.
+    """The loss of the first stage: L1 + squared * L2 + the quantizer's loss.
 
     images (B, 3, S, S) in [-1, 1] -> loss (scalar), reconstruction, indices
+    squared  weight of the mean squared error, L2
     """
 
     def __init__(self, autoencoder, squared=0.0):
@@ -289,13 +294,13 @@ class FirstStageLoss(nn.Module):
         self.squared = squared
 
     def forward(self, images):
-        reconstruction, codebook_loss, indices = self.autoencoder(images)
+        reconstruction, quantizer_loss, indices = self.autoencoder(images)
         reconstruction = reconstruction.float()
         images = images.float()
 
         l1 = F.l1_loss(reconstruction, images)
         l2 = F.mse_loss(reconstruction, images)
-        return l1 + self.squared * l2 + codebook_loss, reconstruction, indices
+        return l1 + self.squared * l2 + quantizer_loss, reconstruction, indices
 
 
 def codebook_usage(counts):
