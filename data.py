@@ -101,7 +101,10 @@ class Dataset:
         return self.count
 
     def __getitem__(self, index):
-        """One image (3, S, S) and its factors (F,); of a list or slice, a batch of both."""
+        """One image (3, S, S) and its factors (F,); of a list or slice, a batch of both.
+
+        A dataset with attributes, as CelebA, has no factors: see `attributes`.
+        """
         images = self.images(index)
         factors = self.factors(index)
         if isinstance(index, slice) or np.ndim(index) > 0:
@@ -168,7 +171,8 @@ class Dataset:
         state = vars(self).copy()
         state.pop("factor_keys", None)
         whole_file = not isinstance(getattr(self.pixels, "base", None), np.ndarray)  # not a view
-        if isinstance(self.pixels, np.memmap) and whole_file:
+        # A file of np.save begins with a header, which says how to read it again.
+        if isinstance(self.pixels, np.memmap) and whole_file and self.pixels.offset:
             state["pixels"] = str(self.pixels.filename)
         return state
 
@@ -643,11 +647,12 @@ def digest(dataset):
     """A number for all labels and 64 images; for no rendered image, as another machine may round
     one differently."""
     number = hashlib.sha256()
-    if dataset.pixels is None:
+    whole = getattr(dataset, "whole", dataset)  # of a Part
+    if whole.pixels is None:
         number.update(b"rendered")
     else:
         rows = np.linspace(0, dataset.count - 1, 64).astype(int)
-        number.update(dataset.pixels[np.unique(rows)].tobytes())
+        number.update(dataset.images(np.unique(rows)).numpy().tobytes())
     number.update(np.asarray(dataset.table, "<i4").tobytes())
     return number.hexdigest()[:16]
 

@@ -180,7 +180,7 @@ class EncDiff(nn.Module):
     schedule      a name for beta_schedule; timesteps: T
 
     After `.half()` or `.bfloat16()`, which are too coarse for abar_t, `loss`, `add_noise` and
-    `sample` raise ValueError. Use torch.autocast.
+    `sample` raise ValueError, and `sample` still does after `.half().float()`. Use torch.autocast.
     Encoder and denoiser of your own need `adamw_layers` only for train.py's optimizers.
     """
 
@@ -270,7 +270,8 @@ class EncDiff(nn.Module):
     def loss(self, images, t=None, noise=None):
         """Eq. (3), E |eps - eps_theta(z_t, t, S)|^2, as a mean over batch and latent: a scalar.
 
-        images (B, 3, size, size) in [-1, 1]; t (B,) and noise (B, C, h, w) are drawn unless given.
+        images (B, 3, size, size) in [-1, 1]; t (B,) int64 in 1..T and noise (B, C, h, w) are drawn
+        unless given.
         """
         z0 = self.latents(images)
         if t is None:
@@ -310,7 +311,8 @@ class EncDiff(nn.Module):
     def sample(self, tokens, steps=20, sampler="dpm", noise=None, eta=0.0):
         """Concept tokens (B, N, d) -> images (B, 3, size, size) in [-1, 1].
 
-        steps     passes of the denoiser, 1 to T (ddpm: always T)
+        steps     passes of the denoiser, 1 to T (ddpm: always T); the schedule "sqrt" needs
+                  hundreds, the others about 20
         sampler   "ddpm", "ddim" or "dpm" (DPM-Solver++), else ValueError
         noise     z_T (B, C, h, w), drawn unless given
         eta       of ddim: 0 is deterministic, 1 draws as much noise as ddpm
@@ -325,6 +327,11 @@ class EncDiff(nn.Module):
             options = {"eta": eta}
         elif eta:
             raise ValueError(f"eta is {eta} with sampler {sampler!r}; expected sampler 'ddim'")
+        for coarse in (torch.float16, torch.bfloat16):
+            rounded = self.alpha_bar.to(coarse).to(self.alpha_bar.dtype)
+            if rounded.equal(self.alpha_bar):  # it would make images a little wrong, or NaN
+                raise ValueError("EncDiff is or was in half precision, too coarse for abar_t; "
+                                 "expected float32 weights from the start")
         if noise is None:
             noise = torch.randn(len(tokens), *self.latent_shape, device=tokens.device)
         noise = noise.to(self.alpha_bar.dtype)  # of a model in double precision, double
@@ -605,13 +612,13 @@ def print_bayes():
 def print_scores(encoder, num_factors):
     """DCI of the encoder's codes, if metrics.py lies beside this file."""
     try:
-        import metrics  # only here: all else needs torch alone
+        from metrics import dci  # only here: all else needs torch alone
     except ImportError:
         print("metrics.py is not beside this file: no scores")
         return
     labels = torch.randint(5, (4000, num_factors))
     codes = encoder(room(labels)).detach()
-    scores = metrics.dci(codes[:3000], labels[:3000], codes[3000:], labels[3000:])
+    scores = dci(codes[:3000], labels[:3000], codes[3000:], labels[3000:])
     print(f"disentanglement {scores['disentanglement']:.3f}  completeness "
           f"{scores['completeness']:.3f}  informativeness {scores['informativeness_test']:.3f}")
 

@@ -394,6 +394,14 @@ def test_half_precision_is_refused(dtype):
             use(images)
 
 
+@pytest.mark.parametrize("schedule", encdiff.SCHEDULES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_model_that_was_in_half_precision_draws_nothing(dtype, schedule):
+    model = method(half_of_it, schedule, 100).to(dtype).float()
+    with pytest.raises(ValueError, match="was in half precision.*expected float32"):
+        model.sample(torch.zeros(2, 3, 4, 4))
+
+
 def test_double_precision_changes_digits_alone():
     model = method(half_of_it)
     images, noise = torch.randn(2, 4, 3, 4, 4)
@@ -603,6 +611,14 @@ def test_a_variant_draws_the_same_after_it_was_saved(trained_variant):
     assert pictures[0].shape == images.shape
     assert pictures[0].isfinite().all()
     assert torch.equal(*pictures)
+
+
+@pytest.mark.parametrize("name", encdiff.ENCODERS)
+def test_the_codes_of_an_untrained_encoder_are_no_copies_of_each_other(name):
+    encoder = encdiff.ENCODERS[name](20, size=32, width=8)
+    images = nn.functional.interpolate(random_images(64, size=2), size=32)  # four fields of one colour each
+    correlations = torch.corrcoef(encoder(images).T)
+    assert (correlations.abs().sum() - 20) / (20 * 19) < 0.6
 
 
 @pytest.mark.parametrize("outputs, queries", [(6, 6), (12, 6)])
@@ -882,7 +898,7 @@ def test_the_quantiser_rounds_to_the_nearest_entry(far):
     z_q, _, indices = quantizer(z)
     nearest = nearest_by_distances(z, quantizer.codebook)
     assert torch.equal(indices, nearest)
-    assert_close(z_q, quantizer.codebook[nearest].permute(0, 3, 1, 2))
+    assert torch.equal(z_q, quantizer.codebook[nearest].permute(0, 3, 1, 2))
     assert len(nearest.unique()) > 10
 
 
@@ -1736,8 +1752,22 @@ def test_the_pickle_of_a_part_of_a_file_has_the_same_images():
     images = torch.randint(256, (6, 3, 32, 32), dtype=torch.uint8)
     np.save("images.npy", images.numpy())
     mapped = np.load("images.npy", mmap_mode="r")
-    part = data.Dataset("part", 3, 32, (), (), pixels=mapped[::-2])
-    assert torch.equal(pickle.loads(pickle.dumps(part)).images([0, 2]), images[[5, 1]])
+    images.numpy().tofile("raw.bin")
+    raw = np.memmap("raw.bin", np.uint8, "r", shape=(6, 3, 32, 32))
+    for pixels in (mapped[::-2], raw[::-2], raw[5:0:-2].copy()):
+        part = data.Dataset("part", 3, 32, (), (), pixels=pixels)
+        assert torch.equal(pickle.loads(pickle.dumps(part)).images([0, 2]), images[[5, 1]])
+    whole = data.Dataset("whole", 6, 32, (), (), pixels=raw)
+    assert torch.equal(pickle.loads(pickle.dumps(whole)).images([5, 1]), images[[5, 1]])
+
+
+def test_parts_with_other_images_are_other_sets():
+    identities = set()
+    for images in (noise(12, 8, 8), 255 - noise(12, 8, 8)):
+        dataset = dataset_of(images=images, labels=data.all_combinations((3, 4)))
+        kept, _ = data.split_off(dataset, {0: 1, 1: 1})
+        identities.add(str(kept.identity))
+    assert len(identities) == 2
 
 
 

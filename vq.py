@@ -159,7 +159,7 @@ class Quantizer(nn.Module):
             loss = codebook_loss + self.commitment * commitment_loss
 
             # Straight-through: the value of the entry, the gradient of the unrounded vector.
-            rounded = vectors + (entries - vectors).detach()  # (B*h*w, C)
+            rounded = entries.detach() + (vectors - vectors.detach())  # (B*h*w, C)
 
         # Contiguous, as the decoder's GroupNorm is slow in the permuted layout.
         z_q = rounded.view(B, h, w, C).permute(0, 3, 1, 2)  # (B*h*w, C) -> (B, C, h, w)
@@ -309,7 +309,7 @@ def codebook_usage(counts):
     The share of entries that are used, in [0, 1]; and the perplexity, in [1, K]: the number of
     equally used entries that would have the same entropy.
     """
-    counts = torch.as_tensor(counts)
+    counts = torch.as_tensor(counts).cpu()  # MPS has no doubles
     share_used = (counts > 0).double().mean()
     p = counts.double() / counts.sum().clamp(min=1)
     entropy = -(p * p.clamp(min=1e-12).log()).sum()
@@ -341,8 +341,8 @@ def check_shape(name, tensor, *expected):
 def check_images(images, factor):
     """ValueError unless these are images, floats, whose sides are multiples of this factor."""
     check_shape("images", images, "B", 3, "S", "S")
-    if not images.is_floating_point():
-        raise ValueError(f"images are {images.dtype}; expected floats in [-1, 1]")
+    if not torch.is_tensor(images) or not images.is_floating_point():
+        raise ValueError(f"images are {images.dtype}; expected a tensor of floats in [-1, 1]")
     h, w = images.shape[2:]
     if h % factor != 0 or w % factor != 0:
         raise ValueError(f"images have {h} x {w} pixels; expected multiples of {factor}")
