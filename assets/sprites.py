@@ -9,8 +9,8 @@ PRINTS    sprites.npz: 184320 images of shape 4, color 6, scale 6, orientation 2
 THEN      python train.py --data sprites.npz --out runs/sprites-0
 
 The shapes are those of Infinite dSprites (Dziadzio et al. 2023, arXiv 2312.16731). With another
-SEED they are other shapes. The first recipe was tuned on those of 0. Those of 1 are in the results,
-and today's recipe was tuned on them.
+SEED they are other shapes. The first preset was tuned on those of 0. Those of 1 are in the results,
+and today's preset was tuned on them.
 """
 import numpy as np
 from idsprites.infinite_dsprites import InfiniteDSprites
