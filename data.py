@@ -1638,9 +1638,7 @@ def split_off(dataset, combination):
 
     combination: as from `read_combination`. ValueError if one of the two is empty.
     """
-    has_all = np.ones(dataset.count, bool)
-    for column, value in combination.items():
-        has_all &= dataset.table[:, column] == value
+    has_all = (dataset.table[:, [*combination]] == [*combination.values()]).all(1)
     if not has_all.any() or has_all.all():
         raise ValueError(f"{has_all.sum():,} of the {dataset.count:,} images of {dataset.name} "
                          f"have this combination; expected some of them")

@@ -24,7 +24,6 @@ TRY       python metrics.py              the trees, worked step by step on six n
 import argparse
 import collections
 import os
-import pathlib
 import sys
 import warnings
 
@@ -498,8 +497,6 @@ def mig(codes, factors, bins=20):
     usable, notes = usable_factors(factors)
     if codes.shape[1] < 2:
         raise ValueError("it compares two codes, and there is one")
-    if not usable:
-        raise ValueError("; ".join(notes))
 
     low = codes.min(axis=0)
     width = codes.max(axis=0) - low
@@ -677,7 +674,8 @@ def many_values(values, samples):
 
 
 def usable_factors(factors):
-    """Indices of the columns of factors (n, F) that can be scored; a note on each of the others."""
+    """Indices of the columns of factors (n, F) that can be scored; a note on each of the others.
+    ValueError if none can."""
     usable = []
     notes = []
     for j, column in enumerate(factors.T):
@@ -689,6 +687,8 @@ def usable_factors(factors):
                          f"than 2 samples a value, as an id has")
         else:
             usable.append(j)
+    if not usable:
+        raise ValueError("; ".join(notes))
     return usable, notes
 
 
@@ -701,9 +701,6 @@ def learnable_factors(train_factors, test_factors):
         raise ValueError(f"train_factors has shape {train_factors.shape} and test_factors "
                          f"{test_factors.shape}; expected the same factors in both")
     usable, notes = usable_factors(train_factors)
-    if not usable:
-        raise ValueError("; ".join(notes))
-
     for j in usable:
         known = set(train_factors[:, j].tolist())
         unseen = np.mean([label not in known for label in test_factors[:, j].tolist()])
@@ -803,8 +800,6 @@ def infomec(codes, factors, discrete=None):
     """
     codes, factors = check_tables(codes, factors)
     usable, notes = usable_factors(factors)
-    if not usable:
-        raise ValueError("; ".join(notes))
     labels = [np.unique(factors[:, j], return_inverse=True)[1] for j in usable]
     numbered = [np.unique(code, return_inverse=True)[1] for code in codes.T]
     if discrete is None:
@@ -1064,9 +1059,10 @@ def shows(dataset, images, factors):
     right = torch.empty(factors.shape, dtype=torch.bool)
     for i, wanted in enumerate(factors):
         for j, value in enumerate(wanted.tolist()):
-            # One image at a time: a factor of many values has many candidates, (1, K, 3, S, S).
-            candidates = images_of_values(dataset, wanted[None], j).to(images.device)
-            right[i, j] = nearest(images[i:i + 1], candidates).item() == value
+            # One image at a time: a factor of many values has many candidates, (K, 3, S, S).
+            candidates = images_of_values(dataset, wanted[None], j)[0].to(images.device)
+            distances = (candidates - images[i]).square().flatten(1).sum(1)  # (K,)
+            right[i, j] = distances.argmin().item() == value
     return right
 
 
@@ -1137,8 +1133,6 @@ def variance_explained(codes, factors):
     """
     codes, factors = check_tables(codes, factors)
     usable, notes = usable_factors(factors)
-    if not usable:
-        raise ValueError("; ".join(notes))
     n = len(codes)
     live = live_codes(codes)
     standard = (codes - codes.mean(axis=0)) / np.where(live, codes.std(axis=0), 1)
@@ -1190,13 +1184,6 @@ def images_of_values(dataset, factors, j):
     wanted[:, j] = torch.arange(size).repeat(len(factors))
     images = in_unit_range(dataset.images(dataset.find(wanted)))
     return images.unflatten(0, (-1, size))  # (B * K, 3, S, S) -> (B, K, 3, S, S)
-
-
-def nearest(images, candidates):
-    """Which of the candidates (B, K, 3, S, S) is nearest to each image (B, 3, S, S): (B,)."""
-    differences = candidates - images[:, None]
-    distances = differences.square().flatten(2).sum(2)  # (B, K, 3, S, S) -> (B, K)
-    return distances.argmin(1).cpu()
 
 
 # ---- TAD: the score of attributes ----------------------------------------------------------------
@@ -1404,11 +1391,11 @@ def frechet_distance(feats_a, feats_b):
 
 def load_inception(path):
     """The network of `fid` from its file. OSError, ValueError: unreadable, or another file."""
-    path = pathlib.Path(os.path.expanduser(path))
+    path = os.path.expanduser(path)
     with open(path, "rb"):  # the words of a system are clearer than torch's
         pass
     try:
-        return torch.jit.load(str(path), map_location="cpu").eval()
+        return torch.jit.load(path, map_location="cpu").eval()
     except RuntimeError:  # its words are for programmers
         raise ValueError(f"{path} is no TorchScript file; expected NVIDIA's "
                          "inception-2015-12-05.pt") from None
@@ -1509,7 +1496,7 @@ class Parser(argparse.ArgumentParser):
 def main(arguments=None):
     """The command line: a table of scores, or without a file the worked example."""
     parser = Parser(description="Scores a table of codes, or explains the trees.")
-    parser.add_argument("file", nargs="?", type=pathlib.Path,
+    parser.add_argument("file", nargs="?", type=os.path.expanduser,
                         help=".npz of codes (n, N) or (n, N, d), factors (n, F)")
     parser.add_argument("--train", type=int, default=10_000, help="samples the trees learn from")
     parser.add_argument("--test", type=int, default=5_000, help="other samples, to test the trees")
@@ -1521,8 +1508,7 @@ def main(arguments=None):
         if options.file is None:
             worked_example()
         else:
-            file = pathlib.Path(os.path.expanduser(options.file))
-            report(file, options.seed, options.train, options.test)
+            report(options.file, options.seed, options.train, options.test)
         sys.stdout.flush()
     except BrokenPipeError:  # `| head -1` has read enough; leave nothing to flush at the exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -759,9 +759,6 @@ def encode(run, args):
 
 def export(run, args):
     """the averaged weights, config and scores in one small file, which every verb reads as a run"""
-    if Path(args.file).name == "checkpoint.pt":
-        raise ValueError(f"{args.file} is the name by which a run goes on, which an export cannot; "
-                         "expected another name")
     require_new(args.file)
 
     # Half precision for what was learned. Buffers stay: half of abar_T = 2e-9 would be 0.
@@ -1386,8 +1383,6 @@ def make_parser():
 
 def parse(arguments=None):
     """The command line as a namespace; its `function` is the verb, None if none was given."""
-    if arguments is not None:
-        arguments = [str(word) for word in arguments]
     return make_parser().parse_args(arguments)
 
 

@@ -185,9 +185,10 @@ def build_model(config):
     return model
 
 
-def make_encoder(config, outputs):
+def make_encoder(config, outputs, **options):
     """The image encoder of a config: images -> codes (B, outputs)."""
-    return encdiff.ENCODERS[config.encoder](outputs, config.size, config.encoder_width)
+    kind = encdiff.ENCODERS[config.encoder]
+    return kind(outputs, config.size, config.encoder_width, **options)
 
 
 def make_denoiser(config, first_stage, kind=unet.UNet, **options):
@@ -412,7 +413,8 @@ def train_run(run, dataset):
 def vector(model, config):
     """EncDiff-V (Table 5): the encoder gives each token as a vector, not as a scalar."""
     N, d = config.num_tokens, config.token_dim
-    encoder = make_encoder(config, outputs=N * d)
+    options = {"queries": N} if config.encoder == "transformer" else {}  # one for each token
+    encoder = make_encoder(config, outputs=N * d, **options)
     model.encoder = encdiff.VectorEncoder(encoder, N, d)
     model.token_map = nn.Identity()
     return model
@@ -711,9 +713,7 @@ def held_out_scores(run, dataset, model, codes, factors, scores):
     generator = torch.Generator().manual_seed(run.config.seed)
 
     rows = torch.randperm(len(held_out), generator=generator)[:5_000]
-    has_all = torch.ones(len(factors), dtype=torch.bool)
-    for column, value in combination.items():
-        has_all &= factors[:, column] == value
+    has_all = (factors[:, [*combination]] == torch.tensor([*combination.values()])).all(1)
     read = metrics.dci(codes[~has_all], factors[~has_all], encode(model, held_out, rows, device),
                        held_out.factors(rows), run.config.seed)
     further = {"held_out_informativeness": read["informativeness_test"]}
@@ -971,18 +971,12 @@ def reading(path, expected="a folder written by train.py, or a file by sample.py
         return
     except FileNotFoundError:
         found = "not found"
-    except OutdatedRun:
-        raise
     except Exception as error:  # of KeyError and the like only the name tells something
         reason = type(error).__name__
         if isinstance(error, (OSError, ValueError, RuntimeError)) and str(error).strip():
             reason = str(error).strip().splitlines()[-1].strip()
         found = f"cannot be read, is damaged or foreign: {reason}"
     raise ValueError(f"{path} {found}; expected {expected}")
-
-
-class OutdatedRun(ValueError):
-    """A run that another version of this code has written."""
 
 
 def in_shell(*words):
@@ -1029,10 +1023,12 @@ def load_checkpoint(path):
         ours = isinstance(checkpoint, dict) and isinstance(checkpoint.get("format"), int)
         if not ours or "commit" not in checkpoint:
             raise ValueError("it has no number of a format and no commit")
-        if checkpoint["format"] != FORMAT:
-            commit = LAST_COMMIT.get(checkpoint["format"], checkpoint["commit"])
-            raise OutdatedRun(f"{file} has format {checkpoint['format']}, and this version reads "
-                              f"{FORMAT}; use the code that reads it: git checkout {commit}")
+    if checkpoint["format"] != FORMAT:
+        commit = LAST_COMMIT.get(checkpoint["format"], checkpoint["commit"])
+        raise ValueError(f"{file} has format {checkpoint['format']}, and this version reads "
+                         f"{FORMAT}; use the code that reads it: git checkout {commit}")
+
+    with reading(file):
         checkpoint["config"] = Config(**checkpoint["config"])
         validate(checkpoint["config"])
         complete = {"step", "model", "ema", "commit", "data"} <= checkpoint.keys()
@@ -1056,11 +1052,7 @@ def load_run(path, device="cpu"):
 
     model = build_model(config)
     with reading(path):
-        state = {**checkpoint["model"], **checkpoint["ema"]}
-        if hasattr(model, "alpha_bar"):
-            # abar_T is too small for the half precision of an export: it comes from the config.
-            state["alpha_bar"] = model.alpha_bar
-        model.load_state_dict(state)
+        model.load_state_dict({**checkpoint["model"], **checkpoint["ema"]})
 
     about = {name: checkpoint.get(name, {}) for name in ("step", "commit", "data", "scores")}
     about["folder"] = path if path.is_dir() else Path()
@@ -1539,7 +1531,7 @@ def main(arguments=()):
     What cannot work is a ValueError or OSError of one line before any work; a signal is
     KeyboardInterrupt.
     """
-    config, folder, checkpoint, device = parse([str(word) for word in arguments])
+    config, folder, checkpoint, device = parse(arguments)
     backend = Backend(device)
     if config.precision == "auto":
         config.precision = "bf16" if backend.fast_bf16() else "fp32"
@@ -1563,7 +1555,7 @@ def main(arguments=()):
     require(not config.data or Path(config.data).exists(), "data", config.data,
             "the place where the dataset is now: nothing is found there")
 
-    if backend.world > 1 and not backend.main:
+    if not backend.main:
         dist.barrier()  # the main process converts; the others then read its cache
     dataset = data.open_dataset(config.data or None, config.size, config.cache or None)
     if backend.world > 1 and backend.main:

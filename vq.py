@@ -371,29 +371,20 @@ def log_normal(z, mean, log_var):
     return -((z - mean) ** 2 / log_var.exp() + log_var + math.log(2 * math.pi)) / 2
 
 
-def kl_terms(z, mean, log_var):
-    """KL(q(z|x) || N(0, I)) in three parts, in nats (Chen et al. 2018).
+def total_correlation_of_batch(z, mean, log_var):
+    """KL(q(z) || q(z_1) ... q(z_N)) in nats, a scalar: how far codes depend on each other (Chen et
+    al. 2018).
 
     z, mean, log_var  (B, N) each: z is drawn from q(z|x) = N(mean, exp(log_var))
-    -> mutual information of x and z; total correlation of z; divergence of its single dimensions
-    from N(0, 1): three scalars
 
-    By minibatch-weighted sampling: q(z) is the mean of q(z|x) over the images of the batch. Their
+    By minibatch-weighted sampling: q(z) is the mean of q(z|x) over the images of the batch. Its
     constant factor is left out, as it has no gradient.
     """
     B = len(z)
     log_q = log_normal(z[:, None], mean, log_var)  # (B, 1, N) -> (B, B, N): q(z_i | x_j) at [i, j]
-    log_q_zx = log_q.diagonal().sum(0)  # log q(z_i | x_i): (N, B) -> (B,)
     log_q_z = log_q.sum(2).logsumexp(1) - math.log(B)  # log q(z_i): (B, B) -> (B,)
     log_q_each = log_q.logsumexp(1) - math.log(B)  # of each dimension alone: (B, N)
-    log_prod_q = log_q_each.sum(1)  # log of the product of the marginals: (B,)
-    zeros = torch.zeros_like(z)
-    log_p = log_normal(z, zeros, zeros).sum(1)  # of the prior: (B,)
-
-    mutual_information = (log_q_zx - log_q_z).mean()
-    total_correlation = (log_q_z - log_prod_q).mean()
-    dimension_wise = (log_prod_q - log_p).mean()
-    return mutual_information, total_correlation, dimension_wise
+    return (log_q_z - log_q_each.sum(1)).mean()
 
 
 class Discriminator(nn.Module):
@@ -519,7 +510,7 @@ class VAE(nn.Module):
         # KL(q(z|x) || N(0, I)), and the part of it that says how the codes depend on each other.
         kl = (mean**2 + log_var.exp() - 1 - log_var).sum(1).mean() / 2
         if self.discriminator is None:
-            _, total_correlation, _ = kl_terms(z, mean, log_var)
+            total_correlation = total_correlation_of_batch(z, mean, log_var)
         else:
             total_correlation = self.discriminator.total_correlation(z.to(images.dtype))
         self.terms = {"kl": kl.item(), "total_correlation": total_correlation.item()}
