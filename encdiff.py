@@ -894,7 +894,8 @@ class TransformerEncoder(nn.Module):
 
     As in Visual Concepts Tokenization (Yang et al. 2022b): the features of the image attend to each
     other, N learned queries attend to the features, and the queries do not attend to each other.
-    Each query has a readout of its own: with a common one all codes are nearly the same at first.
+    Codes must not all be alike at first. So each query has a readout of its own, and features are
+    normed and positions and queries large: else every query begins with the same average of them.
     queries: N, which divides outputs, else ValueError; by default each output has its own.
     """
 
@@ -914,8 +915,9 @@ class TransformerEncoder(nn.Module):
             nn.ReLU(),
             nn.Conv2d(c, c, 4, stride=2, padding=1),
         )
-        self.positions = nn.Parameter(0.02 * torch.randn((size // 16) ** 2, c))
-        self.queries = nn.Parameter(0.02 * torch.randn(queries, c))
+        self.norm_in = nn.LayerNorm(c)
+        self.positions = nn.Parameter(torch.randn((size // 16) ** 2, c))
+        self.queries = nn.Parameter(torch.randn(queries, c))
 
         self.feature_layers = nn.ModuleList()
         self.query_layers = nn.ModuleList()
@@ -928,7 +930,7 @@ class TransformerEncoder(nn.Module):
 
     def forward(self, images):
         features = self.cnn(images).flatten(2).transpose(1, 2)  # (B, c, h, w) -> (B, P, c)
-        features = features + self.positions
+        features = self.norm_in(features) + self.positions
         x = self.queries.expand(len(images), -1, -1)  # (N, c) -> (B, N, c)
         for feature_layer, query_layer in zip(self.feature_layers, self.query_layers):
             features = feature_layer(features)

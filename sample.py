@@ -1073,7 +1073,7 @@ def existing_runs(words):
     if not any(Path(path).exists() for path in paths):
         raise ValueError(f"no run is at {' '.join(words) or 'RUN, as none is given'}; expected "
                          "folders written by train.py. If there is none yet: python train.py")
-    return [os.path.relpath(path) for path in paths]
+    return [shortest_path(path) for path in paths]
 
 
 def shortest_path(path):

@@ -1024,7 +1024,8 @@ def load_checkpoint(path):
         if not ours or "commit" not in checkpoint:
             raise ValueError("it has no number of a format and no commit")
     if checkpoint["format"] != FORMAT:
-        commit = LAST_COMMIT.get(checkpoint["format"], checkpoint["commit"])
+        written_by = str(checkpoint["commit"]).removesuffix("-dirty")
+        commit = LAST_COMMIT.get(checkpoint["format"], written_by)
         raise ValueError(f"{file} has format {checkpoint['format']}, and this version reads "
                          f"{FORMAT}; use the code that reads it: git checkout {commit}")
 
@@ -1525,6 +1526,44 @@ def resumed_config(folder, given):
     return config, checkpoint
 
 
+def check_new_run(config, folder):
+    """Refuses a folder that a new run would spoil, and a lender without a first stage."""
+    require(folder.is_dir() or not folder.exists(), "out", folder, "a folder, and this is a file")
+    taken = (folder / "checkpoint.pt").exists()
+    require(not taken, "out", folder, "a folder that holds no run yet; or " + how_to_resume(folder))
+    foreign = [name for name in Run.FILES if (folder / name).exists()]
+    require(not foreign, "out", folder, "a folder without " + ", ".join(foreign))
+    of_data = config.data and Path(config.data).resolve() == folder.resolve()
+    require(not of_data, "out", folder, "another folder than that of the data")
+
+    if config.first_stage_from:
+        lender = load_run(config.first_stage_from)[0]
+        require(has_first_stage(lender), "first_stage", config.first_stage_from,
+                "a run that has a first stage")
+
+
+def open_data(config, backend):
+    """The dataset of a config. The main process converts it; the others then read its cache."""
+    require(not config.data or Path(config.data).exists(), "data", config.data,
+            "the place where the dataset is now: nothing is found there")
+    if not backend.main:
+        dist.barrier()
+    dataset = data.open_dataset(config.data or None, config.size, config.cache or None)
+    if backend.main and backend.world > 1:
+        dist.barrier()
+    return dataset
+
+
+def check_same_data(trained_on, dataset, folder):
+    """Refuses to go on with a run on another dataset. trained_on: the identity of the first one."""
+    differs = []
+    for name, value in trained_on.items():
+        if value != dataset.identity.get(name):
+            differs.append(f"{name} {value}, not {dataset.identity.get(name)}")
+    words = "; ".join(differs)
+    require(not differs, "data", dataset.name, f"the dataset of {folder}: {words}")
+
+
 def main(arguments=()):
     """The command line, also to be called from Python: main(["--steps", 100]).
 
@@ -1536,44 +1575,19 @@ def main(arguments=()):
     if config.precision == "auto":
         config.precision = "bf16" if backend.fast_bf16() else "fp32"
     if not checkpoint:
-        taken = (folder / "checkpoint.pt").exists()
-        require(folder.is_dir() or not folder.exists(), "out", folder,
-                "a folder, and this is a file")
-        require(not taken, "out", folder, "a folder that holds no run yet; or "
-                + how_to_resume(folder))
-        foreign = [name for name in Run.FILES if (folder / name).exists()]
-        require(not foreign, "out", folder, "a folder without " + ", ".join(foreign))
-        of_data = config.data and Path(config.data).resolve() == folder.resolve()
-        require(not of_data, "out", folder, "another folder than that of the data")
-    if config.first_stage_from and not checkpoint:
-        lender = load_run(config.first_stage_from)[0]
-        require(has_first_stage(lender), "first_stage", config.first_stage_from,
-                "a run that has a first stage")
+        check_new_run(config, folder)
     batches = math.gcd(config.batch, FIRST_STAGE[config.first_stage]["batch"])
     require(batches % backend.world == 0, "batch", config.batch, f"a number of images that "
             f"{backend.world} processes can share, as in the first stage")
-    require(not config.data or Path(config.data).exists(), "data", config.data,
-            "the place where the dataset is now: nothing is found there")
 
-    if not backend.main:
-        dist.barrier()  # the main process converts; the others then read its cache
-    dataset = data.open_dataset(config.data or None, config.size, config.cache or None)
-    if backend.world > 1 and backend.main:
-        dist.barrier()
-
-    trained_on = checkpoint["data"] if checkpoint else dataset.identity
-    differs = []
-    for name, value in trained_on.items():
-        if value != dataset.identity.get(name):
-            differs.append(f"{name} {value}, not {dataset.identity.get(name)}")
-    words = "; ".join(differs)
-    require(not differs, "data", dataset.name, f"the dataset of {folder}: {words}")
-
+    dataset = open_data(config, backend)
+    if checkpoint:
+        check_same_data(checkpoint["data"], dataset, folder)
     without_held_out(dataset, config)  # raises ValueError if there is no such combination
 
     with alone_in(folder) if backend.main else contextlib.nullcontext():
         train_run(Run(folder, config, backend, dataset.identity, checkpoint), dataset)
-    if dist.is_available() and dist.is_initialized():
+    if backend.world > 1:
         dist.destroy_process_group()
 
 
