@@ -311,8 +311,8 @@ class EncDiff(nn.Module):
     def sample(self, tokens, steps=20, sampler="dpm", noise=None, eta=0.0):
         """Concept tokens (B, N, d) -> images (B, 3, size, size) in [-1, 1].
 
-        steps     passes of the denoiser, 1 to T (ddpm: always T); the schedule "sqrt" needs
-                  hundreds, the others about 20
+        steps     passes of the denoiser, 1 to T (ddpm: always T); about 20 are enough, but for the
+                  schedule "sqrt", which needs nearly T
         sampler   "ddpm", "ddim" or "dpm" (DPM-Solver++), else ValueError
         noise     z_T (B, C, h, w), drawn unless given
         eta       of ddim: 0 is deterministic, 1 draws as much noise as ddpm
