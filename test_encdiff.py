@@ -1716,17 +1716,36 @@ def test_a_pickle_does_not_carry_the_images():
     assert torch.equal(pickle.loads(packed).images([3, 1]), dataset.images([3, 1]))
 
 
-def test_the_pickle_of_a_part_of_a_file_has_the_same_images():
-    images = torch.randint(256, (6, 3, 32, 32), dtype=torch.uint8)
-    np.save("images.npy", images.numpy())
-    mapped = np.load("images.npy", mmap_mode="r")
-    images.numpy().tofile("raw.bin")
-    raw = np.memmap("raw.bin", np.uint8, "r", shape=(6, 3, 32, 32))
-    for pixels in (mapped[::-2], raw[::-2], raw[5:0:-2].copy()):
-        part = data.Dataset("part", 3, 32, (), (), pixels=pixels)
-        assert torch.equal(pickle.loads(pickle.dumps(part)).images([0, 2]), images[[5, 1]])
-    whole = data.Dataset("whole", 6, 32, (), (), pixels=raw)
-    assert torch.equal(pickle.loads(pickle.dumps(whole)).images([5, 1]), images[[5, 1]])
+def mapped_array(path, array):
+    """The array, mapped from a new file of np.save."""
+    np.save(path, array)
+    return np.load(path, mmap_mode="r")
+
+
+def mapped_bytes(path, array):
+    """The array, mapped from a new file of nothing but its bytes."""
+    array.tofile(path)
+    return np.memmap(path, array.dtype, "r", shape=array.shape)
+
+
+ALL = slice(None)
+EVERY_OTHER = slice(None, None, -2)
+PICKED = [5, 3, 1]
+
+
+@pytest.mark.parametrize("mapped", [mapped_array, mapped_bytes])
+@pytest.mark.parametrize("rows", [ALL, EVERY_OTHER, PICKED], ids=str)
+def test_the_pickle_of_a_mapped_file_or_of_a_part_has_the_same_images(mapped, rows):
+    images = noise(6, 32, 32).transpose(0, 3, 1, 2)
+    pixels = mapped("images.npy", images)
+    part = pixels if rows == ALL else pixels[rows]  # pixels[:] is no longer the file itself
+    expected = images[rows]
+
+    dataset = data.Dataset("mapped", len(part), 32, (), (), pixels=part)
+    packed = pickle.dumps(dataset)
+    again = pickle.loads(packed)
+    indices = [0, 2]
+    assert same(again.images(indices), expected[indices])
 
 
 def test_parts_with_other_images_are_other_sets():

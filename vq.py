@@ -384,6 +384,7 @@ def total_correlation_of_batch(z, mean, log_var):
     log_q = log_normal(z[:, None], mean, log_var)  # (B, 1, N) -> (B, B, N): q(z_i | x_j) at [i, j]
     log_q_z = log_q.sum(2).logsumexp(1) - math.log(B)  # log q(z_i): (B, B) -> (B,)
     log_q_each = log_q.logsumexp(1) - math.log(B)  # of each dimension alone: (B, N)
+
     return (log_q_z - log_q_each.sum(1)).mean()
 
 
