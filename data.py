@@ -516,7 +516,7 @@ LABEL_NAMES = ("factors", "labels", "label", "latents_classes", "latents/classes
                "targets", "y")
 MOST_LEVELS = 1000  # a factor of more values is an identity or a measurement
 BLOCK = 1 << 22  # bytes that are read at a time; as floats they take eight times as much
-CONVERSION = 6  # counted up whenever a conversion's result changes: older caches are not used
+CONVERSION = 7  # counted up whenever a conversion's result changes: older caches are not used
 
 
 def open_files(path, size, cache):
@@ -558,7 +558,7 @@ def one_line(path):
         yield
     except Exception as error:
         reason = " ".join(str(error).split()) or repr(error)
-        if not isinstance(error, ValueError):
+        if "expected" not in reason:  # it is not one of ours
             reason += "; expected a complete, closed file"
         raise ValueError(f"{path} cannot be read: {reason}") from None
 
@@ -596,10 +596,10 @@ def to_rows(indices, count):
     if rows.ndim != 1 or rows.dtype.kind not in "iu":
         raise IndexError(f"indices of type {rows.dtype} and shape {rows.shape}; expected whole "
                          f"numbers (B,), a slice or a mask ({count},)")
-    rows = rows.astype(np.int64)
     outside = (rows < -count) | (rows >= count)
     if outside.any():
         raise IndexError(f"there is no image {rows[outside][0]}; the dataset has {count:,}")
+    rows = rows.astype(np.int64)
     return np.where(rows < 0, rows + count, rows)
 
 
@@ -763,21 +763,36 @@ def add_factors(dataset, columns):
         try:
             if column.shape not in ((dataset.count,), (dataset.count, 1)):
                 raise ValueError(f"shape {column.shape}; expected ({dataset.count},)")
-            sizes[name], levels = number(column.reshape(-1))
+            column = column.reshape(-1)
+            sizes[name], levels = number(column)
             numbers.append(levels)
         except ValueError as error:
             left_out.setdefault(str(error), []).append(name)
+            continue
+        if column.dtype.kind in "SUO":  # text
+            _, examples = np.unique(levels, return_index=True)  # of each level an image
+            dataset.add_note(f"{name} from 0 on: {some_of(column[examples], 9)}")
 
     for why, names in left_out.items():
-        some = ", ".join(names[:6])
-        if len(names) > 6:
-            some += f" and {len(names) - 6} more"
-        dataset.add_note(f"no factor: {some} ({why})")
+        dataset.add_note(f"no factor: {some_of(names, 6)} ({why})")
 
     if sizes:
         dataset.factor_names = tuple(sizes)
         dataset.factor_sizes = tuple(sizes.values())
         dataset.table = np.stack(numbers, 1).astype(np.int32)  # F (n,) -> (n, F)
+
+
+def some_of(words, most):
+    """The first words, bytes or text, as one text, and how many more there are."""
+    words = list(words)
+    text = ", ".join(as_text(word) for word in words[:most])
+    return text + f" and {len(words) - most} more" * (len(words) > most)
+
+
+def as_text(word):
+    """Bytes or anything else as text. Text of a fixed width ends in blanks, which are left out."""
+    text = word.decode(errors="replace") if isinstance(word, bytes) else str(word)
+    return " ".join(text.split())
 
 
 def columns_of(labels, count, names=()):
@@ -811,9 +826,7 @@ def columns_of(labels, count, names=()):
 
 def unique_names(names):
     """The names as text. One that stands there twice gets its column's number."""
-    names = [name.decode(errors="replace") if isinstance(name, bytes) else str(name)
-             for name in names]
-    names = [" ".join(name.split()) for name in names]  # text of a fixed width ends in blanks
+    names = [as_text(name) for name in names]
     while len(set(names)) < len(names):  # "x 0" may stand there, too
         names = [f"{name} {j}" if names.count(name) > 1 else name for j, name in enumerate(names)]
     return names
@@ -970,6 +983,10 @@ def open_arrays(path):
             yield hdf5_arrays(file)
     elif path.is_file() and zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            if names and not any(name.endswith(".npy") for name in names):
+                raise ValueError(f"it is a zip of other files, such as {names[-1]}; expected an "
+                                 ".npz, or a folder: unpack it")
             yield zipped_arrays(archive)
     elif path.is_file():
         with path.open("rb") as file:
@@ -977,7 +994,11 @@ def open_arrays(path):
         if not start.startswith(np.lib.format.MAGIC_PREFIX):
             raise ValueError("it is no complete HDF5, .npz or .npy file and no folder of pictures; "
                              f"it begins with {start}")
-        yield {"images": StoredArray(np.load(path, mmap_mode="r"))}
+        try:
+            images = np.load(path, mmap_mode="r")
+        except ValueError as error:
+            raise ValueError(f"{error}; expected a whole file of numbers") from None
+        yield {"images": StoredArray(images)}
     else:
         raise ValueError("it is neither a file nor a folder")
 
@@ -1219,11 +1240,14 @@ def files_below(folder):
     each folder is entered once: a link upwards would never end."""
     files = []
     unused = []
+    runs = []
     unreadable = []
     entered = {str(parent) for parent in folder.resolve().parents}
     for place, folders, names in os.walk(folder, onerror=unreadable.append, followlinks=True):
-        if os.path.realpath(place) in entered or {"checkpoint.pt", "config.json"} <= set(names):
+        is_run = {"checkpoint.pt", "config.json"} <= set(names)
+        if os.path.realpath(place) in entered or is_run:
             folders.clear()
+            runs += [place] * is_run
             continue
         entered.add(os.path.realpath(place))
         folders[:] = sorted(name for name in folders if not is_hidden(name))
@@ -1244,6 +1268,8 @@ def files_below(folder):
     note = []
     if unused:
         note.append(f"{len(unused)} files are not used, such as {unused[0].name}")
+    if runs:
+        note.append(f"{len(runs)} folders are not used, as they are runs, such as {runs[0]}")
     if unreadable:
         note.append(f"{len(unreadable)} folders cannot be read")
     return sorted(files, key=str), "; ".join(note)
@@ -1323,6 +1349,7 @@ def decode(picture, black, white):
     """A PIL picture of any mode -> (h, w) or (h, w, 3 or 4) uint8, as a viewer shows it: upright as
     its EXIF says, and the first of several frames."""
     deep = is_deep(picture)
+    picture.load()  # raises for damaged pixels, once: asked again, Pillow gives black ones
     with contextlib.suppress(Exception):  # a damaged EXIF block: the pixels may be whole
         picture = ImageOps.exif_transpose(picture)
     if deep:
@@ -1345,10 +1372,8 @@ def add_classes(dataset, folder, pictures):
     names = ["class"]
     if len(levels) > 1:
         names = [f"folder {k + 1}" for k in range(len(levels))]
+    dataset.add_note("labels are the subfolders")
     add_factors(dataset, dict(zip(names, levels)))
-    for name, level in zip(names, levels):
-        if name in dataset.factor_names:
-            dataset.add_note(f"{name} is the subfolder: " + ", ".join(sorted(set(level))[:9]))
 
 
 def add_attributes(dataset, path, pictures):
@@ -1391,8 +1416,10 @@ def read_cars3d(path, cars, files, size):
     def blocks(scratch):
         for file in cars:
             with one_line(file):
-                im = read_mat(file.read_bytes())  # (h, w, 3, azimuth, elevation)
-                h, w = im.shape[:2]
+                im = read_mat(file.read_bytes())
+                h, w, *others = im.shape
+                if others != [3, 24, 4]:  # channels, azimuths, elevations
+                    raise ValueError(f"im has shape {im.shape}; expected (h, w, 3, 24, 4)")
                 yield shrink(im.transpose(4, 3, 0, 1, 2).reshape(96, h, w, 3), size)
 
     return dataset, blocks
@@ -1406,8 +1433,10 @@ def read_mat(content):
         flags, shape, name, values, *_ = [*(part for _, part in mat_elements(body)), *[b""] * 4]
         if name == b"im":
             shape = np.frombuffer(shape, "<i4")
+            if len(values) != shape.prod():
+                raise ValueError(f"im has {len(values)} bytes; expected uint8 of shape {shape}")
             return np.frombuffer(values, np.uint8).reshape(shape, order="F")
-    raise ValueError("no array im")
+    raise ValueError("it holds no array im; expected that of a car, uint8 (h, w, 3, 24, 4)")
 
 
 def mat_elements(content):

@@ -168,7 +168,7 @@ def focus(importance):
     if weight.sum() == 0:
         weight = weight + 1
     total = (score * weight).sum()
-    return float(total / weight.sum())
+    return max(0.0, float(total / weight.sum()))  # equal shares may round to just below 0
 
 
 def matrix(values, name):
@@ -878,8 +878,9 @@ def neighbour_information(code, label, neighbours=10):
             high = padded[start + k:end + k]
             radius = np.minimum(radius, np.maximum(points - low, high - points))
 
-        # One step of rounding less, so that the k-th neighbour itself does not count.
-        radius = radius - np.spacing(np.abs(points) + radius)
+        # A little less, so that the k-th neighbour itself does not count: one step of rounding may
+        # be lost in the sum below, two are not.
+        radius = radius - 2 * np.spacing(np.abs(points) + radius)
         inside = (np.searchsorted(everything, points + radius, side="right")
                   - np.searchsorted(everything, points - radius, side="left"))
         terms.append(psi(k) - psi(len(points)) - psi(np.maximum(inside, 1)))

@@ -740,7 +740,8 @@ def complexity(run, args):
 
 def encode(run, args):
     """the codes of the run's dataset, or of other images, into an .npz file for work downstream"""
-    path = args.out or run.folder / "codes.npz"
+    name = f"codes-{Path(args.data).stem}.npz" if args.data else "codes.npz"
+    path = args.out or run.folder / name
     own = not args.out and not args.data and run.folder != Path()  # an export has no folder
     if not own:
         require_new(path)

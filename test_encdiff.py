@@ -392,6 +392,11 @@ def test_a_model_that_was_in_half_precision_draws_nothing(dtype, schedule):
         model.sample(torch.zeros(2, 3, 4, 4))
 
 
+def test_a_schedule_of_one_step_draws():
+    images = method(half_of_it, "sqrt", 1).sample(torch.zeros(2, 3, 4, 4), steps=1)
+    assert images.isfinite().all()
+
+
 def test_double_precision_changes_digits_alone():
     model = method(half_of_it)
     images, noise = torch.randn(2, 4, 3, 4, 4)
@@ -1333,6 +1338,21 @@ def test_infomec_agrees_with_the_file_of_its_authors():
     assert discrete["infoe"] == approx(0.9650, abs=0.002)
 
 
+def test_the_kth_neighbour_itself_is_not_nearer():
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        label = np.arange(10) % 2
+        code = rng.normal(size=10)
+        exact = code + 1e-10 * np.random.default_rng(0).normal(size=10)  # no ties
+
+        distances = abs(exact[:, None] - exact)  # (10, 10)
+        radius = [sorted(row[label == own])[4] for row, own in zip(distances, label)]
+        nearer = (distances < np.array(radius)[:, None]).sum(1)
+        psi = torch.digamma(torch.tensor([10.0, 4.0, 5.0, *nearer], dtype=torch.float64))
+        expected = psi[0] + psi[1] - psi[2] - psi[3:].mean()
+        assert metrics.neighbour_information(code, label) == approx(max(0.0, expected.item()))
+
+
 def test_udr_equals_its_equation():
     a, b = np.random.default_rng(0).normal(size=(2, 50, 2))
     b = np.append(b, a @ [[1], [2]], axis=1)
@@ -1683,7 +1703,9 @@ def test_images_take_any_index(kind):
     assert dataset.factors(indices).flatten().tolist() == [row % 3 for row in rows]
 
 
-@pytest.mark.parametrize("indices", [[0, 12], -13, 0.5, [[1]], np.ones(3, bool)])
+@pytest.mark.parametrize("indices", [
+    [0, 12], -13, 0.5, [[1]], np.ones(3, bool), np.uint64(2**64 - 1),
+])
 def test_what_is_no_index_is_an_index_error(indices):
     with pytest.raises(IndexError):
         dataset_of().images(indices)
@@ -2017,13 +2039,19 @@ def test_labels_are_never_invented(official, name, images):
     (ROWS % 3).reshape(1, 12),
     np.rec.fromarrays([(ROWS % 3)[:, None]], names="field"),
     np.eye(4)[ROWS % 3],
-    np.array(["a", "b", "ç"])[ROWS % 3],
-    np.array(["2", "3.5", "10"])[ROWS % 3],
 ])
 def test_labels_of_any_kind_are_numbered(labels):
     dataset = dataset_of(labels=labels)
     assert dataset.factor_sizes == (3,) and dataset.note == ""
     assert same(dataset.factors(ROWS)[:, 0], ROWS % 3)
+
+
+@pytest.mark.parametrize("words", [["a", "b", "ç"], ["2", "3.5", "10"], [b"x", b"y ", b"z"]])
+def test_labels_that_are_text_are_numbered_and_listed(words):
+    dataset = dataset_of(labels=np.array(words)[ROWS % 3])
+    assert same(dataset.factors(ROWS)[:, 0], ROWS % 3)
+    listed = ", ".join(data.as_text(word) for word in words)
+    assert dataset.note == f"factor 0 from 0 on: {listed}"
 
 
 def test_names_that_differ_in_capitals_are_two_factors():
@@ -2103,13 +2131,24 @@ def test_subfolders_are_a_class():
 
 
 def test_each_level_of_subfolders_is_a_factor():
-    for k, (shape, colour) in enumerate([("cube", "blue"), ("cube", "red"), ("ball", "red")]):
-        save_picture(f"set/all/{shape}/{colour}/a.png", noise(1, seed=k)[0])
-        save_picture(f"set/all/{shape}/{colour}/b.png", noise(1, seed=9 - k)[0])
+    for k, (shape, size) in enumerate([("cube", 10), ("cube", 2), ("ball", 10)]):
+        save_picture(f"set/all/{shape}/{size}/a.png", noise(1, seed=k)[0])
+        save_picture(f"set/all/{shape}/{size}/b.png", noise(1, seed=9 - k)[0])
     dataset = data.open_dataset("set")
     assert dataset.factor_names == ("folder 1", "folder 2")
-    assert dataset.factors(range(0, 6, 2)).tolist() == [[0, 1], [1, 0], [1, 1]]
-    assert "folder 1 is the subfolder: ball, cube" in dataset.note
+    assert dataset.factors(range(0, 6, 2)).tolist() == [[0, 1], [1, 1], [1, 0]]
+    assert "folder 1 from 0 on: ball, cube; folder 2 from 0 on: 2, 10" in dataset.note
+
+
+def test_a_picture_with_damaged_pixels_is_left_out():
+    for k in range(3):
+        save_picture(f"set/{k}.png", noise(1, seed=k)[0])
+    content = Path("set/1.png").read_bytes()
+    middle = len(content) // 2
+    Path("set/1.png").write_bytes(content[:middle] + bytes(512) + content[middle + 512:])
+
+    dataset = data.open_dataset("set")  # if asked twice, Pillow would give black pixels
+    assert same(shown(dataset), np.concatenate([noise(1, seed=0), noise(1, seed=2)]))
 
 
 def test_hidden_files_are_no_pictures():
@@ -2346,7 +2385,13 @@ def save_wrong_data():
         path.write_bytes(path.read_bytes()[:5000])
     save("whole.npz", images=noise())
 
-    contents = {"cars/car_1_mesh.mat": b"x", "text/readme.txt": b"hello", "set/a.png": b"damaged"}
+    np.save("objects.npy", {"images": noise()})
+    with zipfile.ZipFile("pictures.zip", "w") as archive:
+        archive.writestr("a/b.png", b"hello")
+
+    half = mat_file(im=np.zeros((8, 8, 3, 12, 4), np.uint8))
+    contents = {"cars/car_1_mesh.mat": b"x", "half/car_1_mesh.mat": half,
+                "text/readme.txt": b"hello", "set/a.png": b"damaged"}
     for name, content in contents.items():
         Path(name).parent.mkdir()
         Path(name).write_bytes(content)
@@ -2357,9 +2402,12 @@ def save_wrong_data():
     ("--data absent", "does not exist"),
     ("--data short.npz", "no complete HDF5"),
     ("--data short.h5", "expected a complete, closed file"),
-    ("--data short.npy", "cannot be read"),
+    ("--data short.npy", "expected a whole file"),
+    ("--data objects.npy", "expected a whole file of numbers"),
+    ("--data pictures.zip", "such as a/b.png; expected an .npz, or a folder: unpack it"),
     ("--data whole.npz --cache whole.npz", "cannot write"),
-    ("--data cars", "car_1_mesh.mat cannot be"),
+    ("--data cars", "expected that of a car"),
+    ("--data half", "expected (h, w, 3, 24, 4)"),
     ("--data text", "such as readme.txt"),
     ("--data text/readme.txt", "begins with b'hello'"),
     ("--data set", "1 of 1 pictures"),
@@ -2715,6 +2763,9 @@ def test_a_taken_folder_is_refused(copied_run, pictures):
     refused(lambda: train.main(["--out", copied_run, *flags(data=pictures)]), "--resume run")
     Path("pictures").mkdir()
     refused(lambda: train.main(["--out", "pictures", *flags(data="./pictures")]), "of the data")
+    save_picture("pictures/cat/a.png", noise(1)[0])
+    inside = ["--out", "pictures/cat", *flags(data="pictures")]
+    refused(lambda: train.main(inside), "of the data")
     Path("file").touch()
     refused(lambda: train.main(["--out", "file", *flags(data=pictures)]), "this is a file")
 
@@ -3147,6 +3198,12 @@ def test_encode_writes_the_codes_of_the_dataset_for_metrics(runs, capsys):
         assert (arrays["factors"] == FACTORS).all()
     metrics.main("codes.npz --train 200 --test 100".split())
     assert "disentanglement" in capsys.readouterr().out
+
+    shutil.copytree(runs / "run", "run")
+    show("encode", "run")
+    show("encode", "run", "--data", save_pictures("other.npz", labels=FACTORS), "--count", 5)
+    assert len(np.load("run/codes.npz")["codes"]) == 300
+    assert len(np.load("run/codes-other.npz")["codes"]) == 5
 
 
 def test_an_exported_file_is_the_run_in_half_precision(runs, monkeypatch, capsys):

@@ -1533,8 +1533,13 @@ def check_new_run(config, folder):
     require(not taken, "out", folder, "a folder that holds no run yet; or " + how_to_resume(folder))
     foreign = [name for name in Run.FILES if (folder / name).exists()]
     require(not foreign, "out", folder, "a folder without " + ", ".join(foreign))
-    of_data = config.data and Path(config.data).resolve() == folder.resolve()
-    require(not of_data, "out", folder, "another folder than that of the data")
+    if config.data:
+        place = folder.resolve()
+        root = Path(config.data).resolve()
+        names = os.listdir(folder) if folder.is_dir() else []
+        pictures = [name for name in names if name.lower().endswith(data.PICTURES)]
+        of_data = place == root or (root in place.parents and pictures)
+        require(not of_data, "out", folder, "another folder than one of the data")
 
     if config.first_stage_from:
         lender = load_run(config.first_stage_from)[0]
