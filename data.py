@@ -786,7 +786,9 @@ def some_of(words, most):
     """The first words, bytes or text, as one text, and how many more there are."""
     words = list(words)
     text = ", ".join(as_text(word) for word in words[:most])
-    return text + f" and {len(words) - most} more" * (len(words) > most)
+    if len(words) > most:
+        text += f" and {len(words) - most} more"
+    return text
 
 
 def as_text(word):
@@ -1236,7 +1238,7 @@ COMPRESSED = 15  # a type of element in a MATLAB file
 
 def files_below(folder):
     """-> the files in a folder that we read, sorted, and a note of how many others there are.
-    Hidden ones do not count, and neither do the pictures of a run of ours. Links are followed, but
+    Hidden ones do not count. The folder of a run of ours is not entered. Links are followed, but
     each folder is entered once: a link upwards would never end."""
     files = []
     unused = []
@@ -1245,9 +1247,10 @@ def files_below(folder):
     entered = {str(parent) for parent in folder.resolve().parents}
     for place, folders, names in os.walk(folder, onerror=unreadable.append, followlinks=True):
         is_run = {"checkpoint.pt", "config.json"} <= set(names)
-        if os.path.realpath(place) in entered or is_run:
+        if is_run:
+            runs.append(place)
+        if is_run or os.path.realpath(place) in entered:
             folders.clear()
-            runs += [place] * is_run
             continue
         entered.add(os.path.realpath(place))
         folders[:] = sorted(name for name in folders if not is_hidden(name))
