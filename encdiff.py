@@ -314,7 +314,7 @@ class EncDiff(nn.Module):
         Call `eval()` first: in training mode the denoiser's dropout is active.
 
         steps     passes of the denoiser, 1 to T (ddpm: always T). For the schedule "cosine" about
-                  20 are enough, for "linear" and "sqrt_linear" about 100, for "sqrt" nearly T: the
+                  20 are enough, for "linear" and "sqrt_linear" about 100; for "sqrt" take all T. The
                   last step returns a mean, so detail finer than its noise is lost.
         sampler   "ddpm", "ddim" or "dpm" (DPM-Solver++), else ValueError
         noise     z_T (B, C, h, w), drawn unless given

@@ -2046,11 +2046,14 @@ def test_labels_of_any_kind_are_numbered(labels):
     assert same(dataset.factors(ROWS)[:, 0], ROWS % 3)
 
 
-@pytest.mark.parametrize("words, listed", [
+TEXT_LABELS = [
     (["a", "b", "ç"], "a, b, ç"),
     (["2", "3.5", "10"], "2, 3.5, 10"),
     ([b"x", b"y ", b"z"], "x, y, z"),
-])
+]
+
+
+@pytest.mark.parametrize("words, listed", TEXT_LABELS)
 def test_labels_that_are_text_are_numbered_and_listed(words, listed):
     labels = np.array(words)[ROWS % 3]
     dataset = dataset_of(labels=labels)
