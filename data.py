@@ -516,7 +516,7 @@ LABEL_NAMES = ("factors", "labels", "label", "latents_classes", "latents/classes
                "targets", "y")
 MOST_LEVELS = 1000  # a factor of more values is an identity or a measurement
 BLOCK = 1 << 22  # bytes that are read at a time; as floats they take eight times as much
-CONVERSION = 7  # counted up whenever a conversion's result changes: older caches are not used
+CONVERSION = 8  # counted up whenever a conversion's result changes: older caches are not used
 
 
 def open_files(path, size, cache):
@@ -857,7 +857,10 @@ def number(column):
         raise ValueError("has gaps")
     try:
         values, numbers = np.unique(column, return_inverse=True)
-        if column.dtype.kind in "SUO":  # numbers as text: 2 comes before 10
+        if column.dtype.kind in "SUO":
+            if any(as_text(value) in ("", "nan", "NaN") for value in values):  # as CSV files say it
+                raise ValueError("has gaps")
+            # Numbers as text: 2 comes before 10.
             with contextlib.suppress(TypeError, ValueError):
                 rank = np.unique(values.astype(float), return_inverse=True)[1]
                 if rank.max() + 1 == len(values):  # "1" and "01" stay two values
@@ -1124,7 +1127,9 @@ def read_arrays(path, arrays, size):
         shape = (shape[0], shape[2], shape[3], shape[1])
     if shape[3:] in ((2,), (4,)):
         dataset.add_note(f"the last of {shape[3]} channels is taken for opacity")
-    find_labels(dataset, arrays_near(arrays, key), shape)
+    near = arrays_near(arrays, key)
+    check_order(images.shape, near)
+    find_labels(dataset, near, shape)
 
     def blocks(scratch):
         with one_line(path):
@@ -1157,6 +1162,18 @@ def has_image_layout(array):
     return shape[3] <= 4
 
 
+def check_order(shape, arrays):
+    """ValueError if grey images are (h, w, n) and not (n, h, w): only the labels can tell."""
+    for key in LABEL_NAMES:
+        if len(shape) != 3 or key not in arrays:
+            continue
+        rows = arrays[key].shape
+        if rows[:1] == shape[2:] and shape[0] not in rows:
+            raise ValueError(f"images have shape {shape} and {key} {rows}; expected images (n, h, "
+                             "w) and n rows: save np.moveaxis(images, -1, 0), or leave the labels "
+                             "out")
+
+
 def find_images(arrays):
     """The images among the arrays of a file, and their name there: what is called so, or else is
     alone in its shape."""
@@ -1170,7 +1187,8 @@ def find_images(arrays):
         shape = array.shape or ""  # of what cannot be read, or of a single number
         known.append(f"{key} {array.dtype} {shape}".strip())
     raise ValueError(f"it holds {', '.join(known[:9]) or 'no arrays'}; expected one array 'images',"
-                     " numbers of shape (n, h, w), (n, h, w, 1 to 4) or (n, 1 to 4, h, w)")
+                     " numbers of shape (n, h, w), (n, h, w, 1 to 4) or (n, 1 to 4, h, w); the "
+                     "first side n is how many there are")
 
 
 def arrays_near(arrays, key):
@@ -1493,6 +1511,8 @@ def read_cache(images_file, labels_file, stamp):
         made_from = fields.pop("stamp")
     except (FileNotFoundError, NotADirectoryError):  # another process may write them just now
         return None
+    except PermissionError:
+        raise
     except Exception:  # its words would advise unsafe loading
         raise ValueError(f"{images_file} or {labels_file.name} is in the way, no whole cache of "
                          "ours; delete both, or choose another folder for the cache") from None

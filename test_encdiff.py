@@ -2114,6 +2114,23 @@ def test_a_column_that_makes_no_factor_is_named_in_the_note():
         assert reason in dataset.note
 
 
+@pytest.mark.parametrize("ending, kind, missing", [
+    ("npz", "U5", ""),
+    ("npz", "S5", "  "),
+    ("h5", object, ""),
+    ("h5", object, "nan"),
+])
+def test_text_that_says_nothing_is_a_gap(ending, kind, missing):
+    labels = np.array(["red", "blue", missing] * 4, kind)
+    assert "has gaps" in dataset_of(ending, labels=labels).note
+
+
+def test_grey_images_whose_number_comes_last_are_refused():
+    images = noise(12, 9, 7)[..., 0]
+    refused(lambda: dataset_of(images=np.moveaxis(images, 0, -1), labels=ROWS), "(n, h, w)")
+    assert dataset_of(images=images, labels=np.ones((7, 12))).count == 12  # (F, n)
+
+
 @pytest.mark.parametrize("labels", [ROWS[:5], np.array([{}] * 12), np.array(7), ROWS])
 def test_images_are_used_though_their_labels_cannot_be(labels):
     dataset = dataset_of(labels=labels)
@@ -2492,6 +2509,31 @@ def test_a_run_that_is_being_trained_is_left_alone(copied_run, pictures):
     go_on(copied_run, data.open_dataset(pictures, 32))
 
 
+@pytest.mark.parametrize("words, new", [
+    (["--resume", "run"], False),
+    (["--out", "fresh"], True),
+])
+def test_a_run_that_went_on_during_a_conversion_is_left_alone(copied_run, pictures, monkeypatch,
+                                                               words, new):
+    open_dataset = data.open_dataset
+    written = {}
+
+    def slow(*arguments):
+        """Meanwhile a second process trains the same run to its end."""
+        target = Path(words[1], "checkpoint.pt")
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(Path(copied_run, "checkpoint.pt"), f"{target}.new")
+        os.replace(f"{target}.new", target)
+        written[target] = target.read_bytes()
+        return open_dataset(*arguments)
+
+    monkeypatch.setattr(data, "open_dataset", slow)
+    given = flags(data=pictures) if new else ["--steps", 14]
+    refused(lambda: train.main([*words, *given]), "one did just now")
+    for target, content in written.items():
+        assert target.read_bytes() == content
+
+
 def test_a_second_signal_ends_at_once(pictures):
     dataset = Interrupted(pictures, {3: [KILL, KILL]})
     with pytest.raises(KeyboardInterrupt, match="stopped at once; go on with"):
@@ -2843,7 +2885,7 @@ def test_a_log_that_cannot_be_written_does_not_end_a_run(pictures):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
 def test_a_full_disk_keeps_the_last_good_checkpoint(copied_run, capsys):
     before = weights(copied_run)
-    Path(copied_run, "checkpoint.pt.tmp").symlink_to("/dev/full")
+    Path(copied_run, f"checkpoint.pt.{os.getpid()}.tmp").symlink_to("/dev/full")
     status, line = ended(capsys, lambda: train.main(["--resume", copied_run, "--steps", 13]))
 
     assert status == 2

@@ -942,7 +942,7 @@ def write_atomically(path, content):
     The file is the old or the new one, never half. Raises OSError, one line, for a full disk or a
     folder that may not be written.
     """
-    temporary = Path(f"{path}.tmp")
+    temporary = Path(f"{path}.{os.getpid()}.tmp")  # a second process must not write into it, too
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
@@ -1148,21 +1148,24 @@ class Run:
         # Since the last report or the start of this process, for the speed: the time, the step.
         self.since = time.monotonic()
         self.since_step = old.get("step", 0)
-        if not old:
+        if old:
+            self.restore(old)
+            self.print(f"resumed at step {old['step']} of the {stage}")
+        else:
             self.save(0)
         self.write("config.json", json.dumps(dataclasses.asdict(self.config), indent=1))
-        if not old:
-            return 0
+        return old.get("step", 0)
 
-        self.print(f"resumed at step {old['step']} of the {stage}")
+    def restore(self, checkpoint):
+        """Load the states of what is trained, of its optimizer and of the average."""
+        module, optimizer, average = self.state
         with reading(self.folder):  # pop: to hold the weights but once
-            module.load_state_dict(old.pop("model"))
-            states = old.pop("optimizer")["parts"]
+            module.load_state_dict(checkpoint.pop("model"))
+            states = checkpoint.pop("optimizer")["parts"]
             for part, state in zip(optimizer.parts, states, strict=True):
                 part.load_state_dict(state)
             if average is not None:
-                average.load_state_dict({**module.state_dict(), **old.pop("ema")})
-        return old["step"]
+                average.load_state_dict({**module.state_dict(), **checkpoint.pop("ema")})
 
     def track(self, step, loss, norm):
         """Keep a step's loss. Raises ValueError if the gradient's norm is not finite."""
@@ -1547,6 +1550,12 @@ def check_new_run(config, folder):
                 "a run that has a first stage")
 
 
+def time_of_save(folder):
+    """When the checkpoint of this folder was written, in nanoseconds; 0: there is none."""
+    path = folder / "checkpoint.pt"
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
 def open_data(config, backend):
     """The dataset of a config. The main process converts it; the others then read its cache."""
     require(not config.data or Path(config.data).exists(), "data", config.data,
@@ -1576,6 +1585,7 @@ def main(arguments=()):
     KeyboardInterrupt.
     """
     config, folder, checkpoint, device = parse(arguments)
+    saved = time_of_save(folder)
     backend = Backend(device)
     if config.precision == "auto":
         config.precision = "bf16" if backend.fast_bf16() else "fp32"
@@ -1591,6 +1601,10 @@ def main(arguments=()):
     without_held_out(dataset, config)  # raises ValueError if there is no such combination
 
     with alone_in(folder) if backend.main else contextlib.nullcontext():
+        # Converting the data takes minutes, in which another process may have trained here.
+        untouched = not backend.main or time_of_save(folder) == saved
+        require(untouched, "resume" if checkpoint else "out", folder, "a run that no other process "
+                "trains: one did just now; start again")
         train_run(Run(folder, config, backend, dataset.identity, checkpoint), dataset)
     if backend.world > 1:
         dist.destroy_process_group()
