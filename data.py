@@ -1135,10 +1135,15 @@ def read_arrays(path, arrays, size):
         with one_line(path):
             black, white = brightness(images.blocks(scratch))
             add_brightness(dataset, black, white)
+            gaps = 0
             for block in images.blocks(scratch):
+                if block.dtype.kind == "f":
+                    gaps += np.count_nonzero(np.isnan(block))
                 if channels_first:
                     block = block.transpose(0, 2, 3, 1)  # (b, c, h, w) -> (b, h, w, c)
                 yield shrink(to_bytes(block, black, white), size)
+            if gaps:
+                dataset.add_note(f"{gaps:,} numbers are NaN and became black")
 
     return dataset, blocks
 

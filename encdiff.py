@@ -128,7 +128,7 @@ def beta_schedule(name, steps=1000, start=0.0015, end=0.0155):
     steps         T, 1 or more, else ValueError
     start, end    beta_1 and beta_T of "linear" and "sqrt_linear" with T = 1000; "sqrt" takes the
                   roots of the straight line. For another T one step does what 1000 / T of these
-                  steps do, so that abar_T is about the same for every T above 1.
+                  steps do, so that abar_T is about the same from T = 10 on.
 
     Returns a float64 tensor (steps,).
     """
@@ -169,6 +169,13 @@ def expand(values, z):
     return values.reshape(-1, *ones)
 
 
+def check_images(images):
+    """ValueError unless images are a tensor of floats. Bytes, 0 to 255, would be far too large."""
+    if not torch.is_tensor(images) or not images.is_floating_point():
+        found = getattr(images, "dtype", type(images).__name__)
+        raise ValueError(f"images are {found}; expected a tensor of floats in [-1, 1]")
+
+
 class EncDiff(nn.Module):
     """Encoder, token map and denoiser, in the latent space of a frozen first stage.
 
@@ -196,8 +203,8 @@ class EncDiff(nn.Module):
         alpha_bar = alpha_bars(beta_schedule(schedule, timesteps))
         self.register_buffer("alpha_bar", alpha_bar.to(torch.get_default_dtype()))
         self.register_buffer("latent_std", torch.ones(()))  # set by `set_latent_scale`
-        # Used by `estimate_z0`. At first it is no limit; infinity would become NaN in an average of
-        # the weights.
+        # Used by `estimate_z0`. At first it is so large that it is no limit. It is not infinite, as
+        # train.py averages it like the weights, and infinity minus infinity is NaN.
         self.register_buffer("largest_rms", torch.tensor(1e30))
 
     def train(self, mode=True):
@@ -215,8 +222,10 @@ class EncDiff(nn.Module):
         """Before training: the std of all latents of images (B, 3, size, size) becomes the unit of
         z_0, and the largest root mean square of one of them the limit of `estimate_z0`.
 
-        ValueError: the latents have another shape than latent_shape, or a std of 0 or NaN.
+        ValueError: images are no floats; the latents have another shape than latent_shape, or a
+        std of 0 or NaN.
         """
+        check_images(images)
         parts = [self.first_stage.encode(part) for part in images.split(64)]
         latents = torch.cat(parts).float()
         if latents.shape[1:] != self.latent_shape:
@@ -237,12 +246,12 @@ class EncDiff(nn.Module):
     def latents(self, images):
         """images -> z_0 (B, C, h, w), in units of latent_std. It is not rounded to the first
         stage's codebook; the first stage does that when it decodes."""
+        check_images(images)
         return self.first_stage.encode(images).to(self.alpha_bar.dtype) / self.latent_std
 
     def represent(self, images):
         """images -> codes (B, N), what the encoder knows of each image."""
-        if not images.is_floating_point():
-            raise ValueError(f"images are {images.dtype}; expected floats in [-1, 1]")
+        check_images(images)
         return self.encoder(images)
 
     def tokens(self, codes):
@@ -314,8 +323,9 @@ class EncDiff(nn.Module):
         Call `eval()` first: in training mode the denoiser's dropout is active.
 
         steps     passes of the denoiser, 1 to T (ddpm: always T). For the schedule "cosine" about
-                  20 are enough, for "linear" and "sqrt_linear" about 100; for "sqrt" take all T. The
-                  last step returns a mean, so detail finer than its noise is lost.
+                  20 are enough, for "linear" and "sqrt_linear" about 100; for "sqrt" take all T.
+                  The last step returns the mean of all images that are possible, so what is smaller
+                  than its noise is blurred.
         sampler   "ddpm", "ddim" or "dpm" (DPM-Solver++), else ValueError
         noise     z_T (B, C, h, w), drawn unless given
         eta       of ddim: 0 is deterministic, 1 draws as much noise as ddpm
@@ -698,8 +708,8 @@ def kl_bottleneck(betas, second_moment=1.0):
     Only `python sample.py kl` needs it, to draw the paper's Figure 2(b).
     mu~_t and beta~_t are the mean and the variance of eq. (4).
 
-    The paper calls this a bottleneck that opens as t falls. No loss contains it. It includes
-    information that z_t shows already, without any token.
+    The paper calls this a bottleneck: the smaller t is, the more a step may pass on. No loss
+    contains it. It includes information that z_t shows already, without any token.
 
     Eq. (5): C_t / n = 1/2 [beta~_t - 1 - log beta~_t + E|mu~_t|^2 / n]. (The paper prints -beta~_t
     in the place of the first beta~_t; the KL of two Gaussians has a plus.) With z_t from eq. (2),

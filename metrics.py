@@ -17,7 +17,8 @@ IDEA      Every score first finds out which code knows which factor. Then it ask
 DIFFERS   From disentanglement_lib 1.5: FactorVAE votes are drawn from images encoded once; a code
           is dead if its std is tiny beside those of the others, as codes have no unit; DCI never
           tests on its training samples; the trees are ours. assets/compare_scores.py compares.
-          From the public TAD script: AUROC is exact, not summed over a grid of thresholds.
+          From the public TAD script: the area under the ROC curve is exact, not summed over a grid
+          of thresholds.
 TRY       python metrics.py              the trees, worked step by step on six numbers
           python metrics.py codes.npz    all factor scores of your own `codes` and `factors`
 """
@@ -487,7 +488,7 @@ def mig(codes, factors, bins=20):
 
     codes    (n, N) or (n, N, d); each is cut into equal bins between its least and largest value
     factors  (n, F) labels
-    bins     their number
+    bins     their number, 1 or more, else ValueError
 
     How much of a factor's entropy does its best code know, and how much the second best? The gap
     is averaged over factors: 1 for one code a factor; about 0 for random codes, or if two codes
@@ -495,6 +496,8 @@ def mig(codes, factors, bins=20):
     """
     codes, factors = check_tables(codes, factors)
     usable, notes = usable_factors(factors)
+    if bins < 1 or bins % 1:
+        raise ValueError(f"bins is {bins}; expected a whole number, 1 or more")
     if codes.shape[1] < 2:
         raise ValueError("it compares two codes, and there is one")
 
@@ -792,11 +795,14 @@ def infomec(codes, factors, discrete=None):
       InfoC = (mean over j of max_i NMI_ij / sum_i NMI_ij - 1/N) / (1 - 1/N),
       InfoE = mean over j of 1 - loss_j / log K, where loss_j is the cross entropy with which a
               linear classifier of all codes reads factor j, and log K that of one without codes.
-    1 is best, and chance is 0. A row of NMI that is 0 throughout has no largest share: it does not
-    count. A code is active if it is not dead (see live_codes) and, unless discrete, its range is
-    over a twentieth of the largest range, as in the authors' code: so give all codes one unit.
-    "nmi" (N, F) is the table of all codes. Six factors and 20 codes of 10,000 samples take about
-    4 seconds, or 11 if discrete. ValueError: no factor can be scored, no code varies.
+    1 is best. If all entries of a row are equal, InfoM or InfoC is 0 there; a row that is 0
+    throughout has no largest share and does not count. For codes that know nothing the entries are
+    chance, and InfoM and InfoC may be anything up to 1: look at InfoE first, which is then about 0.
+    It is counted on the samples from which the classifier learned, so with a few hundred of them it
+    is too high. A code is active if it is not dead (see live_codes) and, unless discrete, its range
+    is over a twentieth of the largest range, as in the authors' code: so give all codes one unit.
+    "nmi" (N, F) is the table of all codes. Six factors and 20 codes of 10,000 samples take about 4
+    seconds, or 11 if discrete. ValueError: no factor can be scored, no code varies.
     """
     codes, factors = check_tables(codes, factors)
     usable, notes = usable_factors(factors)
@@ -837,25 +843,30 @@ def infomec(codes, factors, discrete=None):
         scores["infoc"] = largest_share(table.T)
     else:
         notes.append("no InfoC: it takes 2 active codes that know something")
+    if table.any() and table.max() < 0.05:
+        notes.append("the codes know almost nothing, so InfoM and InfoC are chance")
     scores["note"] = "; ".join(notes)
     return scores
 
 
 def largest_share(table):
-    """How large is the largest entry of a row beside their sum? Mean over rows, chance being 0."""
+    """How large is the largest entry of a row beside their sum? Mean over rows: 0 if the entries of
+    a row are equal, 1 if all but one are 0."""
     table = table[table.sum(axis=1) > 0]
     share = table.max(axis=1) / table.sum(axis=1)
-    chance = 1 / table.shape[1]
-    return float((share.mean() - chance) / (1 - chance))
+    least = 1 / table.shape[1]
+    return float((share.mean() - least) / (1 - least))
 
 
 def neighbour_information(code, label, neighbours=10):
     """Nats that a continuous code (n,) and a label (n,) tell of each other (Ross, PLoS ONE 2014),
-    as scikit-learn's mutual_info_classif estimates them. With psi the digamma function,
+    as scikit-learn's mutual_info_classif estimates them.
+
+    If the label matters, samples of one label have codes closer together than samples of any label.
+    With psi the digamma function, which is nearly the logarithm,
         I = psi(n) + mean psi(k_i) - mean psi(n_i) - mean psi(m_i),
     where n_i samples have the label of sample i; r_i is its distance from the k_i-th neighbour
     among these, k_i = min(neighbours, n_i - 1); and m_i samples of any label are nearer than r_i.
-    If the label does not matter, they are as crowded as those of one label, and I is about 0.
     """
     counts = np.bincount(label)
     kept = counts[label] > 1  # a label needs a neighbour
@@ -943,9 +954,11 @@ def agreement(tables):
     its own way. With R_ab the absolute Spearman correlation of code a of one run and b of another,
         UDR_ij = (sum over b of max_a R_ab^2 / sum_a R_ab
                   + sum over a of max_b R_ab^2 / sum_b R_ab) / (N_i + N_j),
-    0 to 1. The paper sums over codes whose KL from the prior is above .01. Our codes have no prior:
-    we take those that are not dead. "pairs" holds UDR_ij as a list of lists, with 1 for a run and
-    itself. "udr" holds for each run the median over the other runs: trust the run with the largest.
+    0 to 1; even runs with the same codes stay a little below 1, as codes correlate by chance. The
+    paper sums over the codes that a VAE uses, whose KL divergence from the prior is above .01. Our
+    codes have no prior: we take those that are not dead. "pairs" holds UDR_ij as a list of lists,
+    with 1 for a run and itself. "udr" holds for each run the median over the other runs: trust the
+    run with the largest.
     """
     tables = [scalar_codes(table, name=f"tables[{i}]") for i, table in enumerate(tables)]
     shapes = [table.shape for table in tables]

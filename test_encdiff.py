@@ -550,6 +550,13 @@ WRONG_USES = [
     (lambda: method(timesteps=0), "0 timesteps; expected 1 or more"),
     (lambda: method().set_latent_scale(torch.ones(2, 3, 4, 4)), "expected images that differ"),
     (lambda: small_autoencoder()(torch.zeros(1, 3, 64, 64).byte()), "images are torch.uint8"),
+    (lambda: method().latents(np.zeros((1, 3, 4, 4))), "images are float64"),
+    (lambda: method().set_latent_scale(torch.eye(4).byte()), "images are torch.uint8"),
+    (lambda: vq.Quantizer(8, 3)(torch.ones(1, 3, 4, 4).long()), "z is torch.int64"),
+    (lambda: vq.Quantizer(8, 3)(torch.ones(1, 3, 4, 4) / 0), "z is not finite"),
+    (lambda: vq.codebook_usage([]), "counts are missing"),
+    (lambda: vq.codebook_usage([3, -1]), "counts are missing or negative"),
+    (lambda: unet.UNet(channels=0), "0 channels; expected one or more"),
 ]
 
 
@@ -1009,9 +1016,10 @@ def test_the_first_stages_loss_adds_l2_to_l1():
     ([9, 0, 0, 0], 0.25, 1.0),
     ([2, 1, 1, 0], 0.75, 2**1.5),
     ([0, 0, 0, 0], 0.0, 1.0),
+    (np.array([50_000, 50_000], np.uint16), 1.0, 2.0),
 ])
 def test_perplexity_is_two_to_the_entropy_in_bits(counts, used, perplexity):
-    assert vq.codebook_usage(torch.tensor(counts)) == approx((used, perplexity))
+    assert vq.codebook_usage(counts) == approx((used, perplexity))
 
 
 # Autoencoders that it is compared with
@@ -1338,6 +1346,14 @@ def test_infomec_agrees_with_the_file_of_its_authors():
     assert discrete["infoe"] == approx(0.9650, abs=0.002)
 
 
+def test_infomec_says_so_if_the_codes_know_nothing():
+    rng = np.random.default_rng(2)
+    factors = rng.integers(0, [3, 4, 2], size=(900, 3))
+    noise = rng.normal(size=(900, 3))
+    assert "are chance" in metrics.infomec(noise, factors)["note"]
+    assert metrics.infomec(factors + 0.1 * noise, factors)["note"] == ""
+
+
 def test_the_kth_neighbour_itself_is_not_nearer():
     for seed in range(100):
         rng = np.random.default_rng(seed)
@@ -1548,6 +1564,7 @@ GREY_IMAGE = torch.full((1, 3, 8, 8), 0.5)
 
 UNSCORABLE = [
     ("evaluate", (PERFECT, np.where(PERFECT == 2, np.nan, 1)), "factors has NaN in column 0"),
+    ("mig", (PERFECT, PERFECT, 0), "bins is 0; expected a whole number"),
     ("mig", (PERFECT[:2], [[0, 1], [1, None]]), r"column 1 .* compared \(NoneType, int\)"),
     ("evaluate", (NOISY * np.nan, PERFECT), r"codes\[0, 0\] is nan.*drop"),
     ("evaluate", (NOISY.astype(str), PERFECT), "codes has dtype <U.*expected numbers"),
@@ -1869,6 +1886,11 @@ MASK = noise() > 127
 ])
 def test_numbers_of_any_range_become_bytes(ending, values, images):
     assert same(shown(dataset_of(ending, images=values)), images)
+
+
+def test_the_note_counts_the_gaps_in_images():
+    dataset = dataset_of(images=GAPS)
+    assert f"{np.isnan(GAPS).sum():,} numbers are NaN" in dataset.note
 
 
 SCALES = [  # brightness of three images, and what becomes of it

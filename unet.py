@@ -212,8 +212,9 @@ class UNet(nn.Module):
     def __init__(self, latent_channels=3, channels=64, multipliers=(1, 2, 4, 4), blocks=2,
                  attention_at=(1, 2, 4), heads=8, token_dim=32, dropout=0.1):
         super().__init__()
-        if not multipliers or blocks < 1:
-            raise ValueError(f"multipliers {multipliers} and {blocks} blocks; expected one or more")
+        if not multipliers or blocks < 1 or channels < 1:
+            raise ValueError(f"multipliers {multipliers}, {blocks} blocks and {channels} channels; "
+                             "expected one or more of each")
         self.latent_channels = latent_channels
         self.channels = channels
         self.widths = [channels * multiplier for multiplier in multipliers]

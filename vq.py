@@ -103,6 +103,8 @@ class Quantizer(nn.Module):
         rank 0's z.
         """
         check_shape("z", z, "B", self.codebook.shape[1], "h", "w")
+        if not z.isfinite().all():
+            raise ValueError("z is not finite; expected latents that can start a codebook")
         vectors = z.float().permute(0, 2, 3, 1).flatten(0, 2)  # (B, C, h, w) -> (B*h*w, C)
         rows = torch.randint(len(vectors), (len(self.codebook),), device=z.device)
         chosen = vectors[rows]  # (K, C)
@@ -140,6 +142,8 @@ class Quantizer(nn.Module):
         codebook has not been set, z passes without rounding, with loss 0 and indices 0.
         """
         check_shape("z", z, "B", self.codebook.shape[1], "h", "w")
+        if not z.is_floating_point():
+            raise ValueError(f"z is {z.dtype}; expected floats")
         if self.training and not self.ready:
             self.batches += 1
             if self.batches > self.warmup:
@@ -307,11 +311,14 @@ def codebook_usage(counts):
     """How often each entry was chosen in many batches, counts (K,) -> two numbers.
 
     The share of entries that are used, in [0, 1]; and the perplexity, in [1, K]: the number of
-    equally used entries that would have the same entropy.
+    equally used entries that would have the same entropy. ValueError: there are no counts, or
+    negative ones.
     """
-    counts = torch.as_tensor(counts).cpu()  # MPS has no doubles
+    counts = torch.as_tensor(counts).cpu().double()  # MPS has no doubles
+    if not len(counts) or not (counts >= 0).all():
+        raise ValueError("counts are missing or negative; expected (K,), how often each was chosen")
     share_used = (counts > 0).double().mean()
-    p = counts.double() / counts.sum().clamp(min=1)
+    p = counts / counts.sum().clamp(min=1)
     entropy = -(p * p.clamp(min=1e-12).log()).sum()
     return share_used.item(), entropy.exp().item()
 
@@ -377,8 +384,8 @@ def total_correlation_of_batch(z, mean, log_var):
 
     z, mean, log_var  (B, N) each: z is drawn from q(z|x) = N(mean, exp(log_var))
 
-    By minibatch-weighted sampling: q(z) is the mean of q(z|x) over the images of the batch. Its
-    constant factor is left out, as it has no gradient.
+    By minibatch-weighted sampling: q(z) is the mean of q(z|x) over the images of the batch. The
+    paper divides by the number of images of the dataset, too, which changes no gradient.
     """
     B = len(z)
     log_q = log_normal(z[:, None], mean, log_var)  # (B, 1, N) -> (B, B, N): q(z_i | x_j) at [i, j]
