@@ -611,7 +611,9 @@ def agree(args):
     dataset = runs[0].dataset
     indices = runs[0].random_indices(2000)
     tables = []
-    for run in runs:
+    for path, run in zip(paths, runs):
+        if run is not runs[0] and run.about["data"] not in ({}, dataset.identity):
+            print_safely(f"{path} was not trained on {dataset.name}")
         tables.append(train.encode(run.model, dataset, indices, run.device))
     print_safely(f"{len(indices)} images of {dataset.name}; the higher, the more a run agrees with "
                  "the others")
