@@ -753,9 +753,9 @@ def add_official_labels(dataset, shape):
     dataset.add_note(f"no labels ({', '.join(LABEL_NAMES)})")
 
 
-def add_factors(dataset, columns):
+def add_factors(dataset, columns, gaps=("", "nan", "NaN")):
     """Makes a factor of each of the columns, {name: labels (n,) or (n, 1)}, that can be numbered;
-    the note says why others cannot."""
+    the note says why others cannot. gaps: texts that stand for a missing label, as in CSV files."""
     sizes = {}
     numbers = []
     left_out = {}  # {why: names}
@@ -764,14 +764,16 @@ def add_factors(dataset, columns):
             if column.shape not in ((dataset.count,), (dataset.count, 1)):
                 raise ValueError(f"shape {column.shape}; expected ({dataset.count},)")
             column = column.reshape(-1)
-            sizes[name], levels = number(column)
+            sizes[name], levels = number(column, gaps)
             numbers.append(levels)
         except ValueError as error:
             left_out.setdefault(str(error), []).append(name)
             continue
-        if column.dtype.kind in "SUO":  # text
-            _, examples = np.unique(levels, return_index=True)  # of each level an image
-            dataset.add_note(f"{name} from 0 on: {some_of(column[examples], 9)}")
+        _, examples = np.unique(levels, return_index=True)  # of each level an image
+        words = column[examples]
+        is_whole = words.dtype.kind in "iu"
+        if words.dtype.kind in "SUO" or (is_whole and (words != np.arange(len(words))).any()):
+            dataset.add_note(f"{name} from 0 on: {some_of(words, 9)}")
 
     for why, names in left_out.items():
         dataset.add_note(f"no factor: {some_of(names, 6)} ({why})")
@@ -849,16 +851,17 @@ def is_shapes3d(columns):
     return all(np.isin(column, levels.round(4)).all() for column, levels in zip(columns, LEVELS))
 
 
-def number(column):
+def number(column, gaps=()):
     """(n,) labels of any type -> how many different values there are and, (n,), which one each
-    image has, in their order. ValueError, in a few words, if that makes no factor."""
+    image has, in their order. ValueError, in a few words, if that makes no factor: if one of the
+    texts `gaps` is among them, say."""
     is_float = column.dtype.kind == "f"
     if (column != column).any() or (is_float and np.isinf(column).any()):  # NaN is not itself
         raise ValueError("has gaps")
     try:
         values, numbers = np.unique(column, return_inverse=True)
         if column.dtype.kind in "SUO":
-            if any(as_text(value) in ("", "nan", "NaN") for value in values):  # as CSV files say it
+            if any(as_text(value) in gaps for value in values):
                 raise ValueError("has gaps")
             # Numbers as text: 2 comes before 10.
             with contextlib.suppress(TypeError, ValueError):
@@ -1399,7 +1402,7 @@ def add_classes(dataset, folder, pictures):
     if len(levels) > 1:
         names = [f"folder {k + 1}" for k in range(len(levels))]
     dataset.add_note("labels are the subfolders")
-    add_factors(dataset, dict(zip(names, levels)))
+    add_factors(dataset, dict(zip(names, levels)), gaps=())
 
 
 def add_attributes(dataset, path, pictures):
@@ -1408,17 +1411,26 @@ def add_attributes(dataset, path, pictures):
     text = path.read_text("utf-8-sig", "replace")
     text = text.replace("image_id,", "").replace(",", " ")
     lines = [line.split() for line in text.splitlines()]
-    lines = [words for words in lines if len(words) > 1]
+    lines = [words for words in lines if words]
+    if lines and len(lines[0]) == 1 and lines[0][0].isdecimal():
+        del lines[0]  # the number of images
     names = lines[0] if lines else []
-    values = {Path(words[0]).stem: words[1:] for words in lines if len(words) == len(names) + 1}
+    rows = [words for words in lines if len(words) == len(names) + 1]
+    values = {Path(words[0]).stem: words[1:] for words in rows}
 
+    stems = collections.Counter(file.stem for file in pictures)
     missing = [file.name for file in pictures if file.stem not in values]
     if missing:
         return dataset.add_note(f"{path.name} is not used: it lacks {missing[0]}")
+    if len(values) < len(rows) or len(stems) < len(pictures):
+        return dataset.add_note(f"{path.name} is not used: two rows or pictures have one name")
     words = np.array([values[file.stem] for file in pictures])
     try:
         table = np.char.replace(np.char.lower(words), "true", "1")
         table = np.char.replace(table, "false", "-1").astype(float)
+        others = table[~np.isin(table, (-1, 0, 1))]
+        if len(others):
+            raise ValueError(f"it holds {others[0]:g}")
     except ValueError as error:
         return dataset.add_note(f"{path.name} is not used: {error}; expected 1 and -1")
     dataset.name = "CelebA"
@@ -1430,7 +1442,7 @@ def add_attributes(dataset, path, pictures):
 def read_cars3d(path, cars, files, size):
     """Like read_arrays: a file a car, with 4 elevations and 24 azimuths each."""
     # The order of the published list differs from that of the folder.
-    listed = [file.read_text().split() for file in files if file.name == "list.txt"]
+    listed = [file.read_text(errors="replace").split() for file in files if file.name == "list.txt"]
     order = {Path(name).stem: k for k, name in enumerate(itertools.chain(*listed))}
     cars = sorted(cars, key=lambda file: (order.get(file.stem, len(order)), str(file)))
     dataset = Dataset("Cars3D", 96 * len(cars), size)
@@ -1663,8 +1675,15 @@ def read_combination(dataset, words):
     values, and some images have all of them, and others not.
     """
     names = list(dataset.factor_names)
+    if not names:
+        raise ValueError(f"{dataset.name} has no factors; expected a dataset with labels")
+    parts = words.split("&")
+    for k in reversed(range(len(parts) - 1)):
+        if "=" not in parts[k]:  # this & belongs to a name
+            parts[k:k + 2] = ["&".join(parts[k:k + 2])]
+
     combination = {}
-    for part in re.split(r"(?<=\d)\s*&", words):  # a name may have an & of its own
+    for part in parts:
         name, sign, value = part.rpartition("=")
         name = name.strip()
         value = value.strip()
@@ -1678,7 +1697,7 @@ def read_combination(dataset, words):
 
         column = names.index(name)
         size = dataset.factor_sizes[column]
-        if not value.isdecimal() or int(value) >= size:
+        if not value.isdecimal() or len(value) > 9 or int(value) >= size:
             raise ValueError(f"{name} is {value!r}; expected 0 to {size - 1}")
         if column in combination:
             raise ValueError(f"{name} is named twice; expected two different factors or more")
@@ -1693,12 +1712,18 @@ def read_combination(dataset, words):
 def split_off(dataset, combination):
     """-> two Parts: the images without this combination of factors, and those that have it.
 
-    combination: as from `read_combination`. ValueError if one of the two is empty.
+    combination: as from `read_combination`. ValueError if one of the two is empty, or if one of the
+    combination's values is found in no other image.
     """
     has_all = (dataset.table[:, [*combination]] == [*combination.values()]).all(1)
     if not has_all.any() or has_all.all():
         raise ValueError(f"{has_all.sum():,} of the {dataset.count:,} images of {dataset.name} "
                          f"have this combination; expected some of them")
+    for column, value in combination.items():
+        if not (dataset.table[~has_all, column] == value).any():
+            name = dataset.factor_names[column]
+            raise ValueError(f"all images with {name}={value} have this combination; expected "
+                             "others, too, from which this value is learned")
     return Part(dataset, np.flatnonzero(~has_all)), Part(dataset, np.flatnonzero(has_all))
 
 

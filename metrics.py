@@ -1409,10 +1409,15 @@ def load_inception(path):
     with open(path, "rb"):  # the words of a system are clearer than torch's
         pass
     try:
-        return torch.jit.load(path, map_location="cpu").eval()
-    except RuntimeError:  # its words are for programmers
-        raise ValueError(f"{path} is no TorchScript file; expected NVIDIA's "
-                         "inception-2015-12-05.pt") from None
+        network = torch.jit.load(path, map_location="cpu").eval()
+        with torch.no_grad():  # once, so that another network shows before any work
+            features = network(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), return_features=True)
+        if features.shape[:-1] == (1,):
+            return network
+    except (RuntimeError, AttributeError):  # their words are for programmers
+        pass
+    raise ValueError(f"{path} is no TorchScript file of this network; expected NVIDIA's "
+                     "inception-2015-12-05.pt")
 
 
 def fid(images_a, images_b, inception_file, batch=64):

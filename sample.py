@@ -40,6 +40,7 @@ import json
 import math
 import os
 import socketserver
+import sys
 import threading
 import time
 import urllib.parse
@@ -1010,6 +1011,11 @@ class Server(http.server.ThreadingHTTPServer):
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address[:2]
 
+    def handle_error(self, request, client_address):
+        """No traceback for a browser that goes away."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handle_error(request, client_address)
+
 
 class Handler(http.server.BaseHTTPRequestHandler):
     """GET of the page and of what it shows; all else is refused."""
@@ -1116,6 +1122,7 @@ PALETTE = ((0, 114, 178), (213, 94, 0), (0, 158, 115),  # Okabe-Ito: also for th
            (204, 121, 167), (230, 159, 0), (86, 180, 233), (110, 110, 110), (0, 0, 0))
 HEAT = ((0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164))  # dark to bright
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".gif": "GIF"}
+LARGEST = {"GIF": 65_535, "JPEG": 65_500, "WEBP": 16_383}  # pixels of a side that a format takes
 font = ImageFont.load_default  # Pillow's own, so that no font file is needed
 
 
@@ -1124,6 +1131,9 @@ def save(args, folder, picture, ending=".png", frames=()):
     the folder. The ending of the name says in which format."""
     path = Path(args.out or Path(folder, args.verb + ending))
     kind = FORMATS[path.suffix.lower()]
+    if max(picture.size) > LARGEST.get(kind, math.inf):
+        raise ValueError(f"{path} would have {picture.width} x {picture.height} pixels; expected a "
+                         f"smaller --count: {kind} takes at most {LARGEST[kind]:,} a side")
     options = dict(optimize=True, quality=95)  # each format takes what it knows
     if frames:
         options.update(save_all=True, append_images=frames, duration=120, loop=0)

@@ -9,6 +9,7 @@ DIFFERS   Nothing here shows that the method disentangles: that takes a real run
 TRY       python -m pytest -q                ->   every claim, in a few minutes
           python -m pytest -q -k eq_         ->   the equations alone, in seconds
 """
+import argparse
 import csv
 import functools
 import http.client
@@ -1514,6 +1515,11 @@ def test_fid_is_the_frechet_distance_of_a_networks_features():
     assert metrics.fid(images, images + 50, "net.pt") == approx(2 * 50**2, rel=1e-4)
 
 
+def test_another_network_than_that_of_fid_is_refused():
+    torch.jit.trace(torch.nn.ReLU(), torch.zeros(1)).save("net.pt")
+    refused(lambda: metrics.load_inception("net.pt"), "expected NVIDIA's")
+
+
 def test_the_table_of_scores_is_one_that_json_accepts():
     noise = np.random.default_rng(1).normal(size=(720, 3))
     codes = torch.tensor(NOISY + noise, requires_grad=True)
@@ -2064,8 +2070,13 @@ def test_labels_are_never_invented(official, name, images):
 ])
 def test_labels_of_any_kind_are_numbered(labels):
     dataset = dataset_of(labels=labels)
-    assert dataset.factor_sizes == (3,) and dataset.note == ""
+    assert dataset.factor_sizes == (3,) and "no factor" not in dataset.note
     assert same(dataset.factors(ROWS)[:, 0], ROWS % 3)
+
+
+def test_the_note_says_what_0_stands_for_unless_it_is_0():
+    assert "factor 0 from 0 on: 1, 2, 3" in dataset_of(labels=ROWS % 3 + 1).note
+    assert dataset_of(labels=ROWS % 3).note == ""
 
 
 TEXT_LABELS = [
@@ -2162,7 +2173,7 @@ def test_images_are_used_though_their_labels_cannot_be(labels):
 
 # Folders
 def test_subfolders_are_a_class():
-    for k, name in enumerate(["cat/1", "cat/2", "dog/1", "dog/2", "bird/1"]):
+    for k, name in enumerate(["cat/1", "cat/2", "nan/1", "nan/2", "bird/1"]):
         save_picture(f"set/{name}.png", noise(1, seed=k)[0])
     dataset = data.open_dataset("set")
     assert (dataset.factor_names, dataset.factor_sizes) == (("class",), (3,))
@@ -2172,7 +2183,7 @@ def test_subfolders_are_a_class():
     os.rename("set/cat", "set/ape")  # pictures of the same dates and sizes
     renamed = data.open_dataset("set")
     assert same(shown(renamed, 0), noise(1, seed=0))
-    assert "ape, bird, dog" in renamed.note
+    assert "ape, bird, nan" in renamed.note
     assert "black" not in dataset.note  # bytes are what they are
 
 
@@ -2258,6 +2269,17 @@ def save_celeba(ending, begin, mark, words):
     Path("celeba/000002.jpg").write_bytes(b"damaged")
     Path(f"list_attr_celeba.{ending}").write_text(begin + "\n".join(rows))
     return faces, attributes > 0
+
+
+@pytest.mark.parametrize("rows", ["a 2", "a nan", "a 1\nb/a 1"])
+def test_a_list_that_does_not_fit_gives_no_attributes(rows):
+    save_picture("celeba/a.png", noise()[0])
+    Path("celeba/list_attr_celeba.txt").write_text("Smiling\n" + rows)
+    dataset = data.open_dataset("celeba")
+    assert dataset.attribute_names == () and "is not used" in dataset.note
+
+    Path("celeba/list_attr_celeba.txt").write_text("1\nSmiling\na -1")
+    assert data.open_dataset("celeba").attribute_names == ("Smiling",)
 
 
 @pytest.mark.parametrize("ending, begin, mark, words", [
@@ -2556,6 +2578,12 @@ def test_a_run_that_went_on_during_a_conversion_is_left_alone(copied_run, pictur
         assert target.read_bytes() == content
 
 
+def test_what_a_killed_process_left_is_removed(copied_run):
+    Path(copied_run, "checkpoint.pt.4294967296.tmp").write_bytes(b"half")
+    train.main(["--resume", copied_run, "--steps", 13])
+    assert not list(Path(copied_run).glob("*.tmp"))
+
+
 def test_a_second_signal_ends_at_once(pictures):
     dataset = Interrupted(pictures, {3: [KILL, KILL]})
     with pytest.raises(KeyboardInterrupt, match="stopped at once; go on with"):
@@ -2753,6 +2781,7 @@ def test_a_held_out_combination_is_scored_and_not_trained_on():
     ("floor hue=0 & shape", "'shape' is no factor with a value; expected NAME=VALUE"),
     ("floor hue=0 & colour=1", "'colour'; expected one of floor hue"),
     ("shape=1 & shape=2", "shape is named twice"),
+    ("shape=1 & floor hue=" + 5000 * "9", "expected 0 to 9"),
 ])
 def test_a_combination_that_does_not_exist_is_refused(combination, found, rendered):
     refused(lambda: data.read_combination(rendered, combination), found)
@@ -2764,10 +2793,18 @@ def test_factors_of_any_name_can_be_held_out():
     dataset = dataset_of(images=noise(), labels=table, factor_names=names)
     assert dataset.factor_names == ("a & b", "x 1", "x 2")
     assert data.read_combination(dataset, "a & b=1&x 2=0") == {0: 1, 2: 0}
+    dataset = dataset_of(images=noise(), labels=table, factor_names=["R2&D2", "y", "z"])
+    assert data.read_combination(dataset, "z=2 & R2&D2=1") == {2: 2, 0: 1}
 
     names = ["x", "x", "x 0"]
     dataset = dataset_of(images=noise(), labels=table, factor_names=names)
     assert dataset.factor_sizes == (2, 2, 3)
+
+
+def test_a_value_that_no_other_image_has_cannot_be_held_out():
+    table = np.stack([ROWS % 3, ROWS % 2 * (ROWS % 3 > 0)], 1)  # the first is 0 in rows 0, 3, ...
+    dataset = dataset_of(images=noise(), labels=table, factor_names=["a", "b"])
+    refused(lambda: data.split_off(dataset, {0: 0, 1: 0}), "all images with a=0")
 
 
 def test_two_processes_train_like_one(pictures):
@@ -3222,6 +3259,11 @@ def test_every_verb_draws_every_kind_of_model(runs, words):
     name = "picture.gif" if "--gif" in words else "picture.png"
     show(*words.format(runs).split(), "--out", name)
     assert Image.open(name).width > 30
+
+
+def test_a_picture_too_large_for_its_format_is_refused():
+    args = argparse.Namespace(out="wide.gif")
+    refused(lambda: sample.save(args, ".", Image.new("L", (65536, 1))), "at most 65,535 a side")
 
 
 # Tables

@@ -84,7 +84,7 @@ class Config:
     # `make_parser` fills in {variants}.
     variant: str = field("", "what differs from the method: NAME or NAME+NAME of {variants}")
     hold_out: str = field("", "combination of factors that is not trained on, as "
-                          "'floor hue=0 & shape=3'; it is scored at the end")
+                          "'floor hue=0 & shape=3', values counted from 0; it is scored at the end")
     # Of both stages
     optimizer: str = field("adamw", "muon: Muon for matrices inside the networks, AdamW for all "
                            "else", ("adamw", "muon"))
@@ -1007,6 +1007,9 @@ def alone_in(folder):
             except BlockingIOError:
                 raise ValueError(f"{folder} is being trained by another process; expected a run "
                                  "that is at rest: wait for it, or stop it first") from None
+        for left_over in folder.glob("checkpoint.pt.*.tmp"):  # of a process that was killed
+            if str(os.getpid()) not in left_over.name:
+                left_over.unlink()
         yield
     finally:
         os.close(lock)
@@ -1595,10 +1598,18 @@ def main(arguments=()):
     require(batches % backend.world == 0, "batch", config.batch, f"a number of images that "
             f"{backend.world} processes can share, as in the first stage")
 
+    # Their losses are no means over the images of a batch.
+    of_whole_batch = {"anneal-vae", "tc-vae", "factor-vae"} & {*config.variant.split("+")}
+    require(backend.world == 1 or not of_whole_batch, "variant", config.variant,
+            "another variant, or a single process: a share of a batch has another loss")
+
     dataset = open_data(config, backend)
     if checkpoint:
         check_same_data(checkpoint["data"], dataset, folder)
-    without_held_out(dataset, config)  # raises ValueError if there is no such combination
+    training = without_held_out(dataset, config)  # ValueError if there is no such combination
+    if backend.main and config.hold_out:
+        left_out = len(dataset) - len(training)
+        print_safely(f"held out: {left_out:,} of {len(dataset):,} images, {config.hold_out}")
 
     with alone_in(folder) if backend.main else contextlib.nullcontext():
         # Converting the data takes minutes, in which another process may have trained here.
