@@ -1746,6 +1746,10 @@ def main(arguments=None):
     args = parser.parse_args(words)
     if "" in (args.data, args.cache, args.grid):
         parser.error("a path is empty; expected the name of a file or folder")
+    if args.grid:
+        grid = Path(args.grid).expanduser()
+        if grid.suffix.lower() not in Image.registered_extensions() or not grid.parent.is_dir():
+            parser.error(f"--grid is {grid}; expected a picture as x.png, in a folder that exists")
 
     try:
         dataset = open_dataset(args.data, args.size, args.cache)
@@ -1755,7 +1759,7 @@ def main(arguments=None):
             sheet = dataset.images(rows).unflatten(0, (5, 10))  # (5, 10, 3, S, S)
             sheet = sheet.permute(0, 3, 1, 4, 2)  # -> (5, S, 10, S, 3)
             picture = Image.fromarray(sheet.flatten(0, 1).flatten(1, 2).numpy())
-            picture.save(os.path.expanduser(args.grid))
+            picture.save(grid)
     except (OSError, ValueError) as error:
         parser.error(error)
     except KeyboardInterrupt:

@@ -2467,6 +2467,8 @@ def save_wrong_data():
 
 @pytest.mark.parametrize("words, reason", [
     ("--size 63", "expected 32, 64 or 128"),
+    ("--data whole.npz --grid x.npz", "--grid is x.npz; expected a picture"),
+    ("--data whole.npz --grid no/x.png", "in a folder that exists"),
     ("--data absent", "does not exist"),
     ("--data short.npz", "no complete HDF5"),
     ("--data short.h5", "expected a complete, closed file"),
