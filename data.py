@@ -768,6 +768,7 @@ def add_factors(dataset, columns, gaps=("", "nan", "NaN")):
         except ValueError as error:
             left_out.setdefault(str(error), []).append(name)
             continue
+
         _, examples = np.unique(levels, return_index=True)  # of each level an image
         words = column[examples]
         is_whole = words.dtype.kind in "iu"
@@ -852,8 +853,8 @@ def is_shapes3d(columns):
 
 def number(column, gaps=()):
     """(n,) labels of any type -> how many different values there are and, (n,), which one each
-    image has, in their order. ValueError, in a few words, if that makes no factor: if one of the
-    texts `gaps` is among them, say."""
+    image has, in their order. ValueError, in a few words, if that makes no factor, as when one of
+    the texts `gaps` is among them."""
     is_float = column.dtype.kind == "f"
     if (column != column).any() or (is_float and np.isinf(column).any()):  # NaN is not itself
         raise ValueError("has gaps")
@@ -862,6 +863,7 @@ def number(column, gaps=()):
         if column.dtype.kind in "SUO":
             if any(as_text(value) in gaps for value in values):
                 raise ValueError("has gaps")
+
             # Numbers as text: 2 comes before 10.
             with contextlib.suppress(TypeError, ValueError):
                 rank = np.unique(values.astype(float), return_inverse=True)[1]
@@ -1171,10 +1173,11 @@ def has_image_layout(array):
 
 def check_order(shape, arrays):
     """ValueError if grey images are (h, w, n) and not (n, h, w): only the labels can tell."""
+    if len(shape) != 3:
+        return
+
     for key in LABEL_NAMES:
-        if len(shape) != 3 or key not in arrays:
-            continue
-        rows = arrays[key].shape
+        rows = arrays[key].shape if key in arrays else ()
         if rows[:1] == shape[2:] and shape[0] not in rows:
             raise ValueError(f"images have shape {shape} and {key} {rows}; expected images (n, h, "
                              "w) and n rows: save np.moveaxis(images, -1, 0), or leave the labels "
@@ -1413,6 +1416,7 @@ def add_attributes(dataset, path, pictures):
     lines = [words for words in lines if words]
     if lines and len(lines[0]) == 1 and lines[0][0].isdecimal():
         del lines[0]  # the number of images
+
     names = lines[0] if lines else []
     rows = [words for words in lines if len(words) == len(names) + 1]
     values = {Path(words[0]).stem: words[1:] for words in rows}
@@ -1423,6 +1427,7 @@ def add_attributes(dataset, path, pictures):
         return dataset.add_note(f"{path.name} is not used: it lacks {missing[0]}")
     if len(values) < len(rows) or len(stems) < len(pictures):
         return dataset.add_note(f"{path.name} is not used: two rows or pictures have one name")
+
     words = np.array([values[file.stem] for file in pictures])
     try:
         table = np.char.replace(np.char.lower(words), "true", "1")
@@ -1676,6 +1681,7 @@ def read_combination(dataset, words):
     names = list(dataset.factor_names)
     if not names:
         raise ValueError(f"{dataset.name} has no factors; expected a dataset with labels")
+
     parts = words.split("&")
     for k in reversed(range(len(parts) - 1)):
         if "=" not in parts[k]:  # this & belongs to a name
@@ -1696,7 +1702,7 @@ def read_combination(dataset, words):
 
         column = names.index(name)
         size = dataset.factor_sizes[column]
-        if not value.isdecimal() or len(value) > 9 or int(value) >= size:
+        if value not in {str(k) for k in range(size)}:
             raise ValueError(f"{name} is {value!r}; expected 0 to {size - 1}")
         if column in combination:
             raise ValueError(f"{name} is named twice; expected two different factors or more")
@@ -1718,6 +1724,7 @@ def split_off(dataset, combination):
     if not has_all.any() or has_all.all():
         raise ValueError(f"{has_all.sum():,} of the {dataset.count:,} images of {dataset.name} "
                          f"have this combination; expected some of them")
+
     for column, value in combination.items():
         if not (dataset.table[~has_all, column] == value).any():
             name = dataset.factor_names[column]
@@ -1746,6 +1753,7 @@ def main(arguments=None):
     args = parser.parse_args(words)
     if "" in (args.data, args.cache, args.grid):
         parser.error("a path is empty; expected the name of a file or folder")
+
     if args.grid:
         grid = Path(args.grid).expanduser()
         if grid.suffix.lower() not in Image.registered_extensions() or not grid.parent.is_dir():

@@ -169,7 +169,7 @@ def expand(values, z):
     return values.reshape(-1, *ones)
 
 
-def check_images(images):
+def check_floats(images):
     """ValueError unless images are a tensor of floats. Bytes, 0 to 255, would be far too large."""
     if not torch.is_tensor(images) or not images.is_floating_point():
         found = getattr(images, "dtype", type(images).__name__)
@@ -225,7 +225,7 @@ class EncDiff(nn.Module):
         ValueError: images are no floats; the latents have another shape than latent_shape, or a
         std of 0 or NaN.
         """
-        check_images(images)
+        check_floats(images)
         parts = [self.first_stage.encode(part) for part in images.split(64)]
         latents = torch.cat(parts).float()
         if latents.shape[1:] != self.latent_shape:
@@ -246,12 +246,12 @@ class EncDiff(nn.Module):
     def latents(self, images):
         """images -> z_0 (B, C, h, w), in units of latent_std. It is not rounded to the first
         stage's codebook; the first stage does that when it decodes."""
-        check_images(images)
+        check_floats(images)
         return self.first_stage.encode(images).to(self.alpha_bar.dtype) / self.latent_std
 
     def represent(self, images):
         """images -> codes (B, N), what the encoder knows of each image."""
-        check_images(images)
+        check_floats(images)
         return self.encoder(images)
 
     def tokens(self, codes):

@@ -2944,9 +2944,15 @@ def test_a_log_that_cannot_be_written_does_not_end_a_run(pictures):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
-def test_a_full_disk_keeps_the_last_good_checkpoint(copied_run, capsys):
+def test_a_full_disk_keeps_the_last_good_checkpoint(copied_run, monkeypatch, capsys):
     before = weights(copied_run)
-    Path(copied_run, f"checkpoint.pt.{os.getpid()}.tmp").symlink_to("/dev/full")
+    train_run = train.train_run
+
+    def on_a_full_disk(*arguments):
+        Path(copied_run, f"checkpoint.pt.{os.getpid()}.tmp").symlink_to("/dev/full")
+        train_run(*arguments)
+
+    monkeypatch.setattr(train, "train_run", on_a_full_disk)
     status, line = ended(capsys, lambda: train.main(["--resume", copied_run, "--steps", 13]))
 
     assert status == 2

@@ -1007,9 +1007,9 @@ def alone_in(folder):
             except BlockingIOError:
                 raise ValueError(f"{folder} is being trained by another process; expected a run "
                                  "that is at rest: wait for it, or stop it first") from None
+
         for left_over in folder.glob("checkpoint.pt.*.tmp"):  # of a process that was killed
-            if str(os.getpid()) not in left_over.name:
-                left_over.unlink()
+            left_over.unlink()
         yield
     finally:
         os.close(lock)
@@ -1151,6 +1151,7 @@ class Run:
         # Since the last report or the start of this process, for the speed: the time, the step.
         self.since = time.monotonic()
         self.since_step = old.get("step", 0)
+
         if old:
             self.restore(old)
             self.print(f"resumed at step {old['step']} of the {stage}")
@@ -1598,7 +1599,7 @@ def main(arguments=()):
     require(batches % backend.world == 0, "batch", config.batch, f"a number of images that "
             f"{backend.world} processes can share, as in the first stage")
 
-    # Their losses are no means over the images of a batch.
+    # The losses of these variants are no means over the images of a batch.
     of_whole_batch = {"anneal-vae", "tc-vae", "factor-vae"} & {*config.variant.split("+")}
     require(backend.world == 1 or not of_whole_batch, "variant", config.variant,
             "another variant, or a single process: a share of a batch has another loss")
@@ -1616,6 +1617,7 @@ def main(arguments=()):
         untouched = not backend.main or time_of_save(folder) == saved
         require(untouched, "resume" if checkpoint else "out", folder, "a run that no other process "
                 "trains: one did just now; start again")
+
         train_run(Run(folder, config, backend, dataset.identity, checkpoint), dataset)
     if backend.world > 1:
         dist.destroy_process_group()
